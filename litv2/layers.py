@@ -1,0 +1,162 @@
+"""The parts of LITv2, in data-flow order: PatchEmbed -> [Block ...] -> DeformableTokenMerging -> ...
+
+Tokens are channels-last maps (B, H, W, C) throughout. A convolution sees them through a permuted view, which is the
+channels-last memory format of (B, C, H, W), so that nothing is copied between a Linear and a convolution.
+Every module's ``flops(H, W)`` counts the multiply-adds of one H x W map as the public release counts them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hilo import HiLo
+from mm_modules.DCN import DeformConv2dPack
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, C, H, W), a view."""
+    return x.permute(0, 3, 1, 2)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H, W, C), a view."""
+    return x.permute(0, 2, 3, 1)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): drops the branch of whole samples with probability ``rate`` while training."""
+
+    def __init__(self, rate: float = 0.0):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return x
+        keep = 1.0 - self.rate
+        kept = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
+        return x * kept.div_(keep) if keep > 0.0 else x * kept
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+class PatchEmbed(nn.Module):
+    """Image (B, in_chans, H, W) -> tokens (B, ceil(H / patch), ceil(W / patch), dim), one per patch, normalised.
+
+    An image that patches do not divide is padded with zeros on the right and at the bottom.
+    """
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        p, H, W = self.patch_size, *x.shape[2:]
+        Hp, Wp = (H + p - 1) // p, (W + p - 1) // p
+        if torch.compiler.is_compiling() or (Hp * p, Wp * p) != (H, W):  # a traced graph serves every size: no branch
+            x = F.pad(x, (0, Wp * p - W, 0, Hp * p - H))
+        x = self.proj(x.contiguous(memory_format=torch.channels_last))
+        return self.norm(channels_last(x))
+
+    def flops(self, H: int, W: int) -> int:
+        """Here H and W are the patches' numbers."""
+        return H * W * (self.proj.weight.numel() + self.proj.out_channels)
+
+
+class DepthwiseConv(nn.Module):
+    """3 x 3 depthwise convolution with zero padding: LITv2's only source of position. (B, H, W, C) -> (B, H, W, C)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return channels_last(self.dwconv(channels_first(x)))
+
+
+class Mlp(nn.Module):
+    """Feed-forward network with a depthwise convolution before the activation. (B, H, W, dim) -> (B, H, W, dim)."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.dwconv = DepthwiseConv(hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(self.act(self.dwconv(self.fc1(x))))
+        return self.drop(self.fc2(x))
+
+    def flops(self, H: int, W: int) -> int:
+        dim, hidden = self.fc1.in_features, self.fc1.out_features
+        return H * W * (2 * dim * hidden + 9 * hidden + hidden)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: HiLo attention, then the feed-forward network. (B, H, W, dim) -> (B, H, W, dim).
+
+    ``window_size`` is HiLo's; 0 leaves the attention out, as the first two stages of LITv2 do.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int,
+        alpha: float,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        self.attn = None
+        if window_size > 0:
+            self.norm1 = nn.LayerNorm(dim)
+            self.attn = HiLo(
+                dim, num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=drop, window_size=window_size, alpha=alpha
+            )
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, H, W, C = x.shape
+        if self.attn is not None:
+            y = self.attn(self.norm1(x).reshape(B, H * W, C), H, W)
+            x = x + self.drop_path(y.reshape(B, H, W, C))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def flops(self, H: int, W: int) -> int:
+        norm = H * W * self.norm2.normalized_shape[0]
+        attention = 0 if self.attn is None else norm + self.attn.flops(H, W)
+        return attention + norm + self.mlp.flops(H, W)
+
+
+class DeformableTokenMerging(nn.Module):
+    """DTM (LIT, arXiv 2105.14217): a deformable 2 x 2 convolution with stride 2 merges tokens where it chooses to look.
+
+    (B, H, W, dim) -> (B, H // 2, W // 2, out_dim): the grid of an odd H or W leaves out the last row or column.
+    """
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.dconv = DeformConv2dPack(dim, out_dim, kernel_size=2, stride=2)
+        self.norm_layer = nn.BatchNorm2d(out_dim)
+        self.act = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return channels_last(self.act(self.norm_layer(self.dconv(channels_first(x)))))
+
+    def flops(self, H: int, W: int) -> int:
+        """As the release counts: with 12 channels of offsets, where the layer has 8 (2 per tap), and without interpolation."""
+        dim, out_dim = self.dconv.conv_offset.in_channels, self.norm_layer.num_features
+        return (H // 2) * (W // 2) * (4 * dim * out_dim + 12 * (4 * dim + 1) + 2 * out_dim)

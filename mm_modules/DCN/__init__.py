@@ -1,0 +1,5 @@
+"""Deformable convolution: the function, the module behind LITv2's token merging, and their backends."""
+
+from .deform_conv import DeformConv2dPack, deform_conv2d
+
+__all__ = ["DeformConv2dPack", "deform_conv2d"]

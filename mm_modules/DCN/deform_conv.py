@@ -1,0 +1,162 @@
+"""Deformable convolution v1 and v2 (arXiv 1703.06211, 1811.11168): one function, one module, several backends.
+
+The definition is that of ``torchvision.ops.deform_conv2d``; ``choose_backend`` is the one place that says who computes it.
+"""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from . import backend_torch, backend_torchvision
+
+__all__ = ["DeformConv2dPack", "choose_backend", "deform_conv2d"]
+
+
+def choose_backend(input: Tensor) -> Callable[..., Tensor]:
+    """The implementation for this input; each takes ``(input, offset, weight, bias, stride, padding, dilation, mask)``.
+
+    On the CPU our PyTorch version is faster than torchvision's serial operator at every shape of LITv2
+    (``benchmarks/deform_conv.py``). On CUDA torchvision's kernel needs a fraction of the memory, so it is taken where it
+    exists. A traced graph gets the PyTorch version: plain tensor operations that every compiler and exporter knows.
+    """
+    if input.device.type == "cuda" and not torch.compiler.is_compiling() and backend_torchvision.is_available():
+        return backend_torchvision.deform_conv2d
+    return backend_torch.deform_conv2d
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Convolution whose taps are displaced by ``offset`` and read with bilinear interpolation, zero outside the image.
+
+    Args:
+        input: (B, C, H, W), any memory format; channels-last is the fast one.
+        offset: (B, 2 * offset_groups * kh * kw, Ho, Wo), for each tap its displacement (y, x) in pixels. Kept in float32
+            where ``input`` has a lower precision.
+        weight: (O, C / groups, kh, kw).
+        bias: (O,) or None.
+        stride, padding, dilation: as in a convolution, one number or (vertical, horizontal).
+        mask: (B, offset_groups * kh * kw, Ho, Wo), a factor on each sample (v2), or None.
+
+    Returns:
+        (B, O, Ho, Wo) in the memory format of channels-last. Under autocast it has autocast's dtype, like a convolution's.
+        A NaN offset gives NaN in the outputs (and gradients) that use it and nowhere else; a sample outside the image,
+        however far, gives 0.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together; the message names them.
+    """
+    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+    device_type = input.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        input, weight = input.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    _check(input, offset, weight, bias, stride, padding, dilation, mask)
+
+    # Rounding positions to 8 bits of mantissa would move samples by whole pixels: they never go below float32.
+    position_dtype = torch.promote_types(input.dtype, torch.float32)
+    offset = offset.to(position_dtype)
+    mask = None if mask is None else mask.to(position_dtype)
+    return choose_backend(input)(input, offset, weight, bias, stride, padding, dilation, mask)
+
+
+def _check(input, offset, weight, bias, stride, padding, dilation, mask) -> None:
+    def fail(message: str):
+        raise ValueError(f"deform_conv2d: {message}")
+
+    for name, tensor in (("input", input), ("offset", offset), ("weight", weight), ("mask", mask)):
+        if tensor is not None and (tensor.dim() != 4 or not tensor.is_floating_point()):
+            fail(f"{name} must be a 4-D floating-point tensor, not {tuple(tensor.shape)} {tensor.dtype}")
+    for name, tensor in (("offset", offset), ("weight", weight), ("bias", bias), ("mask", mask)):
+        if tensor is not None and tensor.device != input.device:
+            fail(f"{name} is on {tensor.device}, but input is on {input.device}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != input.dtype:
+            fail(f"{name} is {tensor.dtype}, but input is {input.dtype}")
+    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
+        fail(f"stride={stride} and dilation={dilation} must be at least 1, padding={padding} at least 0")
+
+    B, C, H, W = input.shape
+    O, C_per_group, kh, kw = weight.shape
+    groups = C // C_per_group
+    if C % C_per_group or O % groups:
+        fail(f"weight {tuple(weight.shape)} does not fit input {tuple(input.shape)}: C must be groups * weight.shape[1], O a multiple of groups")
+    if bias is not None and bias.shape != (O,):
+        fail(f"bias has the shape {tuple(bias.shape)}, expected ({O},)")
+    offset_groups = offset.shape[1] // (2 * kh * kw)
+    if offset_groups < 1 or offset.shape[1] % (2 * kh * kw) or C % offset_groups:
+        fail(f"offset has {offset.shape[1]} channels, expected 2 * offset_groups * {kh} * {kw} with offset_groups dividing C={C}")
+    Ho = (H + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1
+    Wo = (W + 2 * padding[1] - dilation[1] * (kw - 1) - 1) // stride[1] + 1
+    if Ho < 1 or Wo < 1:
+        fail(f"the output would be {Ho} x {Wo} for input {tuple(input.shape)}, kernel {kh} x {kw}, {stride=}, {padding=}, {dilation=}")
+    if (offset.shape[0], offset.shape[2], offset.shape[3]) != (B, Ho, Wo):
+        fail(f"offset has the shape {tuple(offset.shape)}, expected ({B}, {offset.shape[1]}, {Ho}, {Wo})")
+    if mask is not None and tuple(mask.shape) != (B, offset_groups * kh * kw, Ho, Wo):
+        fail(f"mask has the shape {tuple(mask.shape)}, expected ({B}, {offset_groups * kh * kw}, {Ho}, {Wo})")
+
+
+class DeformConv2dPack(nn.Module):
+    """A deformable convolution that predicts its own offsets with a plain convolution of the same geometry.
+
+    ``conv_offset`` starts at zero, so that training starts from the plain convolution. Offsets are computed and kept in
+    float32 under autocast.
+
+    Shape:
+        (B, in_channels, H, W) -> (B, out_channels, Ho, Wo), both of any memory format; the result is channels-last.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        offset_groups: int = 1,
+        bias: bool = True,
+    ):
+        super().__init__()
+        kh, kw = _pair(kernel_size)
+        if in_channels % groups or out_channels % groups or in_channels % offset_groups:
+            raise ValueError(
+                f"DeformConv2dPack: {groups=} must divide {in_channels=} and {out_channels=}, and {offset_groups=} must divide {in_channels=}"
+            )
+        self.stride, self.padding, self.dilation = _pair(stride), _pair(padding), _pair(dilation)
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, kh, kw))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.conv_offset = nn.Conv2d(in_channels, 2 * offset_groups * kh * kw, (kh, kw), stride, padding, dilation)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = (self.weight[0].numel()) ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        nn.init.zeros_(self.conv_offset.weight)
+        nn.init.zeros_(self.conv_offset.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return deform_conv2d(x, self.predict_offset(x), self.weight, self.bias, self.stride, self.padding, self.dilation)
+
+    def predict_offset(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, 2 * offset_groups * kh * kw, Ho, Wo), in float32 or better."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        conv = self.conv_offset
+        with torch.autocast(x.device.type, enabled=False):
+            return F.conv2d(x.to(dtype), conv.weight.to(dtype), conv.bias.to(dtype), self.stride, self.padding, self.dilation)

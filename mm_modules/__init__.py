@@ -1,0 +1,1 @@
+"""Operators that LITv2 uses and that could be of use elsewhere."""
