@@ -1,0 +1,277 @@
+"""Configuration of the classification trainer: every key with its default, and the command line that overrides it.
+
+A YAML file given by --cfg overrides the defaults, flags override the file, --opts KEY VALUE overrides everything. A flag
+that is not given overrides nothing. An unknown flag, key or type ends the program before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import yaml
+from yacs.config import CfgNode as CN
+
+_C = CN()
+_C.BASE = []  # YAML files, relative to the one that names them, whose values come first
+
+_C.DATA = CN()
+_C.DATA.BATCH_SIZE = 128  # images per process and step; --batch-size
+_C.DATA.DATA_PATH = ""  # root of the data set; --data-path
+_C.DATA.DATASET = "digits"  # digits | folder | cifar10 | cifar100 | tar | one of timm's readers: wds/.., hfds/.., hfids/.., tfds/..
+_C.DATA.TRAIN_SPLIT = "train"  # folder under DATA_PATH, stem of the zip or tar file, or split name of a timm reader
+_C.DATA.VAL_SPLIT = "val"  # the same for validation
+_C.DATA.IMG_SIZE = 224  # side of the square training image in pixels
+_C.DATA.INTERPOLATION = "bicubic"  # of resizing: bicubic | bilinear | random (training only)
+_C.DATA.ZIP_MODE = False  # read train.zip and val.zip with train_map.txt and val_map.txt; --zip
+_C.DATA.CACHE_MODE = "part"  # zip only: no = read each time, full = keep all images in memory, part = keep this process's share; --cache-mode
+_C.DATA.PIN_MEMORY = True  # page-locked batches for faster copies to CUDA
+_C.DATA.NUM_WORKERS = -1  # loader processes per training process, -1 = one per core, at most 8; --workers
+_C.DATA.MAX_BAD_FILES = 10  # unreadable images that are reported and skipped; one more stops the run
+
+_C.MODEL = CN()
+_C.MODEL.NAME = "litv2_small"  # names the output folder
+_C.MODEL.NUM_CLASSES = -1  # -1 = as many as the training data has; a number is checked against it
+_C.MODEL.DROP_RATE = 0.0  # dropout of projections and head
+_C.MODEL.DROP_PATH_RATE = 0.2  # stochastic depth of the last block
+_C.MODEL.LABEL_SMOOTHING = 0.1
+_C.MODEL.RESUME = ""  # checkpoint to go on from: weights, optimizer, epoch; --resume
+_C.MODEL.PRETRAINED = ""  # checkpoint of which only the weights are taken; --pretrained
+_C.MODEL.OFFSET_LR_MULTI = 0.01  # learning rate of DTM's offset convolutions over the others'
+_C.MODEL.LIT = CN()
+_C.MODEL.LIT.PATCH_SIZE = 4
+_C.MODEL.LIT.IN_CHANS = 3  # 3 = RGB, 1 = grey
+_C.MODEL.LIT.EMBED_DIM = 96
+_C.MODEL.LIT.DEPTHS = [2, 2, 6, 2]
+_C.MODEL.LIT.NUM_HEADS = [3, 6, 12, 24]
+_C.MODEL.LIT.MLP_RATIO = 4.0
+_C.MODEL.LIT.QKV_BIAS = True
+_C.MODEL.LIT.LOCAL_WS = [0, 0, 2, 1]  # HiLo's window per stage; 0 = no attention
+_C.MODEL.LIT.ALPHA = 0.9  # share of HiLo's heads that are Lo-Fi
+
+_C.TRAIN = CN()
+_C.TRAIN.EPOCHS = 300
+_C.TRAIN.WARMUP_EPOCHS = 20
+_C.TRAIN.WEIGHT_DECAY = 0.05  # not applied to biases and 1-D tensors
+_C.TRAIN.BASE_LR = 5e-4  # this and the next two are per 512 images of total batch (processes x accumulation x BATCH_SIZE)
+_C.TRAIN.WARMUP_LR = 5e-7
+_C.TRAIN.MIN_LR = 5e-6  # an absolute floor, also for the offset group
+_C.TRAIN.LAYER_DECAY = 1.0  # factor on the learning rate per layer from the head down; 1 = none
+_C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0 = no clipping
+_C.TRAIN.ACCUMULATION_STEPS = 1  # batches per optimizer step; --accumulation-steps
+_C.TRAIN.USE_CHECKPOINT = False  # recompute activations to save memory; --use-checkpoint
+_C.TRAIN.AUTO_RESUME = True  # go on from latest.pth in the output folder when neither --resume nor --eval is given
+_C.TRAIN.EMA_DECAY = 0.0  # moving average of the weights, evaluated and saved beside them; 0 = off; --ema-decay
+_C.TRAIN.MAX_NONFINITE = 0  # steps with a NaN or infinite loss that are skipped before the run stops
+_C.TRAIN.OPTIMIZER = CN()
+_C.TRAIN.OPTIMIZER.NAME = "adamw"  # the only one
+_C.TRAIN.OPTIMIZER.EPS = 1e-8
+_C.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]
+
+_C.AUG = CN()
+_C.AUG.SCALE = [0.08, 1.0]  # area of the random crop over the image's
+_C.AUG.RATIO = [3 / 4, 4 / 3]  # width over height of the random crop
+_C.AUG.HFLIP = 0.5  # probability of a horizontal flip
+_C.AUG.COLOR_JITTER = 0.4  # used where AUTO_AUGMENT is "none"
+_C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"  # a policy of timm, or none
+_C.AUG.REPROB = 0.25  # random erasing: probability,
+_C.AUG.REMODE = "pixel"  # filling (const | rand | pixel)
+_C.AUG.RECOUNT = 1  # and number of rectangles
+_C.AUG.MIXUP = 0.8  # alpha; 0 = off
+_C.AUG.CUTMIX = 1.0  # alpha; 0 = off
+_C.AUG.MIXUP_PROB = 1.0  # probability of either
+_C.AUG.MIXUP_SWITCH_PROB = 0.5  # probability of cutmix where both are on
+_C.AUG.MIXUP_MODE = "batch"  # batch | pair | elem
+
+_C.TEST = CN()
+_C.TEST.CROP = True  # resize the short side to 256/224 of the size, then crop the centre; False = resize to the square
+_C.TEST.IMG_SIZE = 0  # side of the evaluation image; 0 = DATA.IMG_SIZE
+
+_C.AMP = "off"  # mixed precision: off | fp16 | bf16; --amp, or the release's --amp-opt-level
+_C.DEVICE = "auto"  # auto | cpu | cuda | mps; --device
+_C.COMPILE = False  # torch.compile; --compile
+_C.SEED = 0  # --seed
+_C.OUTPUT = "output"  # results go to OUTPUT/MODEL.NAME/TAG; --output
+_C.TAG = "default"  # --tag
+_C.SAVE_FREQ = 0  # keep a checkpoint every so many epochs; 0 = latest and best only
+_C.SAVE_STEPS = 0  # write latest.pth every so many optimizer steps within an epoch; 0 = at its end only
+_C.PRINT_FREQ = 50  # steps between lines of the log
+_C.EVAL_MODE = False  # evaluate and stop; --eval
+_C.THROUGHPUT_MODE = False  # time the model and stop; --throughput
+
+_CHOICES = {
+    "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
+    "DATA.CACHE_MODE": ("no", "full", "part"),
+    "MODEL.LIT.IN_CHANS": (1, 3),
+    "TRAIN.OPTIMIZER.NAME": ("adamw",),
+    "AUG.REMODE": ("const", "rand", "pixel"),
+    "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
+    "AMP": ("off", "fp16", "bf16"),
+    "DEVICE": ("auto", "cpu", "cuda", "mps"),
+}
+_AT_LEAST = {
+    "DATA.BATCH_SIZE": 1, "DATA.IMG_SIZE": 32, "DATA.NUM_WORKERS": -1, "DATA.MAX_BAD_FILES": 0, "TRAIN.EPOCHS": 1,
+    "TRAIN.WARMUP_EPOCHS": 0, "TRAIN.ACCUMULATION_STEPS": 1, "TRAIN.CLIP_GRAD": 0, "TRAIN.EMA_DECAY": 0,
+    "TRAIN.MAX_NONFINITE": 0, "AUG.MIXUP": 0, "AUG.CUTMIX": 0, "TEST.IMG_SIZE": 0, "PRINT_FREQ": 1, "SAVE_FREQ": 0, "SAVE_STEPS": 0,
+}  # fmt: skip
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key, the value and what was expected."""
+
+
+def default_config() -> CN:
+    return _C.clone()
+
+
+def load_config(path: str | Path, overrides: list | None = None) -> CN:
+    """Defaults, then the file (after its BASE files), then ``overrides`` (key, value, key, value ...), checked and frozen.
+
+    Raises:
+        ConfigError: a missing file, an unknown key, a value of a wrong type or outside its range.
+    """
+    config = default_config()
+    _merge_file(config, Path(path))
+    _merge_pairs(config, overrides or [])
+    _check(config)
+    config.freeze()
+    return config
+
+
+def parse_args(argv: list[str] | None = None) -> CN:
+    """The configuration that a command line asks for. Ends the program with a message when it is not valid."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    overrides = []
+    for key, value in vars(args).items():
+        if "." in key or key.isupper():  # flags are stored under the name of the key that they set
+            overrides += [key, value] if value is not None else []
+    if args.amp_opt_level is not None and args.AMP is None:
+        mixed = "fp16" if args.DEVICE in (None, "auto", "cuda") and _has_cuda() else "bf16"
+        overrides += ["AMP", "off" if args.amp_opt_level == "O0" else mixed]
+    try:
+        return load_config(args.cfg, overrides + (args.opts or []))
+    except ConfigError as error:
+        parser.error(str(error))
+
+
+def to_dict(config: CN) -> dict:
+    return {key: to_dict(value) if isinstance(value, CN) else value for key, value in config.items()}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Train, evaluate or time LITv2 on images.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--cfg", required=True, metavar="FILE", help="YAML configuration")
+    add("--opts", nargs="+", metavar="KEY VALUE", help="any key of config.py, e.g. --opts TRAIN.EPOCHS 30 AUG.MIXUP 0")
+    add("--batch-size", dest="DATA.BATCH_SIZE", type=int, metavar="N", help="images per process and step")
+    add("--data-path", dest="DATA.DATA_PATH", metavar="DIR", help="root of the data set")
+    add("--zip", dest="DATA.ZIP_MODE", action="store_const", const=True, help="read zip archives instead of folders")
+    add("--cache-mode", dest="DATA.CACHE_MODE", choices=("no", "full", "part"), help="what a zip data set keeps in memory")
+    add("--workers", dest="DATA.NUM_WORKERS", type=int, metavar="N", help="loader processes per training process")
+    add("--resume", dest="MODEL.RESUME", metavar="FILE", help="go on from this checkpoint (or, with --eval, evaluate it)")
+    add("--pretrained", dest="MODEL.PRETRAINED", metavar="FILE", help="start from the weights of this checkpoint")
+    add("--accumulation-steps", dest="TRAIN.ACCUMULATION_STEPS", type=int, metavar="N", help="batches per optimizer step")
+    add("--use-checkpoint", dest="TRAIN.USE_CHECKPOINT", action="store_const", const=True, help="recompute activations")
+    add("--ema-decay", dest="TRAIN.EMA_DECAY", type=float, metavar="D", help="moving average of the weights, e.g. 0.9999")
+    add("--amp", dest="AMP", choices=("off", "fp16", "bf16"), help="mixed precision")
+    add("--amp-opt-level", choices=("O0", "O1", "O2"), help="the release's name for --amp: O0 = off, O1 and O2 = on")
+    add("--device", dest="DEVICE", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
+    add("--compile", dest="COMPILE", action="store_const", const=True, help="torch.compile the model")
+    add("--seed", dest="SEED", type=int, metavar="N", help="of weights, order and augmentation")
+    add("--output", dest="OUTPUT", metavar="DIR", help="root of the results; they go to OUTPUT/MODEL.NAME/TAG")
+    add("--tag", dest="TAG", metavar="NAME", help="names the run")
+    add("--eval", dest="EVAL_MODE", action="store_const", const=True, help="evaluate and stop")
+    add("--throughput", dest="THROUGHPUT_MODE", action="store_const", const=True, help="time the model and stop; needs no data")
+    add("--local-rank", "--local_rank", dest="local_rank", type=int, metavar="N", help="set by launchers older than torchrun")
+    return parser
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _merge_file(config: CN, path: Path) -> None:
+    if not path.is_file():
+        raise ConfigError(f"there is no configuration file {path}")
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold keys and values, not a {type(content).__name__}")
+    for base in content.pop("BASE", []):
+        _merge_file(config, path.parent / base)
+    _merge(config, content, str(path), prefix="")
+
+
+def _merge_pairs(config: CN, pairs: list) -> None:
+    if len(pairs) % 2:
+        raise ConfigError(f"--opts needs pairs of KEY VALUE, got {pairs}")
+    for key, value in zip(pairs[::2], pairs[1::2]):
+        for part in reversed(str(key).split(".")):
+            value = {part: value}
+        _merge(config, value, "the command line", prefix="")
+
+
+def _merge(config: CN, values: dict, source: str, prefix: str) -> None:
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key not in config:
+            raise ConfigError(f"{source}: there is no key {name}; config.py lists them all")
+        default = config[key]
+        if isinstance(default, CN) != isinstance(value, dict):
+            raise ConfigError(f"{source}: {name} is {'a section' if isinstance(default, CN) else 'a value'}, got {value!r}")
+        if isinstance(default, CN):
+            _merge(default, value, source, prefix=f"{name}.")
+        else:
+            config[key] = _typed(value, default, name, source)
+
+
+def _typed(value, default, name: str, source: str):
+    """``value`` in the type of ``default``. Text is read as Python would read it ("1e-3" in YAML 1.1 and --opts is text)."""
+    if isinstance(value, str) and not isinstance(default, str):
+        try:
+            value = yaml.safe_load(value)
+            value = float(value) if isinstance(value, str) else value
+        except (yaml.YAMLError, ValueError):
+            pass
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if isinstance(default, list) and isinstance(value, (list, tuple)) and len(default):
+        return [_typed(item, default[0], f"{name}[{i}]", source) for i, item in enumerate(value)]
+    if type(value) is not type(default):
+        raise ConfigError(f"{source}: {name} must be a {type(default).__name__} like {default!r}, got {value!r}")
+    return value
+
+
+def _check(config: CN) -> None:
+    def get(name):
+        node = config
+        for part in name.split("."):
+            node = node[part]
+        return node
+
+    for name, choices in _CHOICES.items():
+        if get(name) not in choices:
+            raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, got {get(name)!r}")
+    for name, least in _AT_LEAST.items():
+        if get(name) < least:
+            raise ConfigError(f"{name} must be at least {least}, got {get(name)}")
+    for name in ("AUG.REPROB", "AUG.HFLIP", "AUG.MIXUP_PROB", "AUG.MIXUP_SWITCH_PROB", "MODEL.LIT.ALPHA"):
+        if not 0 <= get(name) <= 1:
+            raise ConfigError(f"{name} must lie in [0, 1], got {get(name)}")
+    for name in ("MODEL.LABEL_SMOOTHING", "MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "TRAIN.EMA_DECAY"):
+        if not 0 <= get(name) < 1:
+            raise ConfigError(f"{name} must lie in [0, 1), got {get(name)}")
+    if config.MODEL.NUM_CLASSES != -1 and config.MODEL.NUM_CLASSES < 1:
+        raise ConfigError(f"MODEL.NUM_CLASSES must be -1 (as the data has) or at least 1, got {config.MODEL.NUM_CLASSES}")
+    if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
+        raise ConfigError(f"TRAIN.WARMUP_EPOCHS={config.TRAIN.WARMUP_EPOCHS} must be below TRAIN.EPOCHS={config.TRAIN.EPOCHS}")
+    if config.MODEL.RESUME and config.MODEL.PRETRAINED:
+        raise ConfigError("--resume and --pretrained exclude each other: the first goes on with a run, the second starts one")

@@ -1,0 +1,118 @@
+"""Samples: decode any kind of image, augment it with random numbers of its own, say which files could not be read."""
+
+from __future__ import annotations
+
+import random
+from contextlib import contextmanager
+from typing import BinaryIO, Callable, Iterator, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from .sources import DataError, ListSource
+
+
+class Sample(NamedTuple):
+    image: Tensor | None  # (C, H, W), None where it could not be read
+    target: int
+    name: str
+    unreadable: tuple[str, ...]  # "path: reason" of files that were met and skipped
+
+
+class Batch(NamedTuple):
+    images: Tensor  # (B, C, H, W)
+    targets: Tensor  # (B,) int64
+    names: list[str]
+    unreadable: list[str]
+
+
+class ImageDataset(Dataset):
+    """Map-style data set over a source.
+
+    ``dataset[index, seed]`` is a training sample: augmented with ``seed``, and replaced by the next readable one if its
+    file is damaged, so that batches stay whole. ``dataset[index]`` is an evaluation sample: a damaged one stays out.
+    """
+
+    def __init__(self, source: ListSource, transform: Callable, mode: str = "RGB"):
+        self.source, self.transform, self.mode = source, transform, mode
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        unreadable = []
+        for _ in range(len(self.source)):
+            name = self.source.filename(index)
+            try:
+                file, target = self.source[index]
+                image = decode(file, self.mode)
+            except Exception as error:  # decoders of damaged files raise anything: OSError, SyntaxError, struct.error ...
+                unreadable.append(f"{name}: {error}")
+                if seed is None:
+                    return Sample(None, -1, name, tuple(unreadable))
+                index = (index + 1) % len(self.source)
+                continue
+            with seeded(seed):
+                return Sample(self.transform(image), target, name, tuple(unreadable))
+        raise DataError(f"none of the {len(self.source)} images can be read; the first: {unreadable[0]}")
+
+
+class StreamingDataset(IterableDataset):
+    """One of timm's streaming readers as samples. It shuffles and shares between processes by itself."""
+
+    def __init__(self, dataset: IterableDataset, transform: Callable, name: str):
+        self.dataset, self.transform, self.name = dataset, transform, name
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[Sample]:
+        for image, target in self.dataset:
+            yield Sample(self.transform(image), target, self.name, ())
+
+
+def decode(file: BinaryIO | Image.Image, mode: str) -> Image.Image:
+    """An encoded image (or a PIL image) of any mode -> PIL image of ``mode``, RGB or L, with 8 bits per channel."""
+    image = file if isinstance(file, Image.Image) else Image.open(file)
+    image.load()
+    if image.mode.startswith("I"):  # 16 bits per pixel: PIL's own conversion would clip at 255 and leave a white picture
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("images of floating-point pixels have no defined range; save it with 8 or 16 bits")
+    elif image.mode == "P":
+        image = image.convert("RGBA")  # resolves the palette and its transparency
+    if not isinstance(file, Image.Image):
+        file.close()
+    return image.convert(mode)
+
+
+@contextmanager
+def seeded(seed: int | None):
+    """Random numbers of python, numpy and torch from ``seed`` inside, as they were before outside. None: untouched."""
+    if seed is None:
+        yield
+        return
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def collate(samples: list[Sample]) -> Batch:
+    good = [sample for sample in samples if sample.image is not None]
+    return Batch(
+        torch.stack([sample.image for sample in good]) if good else torch.empty(0),
+        torch.tensor([sample.target for sample in good], dtype=torch.int64),
+        [sample.name for sample in good],
+        [report for sample in samples for report in sample.unreadable],
+    )

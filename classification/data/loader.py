@@ -1,0 +1,123 @@
+"""Loaders of batches for training and evaluation, and the count of files that could not be read."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+from torch.utils.data import DataLoader
+from yacs.config import CfgNode
+
+import distributed
+
+from .dataset import ImageDataset, StreamingDataset, collate
+from .sampler import EvalSampler, TrainSampler
+from .sources import STREAMING, DataError, open_sources
+from .transforms import build_transform
+
+
+@dataclass
+class Loaders:
+    train: DataLoader
+    val: DataLoader
+    class_names: list[str]
+    val_size: int | None  # images over all processes; None where a streaming reader cannot tell
+    steps_per_epoch: int  # batches of this process
+    batch_size: int  # of training, per process
+    sampler: TrainSampler | None  # None for a streaming reader: it orders its images itself
+
+
+class BadFiles:
+    """Unreadable files met so far by this process; one more than the limit stops the run with the list of them."""
+
+    def __init__(self, limit: int, log: Callable[[str], None]):
+        self.limit, self.log = limit, log
+        self.reports: dict[str, None] = {}  # an ordered set
+
+    def add(self, reports: list[str]) -> None:
+        for report in reports:
+            if report not in self.reports:
+                self.reports[report] = None
+                self.log(f"unreadable image, skipped: {report}")
+        if len(self.reports) > self.limit:
+            listing = "\n  ".join(self.reports)
+            raise DataError(f"{len(self.reports)} unreadable images, more than DATA.MAX_BAD_FILES={self.limit}:\n  {listing}")
+
+
+def build_loaders(config: CfgNode) -> Loaders:
+    """Both loaders of this process. Raises DataError as ``sources.open_sources`` does."""
+    rank, world_size = distributed.rank(), distributed.world_size()
+    data = config.DATA
+    mode = "RGB" if config.MODEL.LIT.IN_CHANS == 3 else "L"
+    workers = data.NUM_WORKERS
+    if workers < 0:
+        workers = min(8, max(1, len(os.sched_getaffinity(0)) // distributed.local_world_size())) if hasattr(os, "sched_getaffinity") else 4
+    common = dict(
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        collate_fn=collate,
+        pin_memory=data.PIN_MEMORY and torch.cuda.is_available(),
+        worker_init_fn=_ignore_signals,
+    )
+    transforms = build_transform(config, training=True), build_transform(config, training=False)
+
+    if data.DATASET.startswith(STREAMING):
+        train, val = (_stream(config, training, transform) for training, transform in zip((True, False), transforms))
+        return Loaders(
+            train=DataLoader(train, data.BATCH_SIZE, drop_last=True, generator=torch.Generator(), **common),
+            val=DataLoader(val, data.BATCH_SIZE, generator=torch.Generator(), **common),
+            class_names=[str(i) for i in range(_class_count(config))],
+            val_size=None,
+            steps_per_epoch=max(1, len(train) // (world_size * data.BATCH_SIZE)),
+            batch_size=data.BATCH_SIZE,
+            sampler=None,
+        )
+
+    train_source, val_source = open_sources(config)
+    fixed_share = data.ZIP_MODE and data.CACHE_MODE == "part"
+    sampler = TrainSampler(len(train_source), data.BATCH_SIZE, rank, world_size, config.SEED, fixed_share)
+    train = ImageDataset(train_source, transforms[0], mode)
+    val = ImageDataset(val_source, transforms[1], mode)
+    # A generator of their own: without one, every pass would draw from the global state that dropout and mixup use.
+    return Loaders(
+        train=DataLoader(train, sampler.batch_size, sampler=sampler, generator=torch.Generator(), **common),
+        val=DataLoader(val, data.BATCH_SIZE, sampler=EvalSampler(len(val), rank, world_size), generator=torch.Generator(), **common),
+        class_names=train_source.class_names,
+        val_size=len(val),
+        steps_per_epoch=sampler.count // sampler.batch_size,
+        batch_size=sampler.batch_size,
+        sampler=sampler,
+    )
+
+
+def _stream(config: CfgNode, training: bool, transform: Callable) -> StreamingDataset:
+    from timm.data import create_dataset
+
+    data = config.DATA
+    split = data.TRAIN_SPLIT if training else data.VAL_SPLIT
+    try:
+        dataset = create_dataset(
+            data.DATASET, root=data.DATA_PATH, split=split, is_training=training, batch_size=data.BATCH_SIZE, seed=config.SEED
+        )
+        if hasattr(dataset, "set_loader_cfg"):
+            dataset.set_loader_cfg(num_workers=max(1, data.NUM_WORKERS))
+    except ImportError as error:
+        raise DataError(f"DATA.DATASET={data.DATASET!r} needs a package that is not installed: {error}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"DATA.DATASET={data.DATASET!r}, split {split!r} in {data.DATA_PATH!r} cannot be opened: {error}") from error
+    return StreamingDataset(dataset, transform, f"{data.DATASET}:{split}")
+
+
+def _class_count(config: CfgNode) -> int:
+    if config.MODEL.NUM_CLASSES < 1:
+        raise DataError(f"DATA.DATASET={config.DATA.DATASET!r} does not say how many classes it has; set MODEL.NUM_CLASSES")
+    return config.MODEL.NUM_CLASSES
+
+
+def _ignore_signals(worker: int) -> None:
+    # Ctrl-C and SIGTERM reach the whole process group; the trainer finishes its step and then ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

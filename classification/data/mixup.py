@@ -1,0 +1,40 @@
+"""timm's mixup and cutmix, for batches of any size."""
+
+from __future__ import annotations
+
+import torch
+from timm.data import Mixup
+from timm.data.mixup import one_hot
+from torch import Tensor
+from yacs.config import CfgNode
+
+
+class AnyBatchMixup(Mixup):
+    """timm's Mixup refuses odd batches: here the last image of one is left as it is."""
+
+    def __call__(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, C, H, W), changed in place; target (B,) of class numbers -> x and soft targets (B, num_classes)."""
+        if len(x) % 2 == 0:
+            return super().__call__(x, target)
+        off = self.label_smoothing / self.num_classes
+        last = one_hot(target[-1:], self.num_classes, on_value=1.0 - self.label_smoothing + off, off_value=off)
+        if len(x) == 1:
+            return x, last
+        mixed, soft = super().__call__(x[:-1], target[:-1])
+        return torch.cat((mixed, x[-1:])), torch.cat((soft, last))
+
+
+def build_mixup(config: CfgNode, num_classes: int) -> AnyBatchMixup | None:
+    """None where both mixup and cutmix are off."""
+    aug = config.AUG
+    if aug.MIXUP == 0 and aug.CUTMIX == 0:
+        return None
+    return AnyBatchMixup(
+        mixup_alpha=aug.MIXUP,
+        cutmix_alpha=aug.CUTMIX,
+        prob=aug.MIXUP_PROB,
+        switch_prob=aug.MIXUP_SWITCH_PROB,
+        mode=aug.MIXUP_MODE,
+        label_smoothing=config.MODEL.LABEL_SMOOTHING,
+        num_classes=num_classes,
+    )

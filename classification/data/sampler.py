@@ -1,0 +1,59 @@
+"""Which images a process sees, in which order, and with which random numbers: a function of seed, epoch and position."""
+
+from __future__ import annotations
+
+from typing import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+
+class TrainSampler(Sampler):
+    """Yields (index, seed) pairs: every process gets equally many, in whole batches, and each image its own augmentation seed.
+
+    Neither the number of loader workers nor an interruption changes what is drawn: set ``epoch``, and ``skip`` to the
+    number of images that this process has already trained on in it.
+
+    Args:
+        size: images in the data set.
+        batch_size: images per process and step. A remainder smaller than a batch is left out, unless the process's whole
+            share is smaller than one batch.
+        fixed_share: the process keeps the same images in all epochs (for a cache of its own).
+    """
+
+    def __init__(self, size: int, batch_size: int, rank: int, world_size: int, seed: int, fixed_share: bool = False):
+        share = size // world_size
+        if share == 0:
+            raise ValueError(f"{size} training images are too few for {world_size} processes")
+        self.size, self.rank, self.world_size, self.seed, self.fixed_share = size, rank, world_size, seed, fixed_share
+        self.batch_size = min(batch_size, share)
+        self.count = share // self.batch_size * self.batch_size
+        self.epoch = 0
+        self.skip = 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        seeds = torch.randint(0, 2**31, (self.size,), generator=generator)
+        if self.fixed_share:
+            mine = torch.arange(self.rank, self.size, self.world_size)
+            mine = mine[torch.randperm(len(mine), generator=generator)]
+        else:
+            mine = torch.randperm(self.size, generator=generator)[self.rank :: self.world_size]
+        for index in mine[self.skip : self.count].tolist():
+            yield index, int(seeds[index])
+
+    def __len__(self) -> int:
+        return self.count - self.skip
+
+
+class EvalSampler(Sampler):
+    """Each image once over all processes: this one takes every world_size-th, so that shares may differ by one."""
+
+    def __init__(self, size: int, rank: int, world_size: int):
+        self.indices = range(rank, size, world_size)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)

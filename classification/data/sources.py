@@ -1,0 +1,194 @@
+"""Where images come from. A source is a sequence of (encoded file or PIL image, class number) with names for both.
+
+``source[i]``, ``len(source)``, ``source.filename(i)`` and ``source.class_names`` are all that the pipeline asks of one.
+timm's streaming readers (WebDataset, Hugging Face, TFDS) have no positions; ``loader.py`` reads them directly.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+from pathlib import Path
+from typing import BinaryIO, Callable, Sequence
+
+from PIL import Image
+from yacs.config import CfgNode
+
+import distributed
+
+STREAMING = ("wds/", "hfds/", "hfids/", "tfds/")
+
+
+class DataError(ValueError):
+    """A data set that cannot be used as it is; the message says what was found and what was expected."""
+
+
+class ListSource:
+    """Samples named by a list, read by a function."""
+
+    def __init__(self, samples: Sequence[tuple[str, int]], class_names: list[str], read: Callable):
+        if not samples:
+            raise DataError("the data set has no images")
+        self.samples, self.class_names, self._read = samples, class_names, read
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO | Image.Image, int]:
+        name, target = self.samples[index]
+        return self._read(name), target
+
+    def filename(self, index: int) -> str:
+        return self.samples[index][0]
+
+
+def open_sources(config: CfgNode) -> tuple[ListSource, ListSource]:
+    """The training and the validation source that DATA asks for.
+
+    Raises:
+        DataError: a missing folder or file, no images, or classes that differ between the two; the message names them.
+    """
+    data = config.DATA
+    if data.ZIP_MODE:
+        train, val = (_zip(config, split) for split in (data.TRAIN_SPLIT, data.VAL_SPLIT))
+    elif data.DATASET == "digits":
+        train, val = _digits()
+    elif data.DATASET in ("folder", "imagenet"):
+        train = _folder(config, data.TRAIN_SPLIT)
+        val = _folder(config, data.VAL_SPLIT, train.class_names)
+    elif data.DATASET in ("cifar10", "cifar100"):
+        train, val = (_cifar(config, training) for training in (True, False))
+    elif data.DATASET == "tar":
+        train = _tar(config, data.TRAIN_SPLIT)
+        val = _tar(config, data.VAL_SPLIT, train.class_names)
+    else:
+        raise DataError(
+            f"DATA.DATASET={data.DATASET!r} is not known: digits, folder, cifar10, cifar100, tar, or a timm reader ({', '.join(STREAMING)})"
+        )
+    if max(target for _, target in val.samples) >= len(train.class_names):
+        raise DataError(f"validation has class numbers of {len(train.class_names)} or more, training has only so many classes")
+    return train, val
+
+
+def _digits() -> tuple[ListSource, ListSource]:
+    """scikit-learn's 1797 handwritten digits of 8 x 8 pixels; a stratified fifth, always the same, is held out."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    pixels = (digits.images * (255 / 16)).astype("uint8")
+    rows = train_test_split(range(len(pixels)), test_size=0.2, random_state=0, stratify=digits.target)
+    names = [str(name) for name in digits.target_names]
+
+    def read(name: str) -> Image.Image:
+        return Image.fromarray(pixels[int(name.removeprefix("digit-"))])
+
+    return tuple(ListSource([(f"digit-{i}", int(digits.target[i])) for i in part], names, read) for part in rows)
+
+
+def _folder(config: CfgNode, split: str, class_names: list[str] | None = None) -> ListSource:
+    """DATA_PATH/split/CLASS/IMAGE. ``class_names`` are those of the training part, which validation may not exceed."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    root = _data_path(config) / split
+    if not root.is_dir():
+        raise DataError(f"there is no folder {root}; --data-path must hold {split}/CLASS/IMAGE for each class")
+    found = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    if not found:
+        raise DataError(f"{root} holds no class folders; expected {root}/CLASS/IMAGE")
+    numbers = _number_classes(found, class_names, root)
+    samples = make_dataset(str(root), numbers, extensions=IMG_EXTENSIONS, allow_empty=class_names is not None)
+    return ListSource(samples, class_names or found, lambda path: open(path, "rb"))
+
+
+def _number_classes(found: list[str], class_names: list[str] | None, where) -> dict[str, int]:
+    unknown = sorted(set(found) - set(class_names or found))
+    if unknown:
+        raise DataError(f"{where} has {len(unknown)} classes that training lacks: {', '.join(unknown[:20])}")
+    return {name: number for number, name in enumerate(class_names or found)}
+
+
+def _cifar(config: CfgNode, training: bool) -> ListSource:
+    from torchvision import datasets
+
+    cls = datasets.CIFAR10 if config.DATA.DATASET == "cifar10" else datasets.CIFAR100
+    try:
+        if distributed.rank() == 0:  # one process downloads
+            cls(config.DATA.DATA_PATH or "data", train=training, download=True)
+        distributed.barrier()
+        dataset = cls(config.DATA.DATA_PATH or "data", train=training)
+    except Exception as error:  # urllib, ssl and torchvision each raise their own
+        raise DataError(f"{cls.__name__} is not in {config.DATA.DATA_PATH or 'data'} and cannot be downloaded: {error}") from error
+    samples = [(f"cifar-{i}", target) for i, target in enumerate(dataset.targets)]
+    return ListSource(samples, list(dataset.classes), lambda name: Image.fromarray(dataset.data[int(name[6:])]))
+
+
+def _tar(config: CfgNode, split: str, class_names: list[str] | None = None) -> ListSource:
+    """DATA_PATH/split.tar with CLASS/IMAGE inside (or a tar of tars), by timm's reader."""
+    from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+
+    path = _data_path(config) / f"{split}.tar"
+    if not path.is_file():
+        raise DataError(f"there is no archive {path}")
+    reader = ReaderImageInTar(str(path), class_map="")
+    found = [name for name, _ in sorted(reader.class_to_idx.items(), key=lambda item: item[1])]
+    numbers = _number_classes(found, class_names, path)
+    renumber = [numbers[name] for name in found]
+    samples = [(reader.filename(i), renumber[target]) for i, target in enumerate(reader.targets)]
+    position = {name: i for i, (name, _) in enumerate(samples)}
+    return ListSource(samples, class_names or found, lambda name: reader[position[name]][0])
+
+
+def _zip(config: CfgNode, split: str) -> ListSource:
+    """The release's archives: split.zip, and split_map.txt with a line "path<TAB>class number" per image."""
+    archive = _data_path(config) / f"{split}.zip"
+    listing = _data_path(config) / f"{split}_map.txt"
+    for path in (archive, listing):
+        if not path.is_file():
+            raise DataError(f"there is no {path}; --zip needs {split}.zip and {split}_map.txt in --data-path")
+    samples = []
+    for number, line in enumerate(listing.read_text().splitlines(), start=1):
+        name, tab, target = line.partition("\t")
+        if not tab or not target.strip().isdigit():
+            raise DataError(f"{listing}, line {number}: expected path<TAB>class number, got {line!r}")
+        samples.append((name, int(target)))
+    if not samples:
+        raise DataError(f"{listing} lists no images")
+    # The map has numbers alone; the folders that images lie in give names where each class has one of its own.
+    classes = 1 + max(target for _, target in samples)
+    folders: dict[int, set[str]] = {}
+    for name, target in samples:
+        folders.setdefault(target, set()).add(name.partition("/")[0])
+    named = len(folders) == classes and all(len(names) == 1 for names in folders.values())
+    class_names = [next(iter(folders[i])) if named else str(i) for i in range(classes)]
+    return ListSource(samples, class_names, _ZipReader(archive, [name for name, _ in samples], config.DATA.CACHE_MODE))
+
+
+class _ZipReader:
+    """Reads files of an archive; each process opens it for itself, since a shared file position would mix their reads."""
+
+    def __init__(self, archive: Path, names: list[str], cache_mode: str):
+        self.archive = archive
+        self._file: tuple[int, zipfile.ZipFile] | None = None
+        self._cache: dict[str, bytes] = {}
+        if cache_mode != "no":
+            share = names if cache_mode == "full" else names[distributed.rank() :: distributed.world_size()]
+            self._cache = {name: self._read(name) for name in share}
+
+    def __call__(self, name: str) -> BinaryIO:
+        return io.BytesIO(self._cache.get(name) or self._read(name))
+
+    def _read(self, name: str) -> bytes:
+        if self._file is None or self._file[0] != os.getpid():
+            self._file = (os.getpid(), zipfile.ZipFile(self.archive))
+        return self._file[1].read(name)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_file": None}
+
+
+def _data_path(config: CfgNode) -> Path:
+    if not config.DATA.DATA_PATH:
+        raise DataError(f"DATA.DATASET={config.DATA.DATASET!r} needs --data-path")
+    return Path(config.DATA.DATA_PATH)

@@ -1,0 +1,76 @@
+"""One process or many: set-up from torchrun's environment, and the few reductions that the trainer needs."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one, then Apple's MPS, then the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: torch finds no MPS device here; use --device cpu")
+    return torch.device(name)
+
+
+def init(device: torch.device) -> None:
+    """Joins the other processes when a launcher has set RANK and WORLD_SIZE: NCCL for CUDA, gloo otherwise."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_world_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def all_sum(values: list[float], device: torch.device) -> list[float]:
+    """The sum over all processes of each value, in float64 where the device has it."""
+    if world_size() == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def gather(value) -> list:
+    """``value`` of every process, in the order of ranks."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_buffers(module: torch.nn.Module) -> None:
+    """Gives every process rank 0's buffers: batch-norm statistics differ between ranks after a training step."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
