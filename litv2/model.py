@@ -83,7 +83,8 @@ class LITv2(nn.Module):
         self.num_features = embed_dim * 2 ** (len(depths) - 1)
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size)
 
-        drop_paths = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        blocks_in_all = sum(depths)
+        drop_paths = (drop_path_rate * i / max(1, blocks_in_all - 1) for i in range(blocks_in_all))
         self.layers = nn.ModuleList()
         self.feature_info: list[dict] = []  # timm's: channels, stride and module of each map of the pyramid
         for i, depth in enumerate(depths):

@@ -20,7 +20,7 @@ def deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask) 
     y, x = _sample_positions(offset, kh, kw, stride, padding, dilation)  # (B, Ho, Wo, taps, offset_groups) each
     index, factor = _corners(y, x, H, W)  # (..., 4) each
     if mask is not None:
-        mask = mask.view(B, offset_groups, taps, Ho, Wo).permute(0, 3, 4, 2, 1)
+        mask = mask.reshape(B, offset_groups, taps, Ho, Wo).permute(0, 3, 4, 2, 1)
         factor = factor * mask.unsqueeze(-1)
 
     # One row per (image, pixel, offset group). The last axis is contiguous for channels-last input: nothing is copied.
@@ -43,8 +43,8 @@ def deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask) 
 
 def _sample_positions(offset: Tensor, kh: int, kw: int, stride, padding, dilation) -> tuple[Tensor, Tensor]:
     """Where each tap reads, in pixels of the input: y and x, each (B, Ho, Wo, kh * kw, offset_groups)."""
-    B, _, Ho, Wo = offset.shape
-    offset = offset.view(B, -1, kh * kw, 2, Ho, Wo).permute(3, 0, 4, 5, 2, 1)  # (2, B, Ho, Wo, taps, offset_groups)
+    B, channels, Ho, Wo = offset.shape
+    offset = offset.reshape(B, channels // (2 * kh * kw), kh * kw, 2, Ho, Wo).permute(3, 0, 4, 5, 2, 1)  # (2, B, Ho, Wo, taps, offset_groups)
 
     def axis(size: int, step: int) -> Tensor:
         return torch.arange(size, device=offset.device, dtype=offset.dtype) * step

@@ -41,8 +41,9 @@ def deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask) 
 def _touched(nan: Tensor, C: int, weight: Tensor) -> Tensor:
     """Outputs that read a NaN position: nan (B, 2 * offset_groups * taps, Ho, Wo) -> bool (B, O, Ho, Wo)."""
     O, C_per_group, kh, kw = weight.shape
-    B, _, Ho, Wo = nan.shape
-    by_offset_group = nan.view(B, -1, 2 * kh * kw, Ho, Wo).any(dim=2)
-    by_channel = by_offset_group.repeat_interleave(C // by_offset_group.shape[1], dim=1)
+    B, channels, Ho, Wo = nan.shape
+    offset_groups = channels // (2 * kh * kw)
+    by_offset_group = nan.reshape(B, offset_groups, 2 * kh * kw, Ho, Wo).any(dim=2)
+    by_channel = by_offset_group.repeat_interleave(C // offset_groups, dim=1)
     by_group = by_channel.view(B, C // C_per_group, C_per_group, Ho, Wo).any(dim=2)
     return by_group.repeat_interleave(O // by_group.shape[1], dim=1)
