@@ -94,6 +94,7 @@ _C.COMPILE = False  # torch.compile; --compile
 _C.SEED = 0  # --seed
 _C.OUTPUT = "output"  # results go to OUTPUT/MODEL.NAME/TAG; --output
 _C.TAG = "default"  # --tag
+_C.EVAL_FREQ = 1  # epochs between evaluations; the last epoch is always evaluated
 _C.SAVE_FREQ = 0  # keep a checkpoint every so many epochs; 0 = latest and best only
 _C.SAVE_STEPS = 0  # write latest.pth every so many optimizer steps within an epoch; 0 = at its end only
 _C.PRINT_FREQ = 50  # steps between lines of the log
@@ -113,7 +114,7 @@ _CHOICES = {
 _AT_LEAST = {
     "DATA.BATCH_SIZE": 1, "DATA.IMG_SIZE": 32, "DATA.NUM_WORKERS": -1, "DATA.MAX_BAD_FILES": 0, "TRAIN.EPOCHS": 1,
     "TRAIN.WARMUP_EPOCHS": 0, "TRAIN.ACCUMULATION_STEPS": 1, "TRAIN.CLIP_GRAD": 0, "TRAIN.EMA_DECAY": 0,
-    "TRAIN.MAX_NONFINITE": 0, "AUG.MIXUP": 0, "AUG.CUTMIX": 0, "TEST.IMG_SIZE": 0, "PRINT_FREQ": 1, "SAVE_FREQ": 0, "SAVE_STEPS": 0,
+    "TRAIN.MAX_NONFINITE": 0, "AUG.MIXUP": 0, "AUG.CUTMIX": 0, "TEST.IMG_SIZE": 0, "PRINT_FREQ": 1, "EVAL_FREQ": 1, "SAVE_FREQ": 0, "SAVE_STEPS": 0,
 }  # fmt: skip
 
 

@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs what the command line asks for and returns the exit code: 0, 1 after an error, 128 + N after signal N."""
     config = parse_args(argv)
     try:
-        device = engine_device = distributed.pick_device(config.DEVICE)
-        distributed.init(engine_device)
+        device = distributed.pick_device(config.DEVICE)
+        distributed.init(device)
         return throughput(config, device) if config.THROUGHPUT_MODE else run(config, device)
     except (DataError, engine.NonFiniteLoss, ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -82,7 +82,7 @@ def build_model(config: CfgNode, num_classes: int) -> LITv2:
 
 def throughput(config: CfgNode, device: torch.device) -> int:
     size = config.DATA.IMG_SIZE
-    model = build_model(config, max(1, config.MODEL.NUM_CLASSES) if config.MODEL.NUM_CLASSES > 0 else 1000).to(device)
+    model = build_model(config, config.MODEL.NUM_CLASSES if config.MODEL.NUM_CLASSES > 0 else 1000).to(device)
     if config.COMPILE:
         model = torch.compile(model)
     images = torch.randn(config.DATA.BATCH_SIZE, config.MODEL.LIT.IN_CHANS, size, size, device=device)
@@ -199,30 +199,27 @@ class Training:
         start, done_before = time.perf_counter(), progress.epoch
         while progress.epoch < config.TRAIN.EPOCHS:
             self._train_epoch()
-            # Written before the evaluation, which may be interrupted, and again after it, with its result.
-            self._save_latest()
-            distributed.broadcast_buffers(self.model)
-            if self.ema is not None:
-                distributed.broadcast_buffers(self.ema.module)
-            result = engine.evaluate(
-                self.best_model, self.loaders.val, self.precision,
-                expected=self.loaders.val_size, bad_files=self.bad_files, log=self.log, stop=self.stop,
-            )  # fmt: skip
-            better = result["top1"] > progress.best or progress.best_epoch < 0
-            if better:
-                progress.best, progress.best_epoch = result["top1"], progress.epoch
-            progress.epoch, progress.step = progress.epoch + 1, 0
-            per_epoch = (time.perf_counter() - start) / (progress.epoch - done_before)
-            left = per_epoch * (config.TRAIN.EPOCHS - progress.epoch)
-            self.log(f"epoch {progress.epoch}/{config.TRAIN.EPOCHS}  Acc@1 {result['top1']:.3f}  Acc@5 {result['top5']:.3f}  "
-                     f"val loss {result['loss']:.4f}  best {progress.best:.3f}  {per_epoch:.1f} s/epoch, {_clock(left)} left")  # fmt: skip
-            self.log.metrics("val", progress.updates, epoch=progress.epoch, **result)
+            done = progress.epoch + 1
+            result, better = None, False
+            if done % config.EVAL_FREQ == 0 or done == config.TRAIN.EPOCHS:
+                self._save_latest()  # the evaluation may be interrupted; written again after it, with its result
+                result = self._evaluate()
+                better = result["top1"] > progress.best or progress.best_epoch < 0
+                if better:
+                    progress.best, progress.best_epoch = result["top1"], progress.epoch
+            progress.epoch, progress.step = done, 0
+            if result is not None:
+                per_epoch = (time.perf_counter() - start) / (done - done_before)
+                left = per_epoch * (config.TRAIN.EPOCHS - done)
+                self.log(f"epoch {done}/{config.TRAIN.EPOCHS}  Acc@1 {result['top1']:.3f}  Acc@5 {result['top5']:.3f}  "
+                         f"val loss {result['loss']:.4f}  best {progress.best:.3f}  {per_epoch:.1f} s/epoch, {_clock(left)} left")  # fmt: skip
+                self.log.metrics("val", progress.updates, epoch=done, **result)
             state = self._save_latest()
             if distributed.rank() == 0:
                 if better:
                     checkpoint.save(self.folder / checkpoint.BEST, state)
-                if config.SAVE_FREQ and progress.epoch % config.SAVE_FREQ == 0:
-                    checkpoint.save(self.folder / f"epoch-{progress.epoch:04d}.pth", state)
+                if config.SAVE_FREQ and done % config.SAVE_FREQ == 0:
+                    checkpoint.save(self.folder / f"epoch-{done:04d}.pth", state)
         self._finish()
 
     def _train_epoch(self) -> None:
@@ -267,15 +264,21 @@ class Training:
             self.log.end_bar()
         progress.step = steps
 
+    def _evaluate(self) -> dict:
+        distributed.broadcast_buffers(self.best_model)
+        return engine.evaluate(
+            self.best_model, self.loaders.val, self.precision,
+            expected=self.loaders.val_size, bad_files=self.bad_files, log=self.log, stop=self.stop,
+        )  # fmt: skip
+
     def _finish(self) -> None:
         """The pictures and the last lines."""
         progress = self.progress
         if distributed.rank() == 0:
             curves, predictions = self.folder / "curves.png", self.folder / "predictions.png"
             plot_curves(read_metrics(self.folder), self.updates_per_epoch, curves)
-            plot_predictions(
-                self.best_model, self.loaders.val.dataset, self.loaders.class_names, self.config, self.precision, predictions
-            ) if self.loaders.sampler is not None else None
+            if self.loaders.sampler is not None:  # a streaming reader has no image number 7
+                plot_predictions(self.best_model, self.loaders.val.dataset, self.loaders.class_names, self.config, self.precision, predictions)
             rows = [
                 ("best Acc@1", f"{progress.best:.3f} % after epoch {progress.best_epoch + 1}"),
                 ("curves", curves),
