@@ -93,7 +93,7 @@ def throughput(config: CfgNode, device: torch.device) -> int:
         threads=torch.get_num_threads(),
         amp=config.AMP,
         compile=config.COMPILE,
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         **engine.throughput(model, images, engine.Precision(device, config.AMP)),
     )
     if distributed.rank() == 0:
@@ -310,7 +310,7 @@ class Training:
             random_states=states,
             config=to_dict(self.config),
             class_names=list(self.loaders.class_names),
-            versions=dict(python=sys.version.split()[0], torch=torch.__version__, timm=timm.__version__, pillow=PIL.__version__),
+            versions=dict(python=sys.version.split()[0], torch=str(torch.__version__), timm=timm.__version__, pillow=PIL.__version__),
         )
         if distributed.rank() == 0:
             checkpoint.save_latest(self.folder, state)

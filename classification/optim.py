@@ -17,13 +17,13 @@ def build_optimizer(config: CfgNode, model: nn.Module, total_batch: int) -> torc
     train = config.TRAIN
     lr = scaled_lr(train.BASE_LR, total_batch)
     no_decay = model.no_weight_decay()
-    layers = 1 + len(model.layers) + sum(len(stage.blocks) for stage in model.layers)
+    head = layer_of("head", model)
     groups: dict[tuple, dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         kind = "no_decay" if name in no_decay else "offset" if "conv_offset" in name else "decay"
-        scale = 1.0 if train.LAYER_DECAY == 1 else train.LAYER_DECAY ** (layers - layer_of(name, model))
+        scale = train.LAYER_DECAY ** (head - layer_of(name, model))
         if (kind, scale) not in groups:
             groups[kind, scale] = dict(
                 params=[],

@@ -131,8 +131,8 @@ def _tar(config: CfgNode, split: str, class_names: list[str] | None = None) -> L
     path = _data_path(config) / f"{split}.tar"
     if not path.is_file():
         raise DataError(f"there is no archive {path}")
-    reader = ReaderImageInTar(str(path), class_map="")
-    found = [name for name, _ in sorted(reader.class_to_idx.items(), key=lambda item: item[1])]
+    reader = ReaderImageInTar(str(path), class_map="", cache_tarinfo=False)  # which would write a pickle beside the archive
+    found = [reader.class_idx_to_name[i] for i in range(len(reader.class_idx_to_name))]
     numbers = _number_classes(found, class_names, path)
     renumber = [numbers[name] for name in found]
     samples = [(reader.filename(i), renumber[target]) for i, target in enumerate(reader.targets)]

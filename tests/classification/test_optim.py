@@ -56,7 +56,9 @@ def test_golden_training():
         assert loss.item() == pytest.approx(case["losses"][step], abs=2e-3), step
         assert norm.item() == pytest.approx(case["grad_norm"][step], rel=1e-2), step
     for name, parameter in model.named_parameters():
-        assert parameter.norm().item() == pytest.approx(case["param_norm_after"][name], rel=1e-3), name
+        # The gradient of a bias before batch norm is rounding noise, which Adam turns into steps of full length.
+        tolerance = 1e-2 if name.endswith("dconv.bias") else 1e-3
+        assert parameter.norm().item() == pytest.approx(case["param_norm_after"][name], rel=tolerance), name
 
 
 def test_layer_decay():

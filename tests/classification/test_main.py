@@ -1,0 +1,186 @@
+"""Whole runs of the trainer in this process: train, resume, evaluate, fine-tune, and every kind of bad start."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers import FAST, ROOT, max_difference, run_trainer, shared, write_images
+from main import main
+
+from litv2.checkpoint import find_weights, read_checkpoint
+
+DIGITS = str(ROOT / "classification/configs/litv2-digits.yaml")
+
+
+def trainer(*flags, opts: str = "") -> int:
+    return main(["--cfg", DIGITS, *map(str, flags), "--workers", "0", "--opts", *FAST, *opts.split()])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    write_images(root / "train", {"cat": 9, "dog": 8, "owl": 7})
+    write_images(root / "val", {"cat": 3, "dog": 2, "owl": 4})
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    """A complete run on the folder; returns its output folder."""
+    out = tmp_path_factory.mktemp("run")
+    assert trainer("--data-path", folder, "--output", out, "--batch-size", 5, "--ema-decay", 0.9, opts="DATA.DATASET folder SAVE_FREQ 1") == 0
+    return out / "litv2_digits" / "default"
+
+
+def test_what_a_run_leaves(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {"latest.pth", "previous.pth", "best.pth", "epoch-0001.pth", "epoch-0002.pth", "log.txt", "metrics.jsonl", "config.yaml"}
+    assert names >= {"curves.png", "predictions.png", "tensorboard"} and not any(name.endswith(".tmp") for name in names)
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [row["update"] for row in rows if row["kind"] == "train"] == list(range(1, 9))
+    assert [row["images"] for row in rows if row["kind"] == "val"] == [9, 9]
+    for name in ("curves.png", "predictions.png"):
+        from PIL import Image
+
+        assert Image.open(finished / name).size[0] > 500
+    assert any((finished / "tensorboard").iterdir())
+
+
+def test_what_a_checkpoint_holds(finished):
+    state = torch.load(finished / "latest.pth", weights_only=True)  # no class, no function: plain tensors and builtins
+    assert state["class_names"] == ["cat", "dog", "owl"] and state["config"]["MODEL"]["LIT"]["EMBED_DIM"] == 16
+    assert state["progress"]["epoch"] == state["epoch"] == 2 and state["progress"]["updates"] == 8
+    assert set(state["random_states"][0]) >= {"python", "numpy", "torch"} and state["versions"]["torch"] == str(torch.__version__)
+    best = max(json.loads(line).get("top1", 0) for line in (finished / "metrics.jsonl").read_text().splitlines())
+    assert torch.load(finished / "best.pth", weights_only=True)["progress"]["best"] == state["progress"]["best"] == best
+    assert any(not torch.equal(state["model"][name], state["ema"][name]) for name in state["model"])
+    assert find_weights(state) is not None and torch.equal(find_weights(state)["norm.weight"], state["ema"]["norm.weight"])
+
+
+def test_running_again_reports_that_all_is_done(finished, folder, capsys):
+    before = (finished / "latest.pth").read_bytes()
+    out = finished.parents[1]
+    assert trainer("--data-path", folder, "--output", out, "--batch-size", 5, "--ema-decay", 0.9, opts="DATA.DATASET folder SAVE_FREQ 1") == 0
+    assert "all 2 epochs are done already" in capsys.readouterr().out
+    assert (finished / "latest.pth").read_bytes() == before
+
+
+def test_evaluation_of_a_checkpoint(finished, folder, tmp_path, capsys):
+    """--eval prints the very numbers of the run, and an explicit --resume beats the output folder's latest."""
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    for name, epoch in (("epoch-0001.pth", 1), ("epoch-0002.pth", 2)):
+        expected = next(row for row in rows if row["kind"] == "val" and row["epoch"] == epoch)
+        capsys.readouterr()
+        assert trainer("--data-path", folder, "--resume", finished / name, "--eval", "--output", finished.parents[1], opts="DATA.DATASET folder") == 0
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert f"Acc@1 {expected['top1']:.3f}  Acc@5 {expected['top5']:.3f}  loss {expected['loss']:.4f}  images 9" in line
+
+
+def test_fine_tuning_to_other_classes_and_sizes(finished, tmp_path, capsys):
+    root = write_images(tmp_path / "data/train", {"a": 4, "b": 4}).parent
+    write_images(root / "val", {"a": 2, "b": 2})
+    arguments = ("--data-path", root, "--output", tmp_path / "out", "--batch-size", 4)
+    assert trainer(*arguments, "--pretrained", finished / "best.pth", opts="DATA.DATASET folder DATA.IMG_SIZE 48 TRAIN.EPOCHS 1") == 0
+    printed = capsys.readouterr().out
+    assert "head is newly initialised: the file has 3 classes, this model 2" in printed
+    assert "epoch 1/1" in printed, "pretrained weights start a run of all its epochs"
+
+
+def test_release_checkpoint_as_pretrained(folder, tmp_path, capsys):
+    """The release's file format gives weights; resuming from it is refused with the reason."""
+    file = shared("golden/classification_format.pth")
+    lit = "MODEL.LIT.EMBED_DIM 32 MODEL.LIT.DEPTHS [1,1,2,1] MODEL.LIT.PATCH_SIZE 4 DATA.DATASET folder TRAIN.EPOCHS 1"
+    assert trainer("--data-path", folder, "--pretrained", file, "--output", tmp_path, "--batch-size", 8, opts=lit) == 0
+    assert "10 classes" in capsys.readouterr().out
+    assert trainer("--data-path", folder, "--resume", file, "--output", tmp_path / "b", opts=lit + " MODEL.NUM_CLASSES 3") == 1
+    assert "cannot be resumed; --pretrained" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, opts, words",
+    [
+        (["--pretrained", "nowhere.pth"], "", "no checkpoint at nowhere.pth"),
+        (["--resume", "nowhere.pth"], "", "no checkpoint at nowhere.pth"),
+        (["--eval"], "", "--eval needs the weights"),
+        (["--data-path", "nowhere"], "DATA.DATASET folder", "no folder nowhere/train"),
+        ([], "MODEL.NUM_CLASSES 12", "MODEL.NUM_CLASSES=12, but the training data has 10"),
+        ([], "MODEL.LIT.NUM_HEADS [1,2,3,8]", "num_heads=3"),
+    ],
+)
+def test_bad_starts(flags, opts, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert trainer(*flags, "--output", tmp_path / "out", opts=opts) == 1
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_weights_that_do_not_fit(finished, folder, tmp_path, capsys):
+    arguments = ("--data-path", folder, "--output", tmp_path)
+    assert trainer(*arguments, "--pretrained", finished / "best.pth", opts="DATA.DATASET folder MODEL.LIT.ALPHA 0.5") == 1
+    assert "another variant" in capsys.readouterr().err
+    assert trainer("--output", tmp_path, "--resume", finished / "best.pth") == 1  # digits have other classes
+    assert "trained on other classes (3: cat, dog, owl ...)" in capsys.readouterr().err
+
+
+def test_a_damaged_latest_is_reported_and_the_previous_one_used(finished, folder, tmp_path, capsys):
+    import shutil
+
+    copy = tmp_path / "litv2_digits" / "default"
+    shutil.copytree(finished, copy)
+    good = (copy / "latest.pth").read_bytes()
+    (copy / "latest.pth").write_bytes(good[: len(good) // 3])
+    arguments = ("--data-path", folder, "--output", tmp_path, "--batch-size", 5, "--ema-decay", 0.9)
+    assert trainer(*arguments, opts="DATA.DATASET folder SAVE_FREQ 1") == 0
+    printed = capsys.readouterr().out
+    assert "damaged checkpoint, using the one before" in printed and "resuming from" in printed and "previous.pth" in printed
+    a, b = (torch.load(path / "latest.pth", weights_only=True) for path in (finished, copy))
+    assert all(max_difference(a["model"][name], b["model"][name]) == 0 for name in a["model"])
+    for name in ("latest.pth", "previous.pth"):
+        (copy / name).write_bytes(b"no checkpoint")
+    assert trainer(*arguments, opts="DATA.DATASET folder SAVE_FREQ 1") == 1
+    assert "remove them to start again" in capsys.readouterr().err
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    import checkpoint
+
+    checkpoint.save_latest(tmp_path, {"value": 1})
+
+    class Unwritable:
+        def __reduce__(self):
+            raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.save(tmp_path / "latest.pth", {"value": Unwritable()})
+    assert read_checkpoint(tmp_path / "latest.pth") == {"value": 1}
+
+
+def test_nonfinite_loss_saves_and_names_the_files(folder, tmp_path, capsys):
+    """An absurd learning rate: the run ends with exit code 1, the files of the batch and a finite checkpoint."""
+    code = trainer("--data-path", folder, "--output", tmp_path, "--batch-size", 6,
+                   opts="DATA.DATASET folder TRAIN.BASE_LR 1e30 TRAIN.CLIP_GRAD 0 TRAIN.EPOCHS 3 TRAIN.EMA_DECAY 0")  # fmt: skip
+    assert code == 1
+    message = capsys.readouterr().err
+    assert "not finite at epoch" in message and ".png" in message
+    state = read_checkpoint(tmp_path / "litv2_digits/default/latest.pth")
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_throughput_needs_no_data(tmp_path, capsys):
+    assert trainer("--throughput", "--batch-size", 2, "--output", tmp_path, opts="DATA.DATASET folder") == 0
+    result = json.loads((tmp_path / "litv2_digits/default/throughput.json").read_text())
+    assert result["batch_size"] == 2 and result["images_per_second"] > 0
+    assert "latency_ms_p90" in capsys.readouterr().out
+
+
+def test_accumulation_and_gradient_checkpointing_run(folder, tmp_path):
+    flags = ("--data-path", folder, "--output", tmp_path, "--batch-size", 5, "--accumulation-steps", 3, "--use-checkpoint")
+    assert trainer(*flags, opts="DATA.DATASET folder AUG.MIXUP 0 AUG.CUTMIX 1 TRAIN.LAYER_DECAY 0.8") == 0
+    assert read_checkpoint(tmp_path / "litv2_digits/default/latest.pth")["progress"]["updates"] == 4  # 4 steps an epoch: groups of 3 and 1
+
+
+def test_wrong_flag_from_the_shell():
+    done = run_trainer("--epochs", "3", check=False)
+    assert done.returncode == 2 and "--epochs" in done.stderr and "Traceback" not in done.stderr

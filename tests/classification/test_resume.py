@@ -1,0 +1,142 @@
+"""Killed and resumed runs end in the very bits of the run that was never stopped; shards and batch counts may be uneven."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from helpers import ROOT, run_trainer, trainer_command, trainer_environment, write_images
+
+from litv2.checkpoint import read_checkpoint
+
+# Everything random at once: workers, mixup and cutmix, erasing, drop path, EMA, accumulation with a short last group.
+OPTS = """TRAIN.EMA_DECAY 0.9 AUG.MIXUP 0.8 AUG.CUTMIX 1.0 AUG.REPROB 0.3 AUG.AUTO_AUGMENT rand-m9-mstd0.5-inc1
+MODEL.DROP_PATH_RATE 0.2 MODEL.DROP_RATE 0.1 TRAIN.ACCUMULATION_STEPS 3"""
+
+
+def checkpoint_of(folder):
+    return read_checkpoint(folder / "litv2_digits/default/latest.pth")
+
+
+def same(a, b, where="state"):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def kill_after(update: int, number: int, out, processes: int, flags) -> int:
+    """Starts a run, sends it the signal once that many optimizer steps are done, returns its exit code."""
+    metrics = out / "litv2_digits/default/metrics.jsonl"
+    process = subprocess.Popen(
+        trainer_command(*flags, "--output", out, opts=OPTS, processes=processes), cwd=ROOT / "classification", env=trainer_environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= update):
+            assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+            time.sleep(0.02)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=90)
+        assert "saved at epoch" in output, output
+        return process.returncode
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize("processes, number", [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_resume_is_bit_for_bit(processes, number, tmp_path):
+    flags = ("--batch-size", 32 // processes, "--workers", 2 if processes == 1 else 1)
+    run_trainer(*flags, "--output", tmp_path / "whole", opts=OPTS, processes=processes)
+    code = kill_after(5, number, tmp_path / "killed", processes, flags)
+    assert code == 128 + number if processes == 1 else code != 0
+    stopped = checkpoint_of(tmp_path / "killed")["progress"]
+    assert 0 < stopped["step"] < 44 and stopped["step"] % 3 == 0, "stopped within an epoch, between optimizer steps"
+    run_trainer(*flags, "--output", tmp_path / "killed", opts=OPTS, processes=processes)
+    whole, resumed = checkpoint_of(tmp_path / "whole"), checkpoint_of(tmp_path / "killed")
+    assert whole["progress"]["epoch"] == 2 and whole["progress"]["updates"] == 30
+    for key in whole.keys() - {"config", "versions"}:
+        same(whole[key], resumed[key], key)
+    rows = [[json.loads(line) for line in (tmp_path / run / "litv2_digits/default/metrics.jsonl").read_text().splitlines()] for run in ("whole", "killed")]
+    assert [row["update"] for row in rows[0]] == [row["update"] for row in rows[1]], "no row twice, none missing"
+
+
+def test_torchrun_restarts_by_itself(tmp_path):
+    """A rank that dies without a word is started again by torchrun and goes on from the latest checkpoint."""
+    out = tmp_path / "litv2_digits/default"
+    command = trainer_command(
+        "--batch-size", 16, "--workers", 0, "--output", tmp_path, opts="SAVE_STEPS 5 TRAIN.EPOCHS 1", processes=2, launcher=("--max-restarts=2",)
+    )
+    process = subprocess.Popen(command, cwd=ROOT / "classification", env=trainer_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "latest.pth").is_file():
+            assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+            time.sleep(0.02)
+        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        subprocess.run(["kill", "-9", workers[-1]], check=True)
+        output, _ = process.communicate(timeout=180)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output[-3000:]
+    assert re.search(r"resumed at epoch 0, step [1-9]", output), output[-3000:]
+    assert read_checkpoint(out / "latest.pth")["progress"]["epoch"] == 1
+
+
+def test_two_processes_evaluate_as_one(tmp_path):
+    """Five images on two ranks: shares of 3 and 2, two batches and one. Same numbers as one process, no hang."""
+    root = write_images(tmp_path / "data/train", {"a": 6, "b": 6}).parent
+    write_images(root / "val", {"a": 3, "b": 2})
+    opts = "DATA.DATASET folder TRAIN.EPOCHS 1"
+    flags = ("--data-path", root, "--workers", 1, "--batch-size", 2)
+    run_trainer(*flags, "--output", tmp_path / "out", opts=opts)
+    best = tmp_path / "out/litv2_digits/default/best.pth"
+    lines = []
+    for processes in (1, 2):
+        done = run_trainer(*flags, "--resume", best, "--eval", "--output", tmp_path / f"eval{processes}", opts=opts, processes=processes)
+        lines.append(re.search(r"Acc@1.*", done.stdout).group())
+    assert lines[0] == lines[1] and lines[0].endswith("images 5")
+
+
+def test_streams_of_different_length_do_not_hang():
+    """Ranks of a streaming reader with 3 and 5 batches train 3 steps each and end together."""
+    code = """
+import os, sys
+sys.path[:0] = ["classification", "."]
+import torch, torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from data.dataset import Batch
+from data.loader import BadFiles
+from engine import Precision, Progress, train_one_epoch
+dist.init_process_group("gloo")
+class Scheduler:
+    def step_update(self, update): pass
+count = 3 if dist.get_rank() == 0 else 5
+loader = [Batch(torch.randn(2, 4), torch.zeros(2, dtype=torch.long), ["x", "y"], []) for _ in range(count)]
+model = DistributedDataParallel(nn.Linear(4, 3))
+optimizer, progress = torch.optim.SGD(model.parameters(), lr=0.1), Progress()
+train_one_epoch(model, loader, 5, optimizer, Scheduler(), Precision(torch.device("cpu")), nn.CrossEntropyLoss(), progress,
+                accumulation=2, streaming=True, bad_files=BadFiles(0, print))
+assert (progress.step, progress.updates) == (3, 2), progress
+dist.destroy_process_group()
+"""
+    import sys
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=trainer_environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
