@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
+import distributed
 import numpy as np
 import torch
 
-import distributed
 from litv2.checkpoint import read_checkpoint
 
 LATEST, PREVIOUS, BEST = "latest.pth", "previous.pth", "best.pth"

@@ -25,7 +25,7 @@ _C.DATA.VAL_SPLIT = "val"  # the same for validation
 _C.DATA.IMG_SIZE = 224  # side of the square training image in pixels
 _C.DATA.INTERPOLATION = "bicubic"  # of resizing: bicubic | bilinear | random (training only)
 _C.DATA.ZIP_MODE = False  # read train.zip and val.zip with train_map.txt and val_map.txt; --zip
-_C.DATA.CACHE_MODE = "part"  # zip only: no = read each time, full = keep all images in memory, part = keep this process's share; --cache-mode
+_C.DATA.CACHE_MODE = "part"  # zip only: no = read each time, full = keep all in memory, part = this process's share; --cache-mode
 _C.DATA.PIN_MEMORY = True  # page-locked batches for faster copies to CUDA
 _C.DATA.NUM_WORKERS = -1  # loader processes per training process, -1 = one per core, at most 8; --workers
 _C.DATA.MAX_BAD_FILES = 10  # unreadable images that are reported and skipped; one more stops the run
@@ -114,7 +114,8 @@ _CHOICES = {
 _AT_LEAST = {
     "DATA.BATCH_SIZE": 1, "DATA.IMG_SIZE": 32, "DATA.NUM_WORKERS": -1, "DATA.MAX_BAD_FILES": 0, "TRAIN.EPOCHS": 1,
     "TRAIN.WARMUP_EPOCHS": 0, "TRAIN.ACCUMULATION_STEPS": 1, "TRAIN.CLIP_GRAD": 0, "TRAIN.EMA_DECAY": 0,
-    "TRAIN.MAX_NONFINITE": 0, "AUG.MIXUP": 0, "AUG.CUTMIX": 0, "TEST.IMG_SIZE": 0, "PRINT_FREQ": 1, "EVAL_FREQ": 1, "SAVE_FREQ": 0, "SAVE_STEPS": 0,
+    "TRAIN.MAX_NONFINITE": 0, "AUG.MIXUP": 0, "AUG.CUTMIX": 0, "TEST.IMG_SIZE": 0,
+    "PRINT_FREQ": 1, "EVAL_FREQ": 1, "SAVE_FREQ": 0, "SAVE_STEPS": 0,
 }  # fmt: skip
 
 

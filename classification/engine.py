@@ -7,18 +7,17 @@ import signal
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Callable, Iterable, Iterator
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import distributed
+import torch
+import torch.nn.functional as F
 from data.dataset import Batch
 from data.loader import BadFiles
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 
 class NonFiniteLoss(RuntimeError):

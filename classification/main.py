@@ -13,7 +13,6 @@ Results go to OUTPUT/MODEL.NAME/TAG; running the same command again goes on from
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 import time
@@ -22,28 +21,28 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # litv2 and hilo of this checkout, installed or not
 
+import checkpoint
+import distributed
+import engine
 import numpy as np
 import PIL
 import timm
 import torch
+from config import parse_args, to_dict
+from data import build_loaders, build_mixup
+from data.loader import BadFiles, Loaders
+from data.sources import DataError
+from logger import Logger, read_metrics
+from optim import build_optimizer, build_scheduler
+from plots import plot_curves, plot_predictions
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
-import checkpoint
-import distributed
-import engine
-from config import parse_args, to_dict
-from data import build_loaders, build_mixup
-from data.loader import BadFiles, Loaders
-from data.sources import DataError
 from litv2 import LITv2
 from litv2.checkpoint import find_weights, load_weights, read_checkpoint
-from logger import Logger, read_metrics
-from optim import build_optimizer, build_scheduler
-from plots import plot_curves, plot_predictions
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -210,9 +209,9 @@ class Training:
             progress.epoch, progress.step = done, 0
             if result is not None:
                 per_epoch = (time.perf_counter() - start) / (done - done_before)
-                left = per_epoch * (config.TRAIN.EPOCHS - done)
                 self.log(f"epoch {done}/{config.TRAIN.EPOCHS}  Acc@1 {result['top1']:.3f}  Acc@5 {result['top5']:.3f}  "
-                         f"val loss {result['loss']:.4f}  best {progress.best:.3f}  {per_epoch:.1f} s/epoch, {_clock(left)} left")  # fmt: skip
+                         f"val loss {result['loss']:.4f}  best {progress.best:.3f}  {per_epoch:.1f} s/epoch, "
+                         f"{_clock(per_epoch * (config.TRAIN.EPOCHS - done))} left")  # fmt: skip
                 self.log.metrics("val", progress.updates, epoch=done, **result)
             state = self._save_latest()
             if distributed.rank() == 0:
@@ -278,7 +277,9 @@ class Training:
             curves, predictions = self.folder / "curves.png", self.folder / "predictions.png"
             plot_curves(read_metrics(self.folder), self.updates_per_epoch, curves)
             if self.loaders.sampler is not None:  # a streaming reader has no image number 7
-                plot_predictions(self.best_model, self.loaders.val.dataset, self.loaders.class_names, self.config, self.precision, predictions)
+                plot_predictions(
+                    self.best_model, self.loaders.val.dataset, self.loaders.class_names, self.config, self.precision, predictions
+                )
             rows = [
                 ("best Acc@1", f"{progress.best:.3f} % after epoch {progress.best_epoch + 1}"),
                 ("curves", curves),
@@ -389,6 +390,4 @@ def _clock(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code) if code >= 128 else sys.exit(code)
+    sys.exit(main())

@@ -35,9 +35,7 @@ def build_optimizer(config: CfgNode, model: nn.Module, total_batch: int) -> torc
     order = ("decay", "no_decay", "offset")
     ordered = [groups[key] for key in sorted(groups, key=lambda key: (key[1], order.index(key[0])))]
     device = next(model.parameters()).device.type
-    return torch.optim.AdamW(
-        ordered, lr=lr, betas=tuple(train.OPTIMIZER.BETAS), eps=train.OPTIMIZER.EPS, fused=device in ("cpu", "cuda")
-    )
+    return torch.optim.AdamW(ordered, lr=lr, betas=tuple(train.OPTIMIZER.BETAS), eps=train.OPTIMIZER.EPS, fused=device in ("cpu", "cuda"))
 
 
 def scaled_lr(lr: float, total_batch: int) -> float:

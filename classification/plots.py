@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
-from yacs.config import CfgNode
-
 from data.dataset import ImageDataset, collate
 from data.transforms import denormalise
 from engine import Precision
+from torch import nn
+from yacs.config import CfgNode
 
 
 def plot_curves(rows: list[dict], steps_per_epoch: int, path: Path) -> None:
@@ -26,7 +25,8 @@ def plot_curves(rows: list[dict], steps_per_epoch: int, path: Path) -> None:
     loss.set(title="Loss", xlabel="epoch")
     loss.legend()
     for key, label in (("top1", "top-1"), ("top5", "top-5")):
-        accuracy.plot(val_epochs, [row[key] for row in val], label=f"{label}: {val[-1][key]:.2f} % at the end" if val else label, marker=".")
+        last = f": {val[-1][key]:.2f} % at the end" if val else ""
+        accuracy.plot(val_epochs, [row[key] for row in val], label=label + last, marker=".")
     accuracy.set(title="Validation accuracy", xlabel="epoch", ylabel="%")
     accuracy.legend()
     rate.plot(train_epochs, [row["lr"] for row in train])

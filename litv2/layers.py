@@ -121,9 +121,7 @@ class Block(nn.Module):
         self.attn = None
         if window_size > 0:
             self.norm1 = nn.LayerNorm(dim)
-            self.attn = HiLo(
-                dim, num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=drop, window_size=window_size, alpha=alpha
-            )
+            self.attn = HiLo(dim, num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=drop, window_size=window_size, alpha=alpha)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
         self.drop_path = DropPath(drop_path)

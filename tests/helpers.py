@@ -88,7 +88,9 @@ TRAIN.EPOCHS 2 TRAIN.WARMUP_EPOCHS 0 PRINT_FREQ 1
 """.split()
 
 
-def trainer_command(*flags: str, opts: str = "", processes: int = 1, cfg: str = "configs/litv2-digits.yaml", launcher: tuple[str, ...] = ()) -> list[str]:
+def trainer_command(
+    *flags: str, opts: str = "", processes: int = 1, cfg: str = "configs/litv2-digits.yaml", launcher: tuple[str, ...] = ()
+) -> list[str]:
     start = [sys.executable]
     if processes > 1 or launcher:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *launcher]
@@ -102,7 +104,12 @@ def trainer_environment() -> dict[str, str]:
 def run_trainer(*flags: str, check: bool = True, timeout: int = 240, **kwargs) -> subprocess.CompletedProcess:
     """The trainer as a user starts it, in a process of its own."""
     done = subprocess.run(
-        trainer_command(*flags, **kwargs), cwd=ROOT / "classification", env=trainer_environment(), capture_output=True, text=True, timeout=timeout
+        trainer_command(*flags, **kwargs),
+        cwd=ROOT / "classification",
+        env=trainer_environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     if check and done.returncode != 0:
         raise AssertionError(f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
+import distributed
 import torch
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
-
-import distributed
 
 from .dataset import ImageDataset, StreamingDataset, collate
 from .sampler import EvalSampler, TrainSampler
@@ -60,7 +58,7 @@ def build_loaders(config: CfgNode) -> Loaders:
         persistent_workers=workers > 0,
         collate_fn=collate,
         pin_memory=data.PIN_MEMORY and torch.cuda.is_available(),
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_own_process_group,
     )
     transforms = build_transform(config, training=True), build_transform(config, training=False)
 
@@ -117,7 +115,8 @@ def _class_count(config: CfgNode) -> int:
     return config.MODEL.NUM_CLASSES
 
 
-def _ignore_signals(worker: int) -> None:
-    # Ctrl-C and SIGTERM reach the whole process group; the trainer finishes its step and then ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _own_process_group(worker: int) -> None:
+    # Ctrl-C and torchrun's SIGTERM go to the whole process group of the trainer. It finishes its step and saves; a worker
+    # that died meanwhile would interrupt that step in its middle.
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()

@@ -9,13 +9,13 @@ from __future__ import annotations
 import io
 import os
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO, Callable, Sequence
-
-from PIL import Image
-from yacs.config import CfgNode
+from typing import BinaryIO
 
 import distributed
+from PIL import Image
+from yacs.config import CfgNode
 
 STREAMING = ("wds/", "hfds/", "hfids/", "tfds/")
 

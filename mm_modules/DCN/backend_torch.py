@@ -44,7 +44,7 @@ def deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask) 
 def _sample_positions(offset: Tensor, kh: int, kw: int, stride, padding, dilation) -> tuple[Tensor, Tensor]:
     """Where each tap reads, in pixels of the input: y and x, each (B, Ho, Wo, kh * kw, offset_groups)."""
     B, channels, Ho, Wo = offset.shape
-    offset = offset.reshape(B, channels // (2 * kh * kw), kh * kw, 2, Ho, Wo).permute(3, 0, 4, 5, 2, 1)  # (2, B, Ho, Wo, taps, offset_groups)
+    offset = offset.reshape(B, channels // (2 * kh * kw), kh * kw, 2, Ho, Wo).permute(3, 0, 4, 5, 2, 1)  # (2, B, Ho, Wo, taps, groups)
 
     def axis(size: int, step: int) -> Tensor:
         return torch.arange(size, device=offset.device, dtype=offset.dtype) * step

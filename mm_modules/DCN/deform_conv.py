@@ -5,7 +5,7 @@ The definition is that of ``torchvision.ops.deform_conv2d``; ``choose_backend`` 
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +93,7 @@ def _check(input, offset, weight, bias, stride, padding, dilation, mask) -> None
     O, C_per_group, kh, kw = weight.shape
     groups = C // C_per_group
     if C % C_per_group or O % groups:
-        fail(f"weight {tuple(weight.shape)} does not fit input {tuple(input.shape)}: C must be groups * weight.shape[1], O a multiple of groups")
+        fail(f"weight {tuple(weight.shape)} does not fit input {tuple(input.shape)}: C = groups * weight.shape[1], groups dividing O")
     if bias is not None and bias.shape != (O,):
         fail(f"bias has the shape {tuple(bias.shape)}, expected ({O},)")
     offset_groups = offset.shape[1] // (2 * kh * kw)
@@ -135,7 +135,7 @@ class DeformConv2dPack(nn.Module):
         kh, kw = _pair(kernel_size)
         if in_channels % groups or out_channels % groups or in_channels % offset_groups:
             raise ValueError(
-                f"DeformConv2dPack: {groups=} must divide {in_channels=} and {out_channels=}, and {offset_groups=} must divide {in_channels=}"
+                f"DeformConv2dPack: {groups=} must divide {in_channels=} and {out_channels=}, {offset_groups=} must divide in_channels"
             )
         self.stride, self.padding, self.dilation = _pair(stride), _pair(padding), _pair(dilation)
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, kh, kw))

@@ -43,12 +43,18 @@ def test_new_flags():
 
 @pytest.mark.parametrize("level, amp", [("O0", "off"), ("O1", "bf16"), ("O2", "bf16")])
 def test_amp_opt_level_on_the_cpu(level, amp):
-    assert parse("--amp-opt-level", level, "--device", "cpu").AMP == amp
+    assert amp == parse("--amp-opt-level", level, "--device", "cpu").AMP
 
 
 def test_a_flag_that_is_not_given_overrides_nothing(tmp_path):
     file = tmp_path / "a.yaml"
-    file.write_text("DATA: {ZIP_MODE: true, BATCH_SIZE: 5, CACHE_MODE: full}\nTRAIN: {USE_CHECKPOINT: true, ACCUMULATION_STEPS: 4}\nEVAL_MODE: true\nAMP: bf16\n")
+    lines = (
+        "DATA: {ZIP_MODE: true, BATCH_SIZE: 5, CACHE_MODE: full}",
+        "TRAIN: {USE_CHECKPOINT: true, ACCUMULATION_STEPS: 4}",
+        "EVAL_MODE: true",
+        "AMP: bf16",
+    )
+    file.write_text("\n".join(lines))
     expected = default_config()
     expected.merge_from_file(str(file))
     assert to_dict(parse_args(["--cfg", str(file)])) == to_dict(expected)
@@ -87,7 +93,9 @@ def test_the_recipe():
 
 
 def test_text_and_whole_numbers_are_read_as_the_keys_type():
-    config = parse("--opts", "TRAIN.BASE_LR", "1e-3", "TRAIN.CLIP_GRAD", "1", "MODEL.LIT.DEPTHS", "[1, 1, 1, 1]", "TEST.CROP", "false", "TAG", "7")
+    config = parse(
+        "--opts", "TRAIN.BASE_LR", "1e-3", "TRAIN.CLIP_GRAD", "1", "MODEL.LIT.DEPTHS", "[1, 1, 1, 1]", "TEST.CROP", "false", "TAG", "7"
+    )
     assert (config.TRAIN.BASE_LR, config.TRAIN.CLIP_GRAD, config.TEST.CROP, config.TAG) == (1e-3, 1.0, False, "7")
     assert type(config.TRAIN.CLIP_GRAD) is float and config.MODEL.LIT.DEPTHS == [1, 1, 1, 1]
 
@@ -121,7 +129,9 @@ def test_refused(flags, words, capsys):
     assert re.search(words, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("text, words", [("TRAIN: {EPOHS: 3}", "no key TRAIN.EPOHS"), ("- 1", "keys and values"), ("a: [", "not valid YAML")])
+@pytest.mark.parametrize(
+    "text, words", [("TRAIN: {EPOHS: 3}", "no key TRAIN.EPOHS"), ("- 1", "keys and values"), ("a: [", "not valid YAML")]
+)
 def test_refused_files(text, words, tmp_path):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ConfigError, match=words):

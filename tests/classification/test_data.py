@@ -7,6 +7,7 @@ import random
 import tarfile
 import zipfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,8 +93,10 @@ def test_cifar(tmp_path):
         open_sources(config("DATA.DATASET", "cifar10", "DATA.DATA_PATH", str(tmp_path / "empty")))
     from unittest import mock
 
-    with mock.patch.object(CIFAR10, "_check_integrity", lambda self: True), mock.patch.object(CIFAR10, "download", lambda self: None), mock.patch(
-        "torchvision.datasets.cifar.check_integrity", lambda *_: True
+    with (
+        mock.patch.object(CIFAR10, "_check_integrity", lambda self: True),
+        mock.patch.object(CIFAR10, "download", lambda self: None),
+        mock.patch("torchvision.datasets.cifar.check_integrity", lambda *_: True),
     ):
         train, val = open_sources(config("DATA.DATASET", "cifar10", "DATA.DATA_PATH", str(tmp_path)))
     assert (len(train), len(val), train.class_names) == (10, 2, list("abcdefghij"))
@@ -116,7 +119,14 @@ def test_webdataset(tmp_path):
                     info.size = len(data)
                     archive.addfile(info, io.BytesIO(data))
     (tmp_path / "_info.json").write_text(
-        json.dumps({"splits": {s: {"name": s, "filenames": [f"{s}-0000.tar"], "shard_lengths": [n], "num_samples": n} for s, n in (("train", 12), ("validation", 5))}})
+        json.dumps(
+            {
+                "splits": {
+                    s: {"name": s, "filenames": [f"{s}-0000.tar"], "shard_lengths": [n], "num_samples": n}
+                    for s, n in (("train", 12), ("validation", 5))
+                }
+            }
+        )
     )
     overrides = ["DATA.DATASET", "wds/", "DATA.DATA_PATH", str(tmp_path), "DATA.VAL_SPLIT", "validation", "DATA.NUM_WORKERS", 1]
     with pytest.raises(DataError, match="MODEL.NUM_CLASSES"):
@@ -141,10 +151,18 @@ def test_every_mode_of_image_decodes_to_the_same_picture(tmp_path):
     ramp = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (48, 1))
     grey = Image.fromarray(ramp)
     wide = Image.fromarray(ramp.astype(np.uint16) * 257)
+    colour = grey.convert("RGB")
     saved = {
-        "grey.png": grey, "rgb.png": grey.convert("RGB"), "rgba.png": grey.convert("RGBA"), "palette.png": grey.convert("P"), "la.png": grey.convert("LA"),
-        "cmyk.tif": grey.convert("RGB").convert("CMYK"), "sixteen.png": wide, "sixteen.tif": wide, "thirtytwo.tif": Image.fromarray(ramp.astype(np.int32) * 257),
-    }  # fmt: skip
+        "grey.png": grey,
+        "rgb.png": colour,
+        "rgba.png": grey.convert("RGBA"),
+        "palette.png": grey.convert("P"),
+        "la.png": grey.convert("LA"),
+        "cmyk.tif": colour.convert("CMYK"),
+        "sixteen.png": wide,
+        "sixteen.tif": wide,
+        "thirtytwo.tif": Image.fromarray(ramp.astype(np.int32) * 257),
+    }
     for name, image in saved.items():
         image.save(tmp_path / name)
         with open(tmp_path / name, "rb") as file:
@@ -195,7 +213,7 @@ def test_nothing_readable(tmp_path):
         file.write_bytes(b"no image")
     from data.sources import ListSource
 
-    source = ListSource([(str(file), 0) for file in tmp_path.rglob("*.png")], ["a"], lambda name: open(name, "rb"))
+    source = ListSource([(str(file), 0) for file in tmp_path.rglob("*.png")], ["a"], lambda name: io.BytesIO(Path(name).read_bytes()))
     with pytest.raises(DataError, match="none of the 2 images"):
         ImageDataset(source, lambda image: image)[0, 1]
     assert len(collate([ImageDataset(source, lambda image: image)[0]]).targets) == 0

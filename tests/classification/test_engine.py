@@ -44,7 +44,9 @@ def train(model, loader, *, mode="off", optimizer=None, **kwargs):
     return progress
 
 
-@pytest.mark.parametrize("sizes, accumulation, groups", [([4, 4, 4, 4], 2, [(0, 1), (2, 3)]), ([4] * 5, 2, [(0, 1), (2, 3), (4,)]), ([4] * 3, 8, [(0, 1, 2)])])
+@pytest.mark.parametrize(
+    "sizes, accumulation, groups", [([4, 4, 4, 4], 2, [(0, 1), (2, 3)]), ([4] * 5, 2, [(0, 1), (2, 3), (4,)]), ([4] * 3, 8, [(0, 1, 2)])]
+)
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 def test_accumulation(sizes, accumulation, groups, clip):
     """One clipped step per group on the mean loss of its batches, the short last group included."""

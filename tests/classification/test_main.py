@@ -30,13 +30,24 @@ def folder(tmp_path_factory):
 def finished(folder, tmp_path_factory):
     """A complete run on the folder; returns its output folder."""
     out = tmp_path_factory.mktemp("run")
-    assert trainer("--data-path", folder, "--output", out, "--batch-size", 5, "--ema-decay", 0.9, opts="DATA.DATASET folder SAVE_FREQ 1") == 0
+    assert (
+        trainer("--data-path", folder, "--output", out, "--batch-size", 5, "--ema-decay", 0.9, opts="DATA.DATASET folder SAVE_FREQ 1") == 0
+    )
     return out / "litv2_digits" / "default"
 
 
 def test_what_a_run_leaves(finished):
     names = {path.name for path in finished.iterdir()}
-    assert names >= {"latest.pth", "previous.pth", "best.pth", "epoch-0001.pth", "epoch-0002.pth", "log.txt", "metrics.jsonl", "config.yaml"}
+    assert names >= {
+        "latest.pth",
+        "previous.pth",
+        "best.pth",
+        "epoch-0001.pth",
+        "epoch-0002.pth",
+        "log.txt",
+        "metrics.jsonl",
+        "config.yaml",
+    }
     assert names >= {"curves.png", "predictions.png", "tensorboard"} and not any(name.endswith(".tmp") for name in names)
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [row["update"] for row in rows if row["kind"] == "train"] == list(range(1, 9))
@@ -62,7 +73,9 @@ def test_what_a_checkpoint_holds(finished):
 def test_running_again_reports_that_all_is_done(finished, folder, capsys):
     before = (finished / "latest.pth").read_bytes()
     out = finished.parents[1]
-    assert trainer("--data-path", folder, "--output", out, "--batch-size", 5, "--ema-decay", 0.9, opts="DATA.DATASET folder SAVE_FREQ 1") == 0
+    assert (
+        trainer("--data-path", folder, "--output", out, "--batch-size", 5, "--ema-decay", 0.9, opts="DATA.DATASET folder SAVE_FREQ 1") == 0
+    )
     assert "all 2 epochs are done already" in capsys.readouterr().out
     assert (finished / "latest.pth").read_bytes() == before
 
@@ -73,7 +86,12 @@ def test_evaluation_of_a_checkpoint(finished, folder, tmp_path, capsys):
     for name, epoch in (("epoch-0001.pth", 1), ("epoch-0002.pth", 2)):
         expected = next(row for row in rows if row["kind"] == "val" and row["epoch"] == epoch)
         capsys.readouterr()
-        assert trainer("--data-path", folder, "--resume", finished / name, "--eval", "--output", finished.parents[1], opts="DATA.DATASET folder") == 0
+        assert (
+            trainer(
+                "--data-path", folder, "--resume", finished / name, "--eval", "--output", finished.parents[1], opts="DATA.DATASET folder"
+            )
+            == 0
+        )
         line = capsys.readouterr().out.splitlines()[-1]
         assert f"Acc@1 {expected['top1']:.3f}  Acc@5 {expected['top5']:.3f}  loss {expected['loss']:.4f}  images 9" in line
 

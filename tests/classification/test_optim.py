@@ -36,7 +36,14 @@ def test_golden_training():
         return lr * 512 / batch
 
     recipe = config(
-        *("TRAIN.BASE_LR", unscaled(case["base_lr"]), "TRAIN.WARMUP_LR", unscaled(case["warmup_lr"]), "TRAIN.MIN_LR", unscaled(case["min_lr"])),
+        *(
+            "TRAIN.BASE_LR",
+            unscaled(case["base_lr"]),
+            "TRAIN.WARMUP_LR",
+            unscaled(case["warmup_lr"]),
+            "TRAIN.MIN_LR",
+            unscaled(case["min_lr"]),
+        ),
         *("TRAIN.EPOCHS", case["epochs"], "TRAIN.WARMUP_EPOCHS", case["warmup_epochs"]),
     )
     model = tiny_model().train()
@@ -65,7 +72,12 @@ def test_layer_decay():
     model = tiny_model()
     depth = {name: layer_of(name, model) for name, _ in model.named_parameters()}
     assert depth["patch_embed.proj.weight"] == 0 and depth["head.weight"] == depth["norm.bias"] == max(depth.values()) == 9
-    order = ["layers.0.blocks.0.norm2.bias", "layers.0.downsample.dconv.weight", "layers.1.blocks.0.norm2.bias", "layers.1.downsample.dconv.bias"]
+    order = [
+        "layers.0.blocks.0.norm2.bias",
+        "layers.0.downsample.dconv.weight",
+        "layers.1.blocks.0.norm2.bias",
+        "layers.1.downsample.dconv.bias",
+    ]
     assert [depth[name] for name in order] == [1, 2, 3, 4]
     optimizer = build_optimizer(config("TRAIN.LAYER_DECAY", 0.5), model, 512)
     build_scheduler(config("TRAIN.LAYER_DECAY", 0.5), optimizer, 10, 512).step_update(200)

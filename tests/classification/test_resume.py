@@ -71,7 +71,10 @@ def test_resume_is_bit_for_bit(processes, number, tmp_path):
     assert whole["progress"]["epoch"] == 2 and whole["progress"]["updates"] == 30
     for key in whole.keys() - {"config", "versions"}:
         same(whole[key], resumed[key], key)
-    rows = [[json.loads(line) for line in (tmp_path / run / "litv2_digits/default/metrics.jsonl").read_text().splitlines()] for run in ("whole", "killed")]
+    rows = [
+        [json.loads(line) for line in (tmp_path / run / "litv2_digits/default/metrics.jsonl").read_text().splitlines()]
+        for run in ("whole", "killed")
+    ]
     assert [row["update"] for row in rows[0]] == [row["update"] for row in rows[1]], "no row twice, none missing"
 
 
@@ -79,9 +82,19 @@ def test_torchrun_restarts_by_itself(tmp_path):
     """A rank that dies without a word is started again by torchrun and goes on from the latest checkpoint."""
     out = tmp_path / "litv2_digits/default"
     command = trainer_command(
-        "--batch-size", 16, "--workers", 0, "--output", tmp_path, opts="SAVE_STEPS 5 TRAIN.EPOCHS 1", processes=2, launcher=("--max-restarts=2",)
+        "--batch-size",
+        16,
+        "--workers",
+        0,
+        "--output",
+        tmp_path,
+        opts="SAVE_STEPS 5 TRAIN.EPOCHS 1",
+        processes=2,
+        launcher=("--max-restarts=2",),
     )
-    process = subprocess.Popen(command, cwd=ROOT / "classification", env=trainer_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT / "classification", env=trainer_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     try:
         deadline = time.monotonic() + 120
         while not (out / "latest.pth").is_file():
@@ -137,6 +150,16 @@ dist.destroy_process_group()
 """
     import sys
 
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", sys.executable, "-c", code]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--no-python",
+        sys.executable,
+        "-c",
+        code,
+    ]
     done = subprocess.run(command, cwd=ROOT, env=trainer_environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -42,7 +42,9 @@ def test_wrappings(wrap, entry, tmp_path):
     weights = {wrap.format(name): value for name, value in model.state_dict().items()}
     if wrap.startswith("backbone"):
         weights["neck.weight"] = torch.zeros(3)
-    content = weights if entry is None else {entry: weights, "epoch": 3, "model": weights if entry == "model" else {"other": torch.zeros(1)}}
+    content = (
+        weights if entry is None else {entry: weights, "epoch": 3, "model": weights if entry == "model" else {"other": torch.zeros(1)}}
+    )
     if entry == "state_dict":
         del content["model"]
     torch.save(content, tmp_path / "file.pth")

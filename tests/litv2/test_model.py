@@ -79,7 +79,9 @@ def test_published_flops(build, size, gflops):
     assert type(flops) is int and flops == round(gflops * 1e9)
 
 
-@pytest.mark.parametrize("alpha, gflops", [(0.0, 3.965), (0.2, 3.881), (0.4, 3.815), (0.5, 3.769), (0.7, 3.742), (0.9, 3.734), (1.0, 3.746)])
+@pytest.mark.parametrize(
+    "alpha, gflops", [(0.0, 3.965), (0.2, 3.881), (0.4, 3.815), (0.5, 3.769), (0.7, 3.742), (0.9, 3.734), (1.0, 3.746)]
+)
 def test_published_flops_of_the_alpha_sweep(alpha, gflops):
     with torch.device("meta"):
         assert litv2_small(alpha=alpha).flops(224, 224) / 1e9 == pytest.approx(gflops, abs=5e-4)
@@ -215,7 +217,9 @@ def test_bad_arguments(kwargs, words):
         LITv2(**{**TINY, **kwargs})
 
 
-@pytest.mark.parametrize("shape, words", [((3, 64, 64), r"\(B, 3, H, W\), not \(3, 64, 64\)"), ((1, 1, 64, 64), "not"), ((1, 3, 31, 64), "31 x 64")])
+@pytest.mark.parametrize(
+    "shape, words", [((3, 64, 64), r"\(B, 3, H, W\), not \(3, 64, 64\)"), ((1, 1, 64, 64), "not"), ((1, 3, 31, 64), "31 x 64")]
+)
 def test_bad_images(shape, words):
     with pytest.raises(ValueError, match=words):
         LITv2(**TINY)(torch.randn(shape))

@@ -66,7 +66,21 @@ def bilinear(image, y, x):
     return total
 
 
-def case(B=2, C=4, H=6, W=5, O=6, kernel=(3, 2), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, offset_groups=1, masked=False, dtype=torch.float64):
+def case(
+    B=2,
+    C=4,
+    H=6,
+    W=5,
+    O=6,
+    kernel=(3, 2),
+    stride=(1, 1),
+    padding=(0, 0),
+    dilation=(1, 1),
+    groups=1,
+    offset_groups=1,
+    masked=False,
+    dtype=torch.float64,
+):
     """Random arguments of one geometry; offsets reach beyond the image."""
     kh, kw = kernel
     Ho = (H + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1

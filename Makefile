@@ -1,0 +1,27 @@
+# make demo   sets up and trains a small LITv2 on the embedded data set
+# make test   sets up and runs the checks and the whole test suite
+# Both reuse what an earlier call has set up. PYTHON=... chooses the interpreter.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test
+
+demo: .venv/ready
+	cd classification && ../$(BIN)/python main.py --cfg configs/litv2-digits.yaml
+	@echo
+	@echo "Go on from here (in classification/, with ../$(BIN)/python for python):"
+	@echo "  python main.py --cfg configs/litv2-digits.yaml --resume output/litv2_digits/default/best.pth --eval"
+	@echo "  python main.py --cfg configs/litv2-small.yaml --throughput --batch-size 8"
+	@echo "  python main.py --cfg configs/litv2-small.yaml --data-path DIR        # DIR/train/CLASS/IMAGE, DIR/val/CLASS/IMAGE"
+	@echo "  tensorboard --logdir output"
+
+test: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+.venv/ready: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@

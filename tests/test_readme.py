@@ -1,0 +1,103 @@
+"""What the README shows is run: its Python sessions, its trainer commands, its table, its file names."""
+
+from __future__ import annotations
+
+import doctest
+import re
+import shlex
+import subprocess
+import tomllib
+
+import pytest
+import torch
+from helpers import ROOT, run_trainer, write_images
+
+import litv2
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("    #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+    if line.strip()
+]
+TRAINER = [command for command in COMMANDS if "main.py" in command]
+
+
+def test_python_sessions():
+    names: dict = {}
+    parser = doctest.DocTestParser()
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", README, re.S)):
+        test = parser.get_doctest(block, names, f"README block {number}", "README.md", 0)
+        runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
+        runner.run(test, clear_globs=False)
+        names.update(test.globs)
+        assert runner.summarize(verbose=False).failed == 0 and runner.tries > 0
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Images for DIR and a checkpoint for FILE."""
+    root = tmp_path_factory.mktemp("readme")
+    write_images(root / "images/train", {"a": 140, "b": 140}, size=32)
+    write_images(root / "images/val", {"a": 3, "b": 3}, size=32)
+    run_trainer(
+        "--data-path", root / "images", "--output", root / "first", cfg="configs/litv2-small.yaml", opts="TRAIN.EPOCHS 1 DATA.IMG_SIZE 32"
+    )
+    return root
+
+
+def test_all_commands_are_known():
+    assert len(TRAINER) == 5
+    others = [command for command in COMMANDS if command not in TRAINER]
+    assert others == ["make demo", "make test", "pip install -r requirements.txt", "pip install -e .", "cd classification"]
+    for target in ("demo", "test"):
+        subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("command", TRAINER)
+def test_trainer_commands(command, trained, tmp_path):
+    """Run as written, in classification/, with a smaller model and schedule appended."""
+    files = dict(DIR=trained / "images", FILE=trained / "first/litv2_small/default/best.pth")
+    program, *words = [str(files.get(word, word)) for word in shlex.split(command)]
+    launcher = words[: words.index("main.py")]
+    flags = words[words.index("main.py") + 1 :]
+    opts = ""
+    if "--opts" in flags:
+        at = flags.index("--opts")
+        flags, opts = flags[:at], " ".join(flags[at + 1 :])
+    cfg = flags[flags.index("--cfg") + 1]
+    flags = [flag for flag in flags if flag not in ("--cfg", cfg)]
+    processes = int(launcher[0].partition("=")[2]) if program == "torchrun" else 1
+    assert program in ("python", "torchrun")
+    done = run_trainer(*flags, "--output", tmp_path, cfg=cfg, processes=processes, opts=opts + " TRAIN.EPOCHS 3 DATA.IMG_SIZE 32")
+    expected = "images_per_second" if "--throughput" in flags else "images 6" if "--eval" in flags else "epoch 3/3"
+    assert expected in done.stdout
+
+
+def test_model_table():
+    rows = re.findall(r"\| LITv2-. \| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| (\d+) \|", README)
+    assert len(rows) == 4
+    for constructor, parameters, gflops, size in rows:
+        with torch.device("meta"):
+            model = getattr(litv2, constructor)()
+        assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.3f}" == parameters
+        assert f"{model.flops(int(size), int(size)) / 1e9:.3f}" == gflops
+
+
+def test_files_that_the_readme_names_exist():
+    for path in re.findall(r"\]\(([\w./]+)\)", README):
+        assert (ROOT / path).exists(), path
+    for name in re.findall(r"`(litv2-[\w{},*-]+\.yaml)`", README):
+        options = name[name.index("{") + 1 : name.index("}")].split(",") if "{" in name else [""]
+        for option in options:
+            pattern = re.sub(r"\{.*\}", option, name)
+            assert list((ROOT / "classification/configs").glob(pattern)), pattern
+
+
+def test_installable_names():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    tools = project["tool"]["setuptools"]
+    assert tools["py-modules"] == ["hilo"] and {name.split(".")[0] for name in tools["packages"]} == {"litv2", "mm_modules"}
+    assert project["build-system"]["requires"] == ["setuptools>=68"]
+    assert project["project"]["dependencies"] == ["torch>=2.6"]
