@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 
 import torch
-from harness import interleaved, table
 
+from harness import interleaved, table
 from mm_modules.DCN import backend_torch, backend_torchvision
 
 SHAPES = ((96, 56), (192, 28), (384, 14))  # channels and side of the input; kernel 2, stride 2, twice the channels

@@ -12,8 +12,8 @@ import argparse
 import copy
 
 import torch
-from harness import interleaved, table
 
+from harness import interleaved, table
 from litv2 import litv2_small
 from litv2.layers import DeformableTokenMerging, DepthwiseConv
 

@@ -7,10 +7,10 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-import distributed
 import numpy as np
 import torch
 
+import distributed
 from litv2.checkpoint import read_checkpoint
 
 LATEST, PREVIOUS, BEST = "latest.pth", "previous.pth", "best.pth"

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
-import distributed
 import torch
 import torch.nn.functional as F
-from data.dataset import Batch
-from data.loader import BadFiles
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+
+import distributed
+from data.dataset import Batch
+from data.loader import BadFiles
 
 
 class NonFiniteLoss(RuntimeError):

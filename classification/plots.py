@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
+from yacs.config import CfgNode
+
 from data.dataset import ImageDataset, collate
 from data.transforms import denormalise
 from engine import Precision
-from torch import nn
-from yacs.config import CfgNode
 
 
 def plot_curves(rows: list[dict], steps_per_epoch: int, path: Path) -> None:

@@ -89,10 +89,10 @@ TRAIN.EPOCHS 2 TRAIN.WARMUP_EPOCHS 0 PRINT_FREQ 1
 
 
 def trainer_command(
-    *flags: str, opts: str = "", processes: int = 1, cfg: str = "configs/litv2-digits.yaml", launcher: tuple[str, ...] = ()
+    *flags, opts: str = "", processes: int = 1, cfg: str = "configs/litv2-digits.yaml", launcher: tuple[str, ...] = ()
 ) -> list[str]:
     start = [sys.executable]
-    if processes > 1 or launcher:
+    if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *launcher]
     return [*start, "main.py", "--cfg", cfg, *map(str, flags), "--opts", *FAST, *opts.split()]
 
@@ -101,16 +101,18 @@ def trainer_environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def run_trainer(*flags: str, check: bool = True, timeout: int = 240, **kwargs) -> subprocess.CompletedProcess:
-    """The trainer as a user starts it, in a process of its own."""
-    done = subprocess.run(
-        trainer_command(*flags, **kwargs),
-        cwd=ROOT / "classification",
-        env=trainer_environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+def start_trainer(*flags, **kwargs) -> subprocess.Popen:
+    """The trainer as a user starts it, in a process of its own; its output is read from ``stdout``."""
+    command = trainer_command(*flags, **kwargs)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=ROOT / "classification", env=trainer_environment(), **pipes)
+
+
+def run_trainer(*flags, check: bool = True, timeout: int = 240, **kwargs) -> subprocess.CompletedProcess:
+    """The same, until it ends."""
+    command = trainer_command(*flags, **kwargs)
+    folder = ROOT / "classification"
+    done = subprocess.run(command, cwd=folder, env=trainer_environment(), capture_output=True, text=True, timeout=timeout)
     if check and done.returncode != 0:
         raise AssertionError(f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return done

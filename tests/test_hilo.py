@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, fill, golden, golden_arrays, max_difference
 from torch import Tensor, nn
 from torch.export import Dim, export
 
+from helpers import ROOT, fill, golden, golden_arrays, max_difference
 from hilo import HiLo
 
 

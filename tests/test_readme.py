@@ -10,9 +10,9 @@ import tomllib
 
 import pytest
 import torch
-from helpers import ROOT, run_trainer, write_images
 
 import litv2
+from helpers import ROOT, run_trainer, write_images
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [

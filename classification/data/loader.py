@@ -6,10 +6,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import distributed
 import torch
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
+
+import distributed
 
 from .dataset import ImageDataset, StreamingDataset, collate
 from .sampler import EvalSampler, TrainSampler

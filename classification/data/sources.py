@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-import distributed
 from PIL import Image
 from yacs.config import CfgNode
+
+import distributed
 
 STREAMING = ("wds/", "hfds/", "hfids/", "tfds/")
 
@@ -53,6 +54,8 @@ def open_sources(config: CfgNode) -> tuple[ListSource, ListSource]:
     if data.ZIP_MODE:
         train, val = (_zip(config, split) for split in (data.TRAIN_SPLIT, data.VAL_SPLIT))
     elif data.DATASET == "digits":
+        if data.DATA_PATH:
+            raise DataError("DATA.DATASET is digits, which is not read from --data-path; for your own images set it to folder")
         train, val = _digits()
     elif data.DATASET in ("folder", "imagenet"):
         train = _folder(config, data.TRAIN_SPLIT)

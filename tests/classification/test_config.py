@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from config import ConfigError, default_config, load_config, parse_args, to_dict
 from helpers import ROOT
 
@@ -63,6 +64,7 @@ def test_a_flag_that_is_not_given_overrides_nothing(tmp_path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_builds_its_model(path):
     import torch
+
     from main import build_model
 
     config = load_config(path)

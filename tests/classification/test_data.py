@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from config import load_config
 from data.dataset import ImageDataset, collate, decode, seeded
 from data.loader import BadFiles, build_loaders
@@ -19,7 +21,6 @@ from data.mixup import build_mixup
 from data.sampler import EvalSampler, TrainSampler
 from data.sources import DataError, open_sources
 from helpers import ROOT, write_images
-from PIL import Image
 
 DIGITS = ROOT / "classification/configs/litv2-digits.yaml"
 
@@ -237,6 +238,7 @@ def test_bad_folders(folder, change, words):
     "overrides, words",
     [
         (["DATA.DATASET", "folder"], "needs --data-path"),
+        (["DATA.DATA_PATH", "."], "digits, which is not read from --data-path"),
         (["DATA.DATASET", "imagenat"], "'imagenat' is not known"),
         (["DATA.ZIP_MODE", True, "DATA.DATA_PATH", "."], "there is no train.zip"),
         (["DATA.DATASET", "tar", "DATA.DATA_PATH", "."], "no archive train.tar"),

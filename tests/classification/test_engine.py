@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from config import load_config
 from data.dataset import Batch
 from data.loader import BadFiles
@@ -13,7 +15,6 @@ from data.sources import DataError
 from engine import NonFiniteLoss, Precision, Progress, StopRequested, StopSignals, evaluate, throughput, train_one_epoch
 from helpers import ROOT, tiny_model
 from optim import build_scheduler
-from torch import nn
 
 CPU = torch.device("cpu")
 
@@ -140,7 +141,7 @@ def test_stop_between_steps():
 @pytest.mark.parametrize("mode", ["bf16", "fp16"])
 def test_mixed_precision_trains(mode):
     model, losses = tiny_model().train(), []
-    loader = batches([8], classes=10, size=32) * 12
+    loader = batches([8], classes=10, size=32) * 5
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     progress = Progress()
     config = load_config(ROOT / "classification/configs/litv2-digits.yaml")
@@ -148,7 +149,7 @@ def test_mixed_precision_trains(mode):
     precision = Precision(CPU, mode)
     assert precision.scaler.is_enabled() == (mode == "fp16")
     train_one_epoch(
-        model, loader, 12, optimizer, scheduler, precision, nn.CrossEntropyLoss(), progress,
+        model, loader, 5, optimizer, scheduler, precision, nn.CrossEntropyLoss(), progress,
         bad_files=BadFiles(0, print), clip_grad=5.0, on_update=lambda record: losses.append(record["loss"]),
     )  # fmt: skip
     assert losses[-1] < losses[0] and all(p.dtype == torch.float32 for p in model.parameters())

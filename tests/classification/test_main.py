@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from helpers import FAST, ROOT, max_difference, run_trainer, shared, write_images
-from main import main
 
+from helpers import FAST, ROOT, max_difference, run_trainer, shared, write_images
 from litv2.checkpoint import find_weights, read_checkpoint
+from main import main
 
 DIGITS = str(ROOT / "classification/configs/litv2-digits.yaml")
 

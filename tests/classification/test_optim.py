@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from timm.loss import LabelSmoothingCrossEntropy
+from torch import nn
+
 from config import load_config
 from helpers import ROOT, generator, golden, normal, tiny_model
 from optim import build_optimizer, build_scheduler, layer_of
-from timm.loss import LabelSmoothingCrossEntropy
-from torch import nn
 
 
 def config(*overrides):

@@ -7,16 +7,17 @@ import re
 import signal
 import subprocess
 import time
+from functools import cache
 
 import pytest
 import torch
-from helpers import ROOT, run_trainer, trainer_command, trainer_environment, write_images
 
+from helpers import ROOT, run_trainer, start_trainer, trainer_environment, write_images
 from litv2.checkpoint import read_checkpoint
 
 # Everything random at once: workers, mixup and cutmix, erasing, drop path, EMA, accumulation with a short last group.
 OPTS = """TRAIN.EMA_DECAY 0.9 AUG.MIXUP 0.8 AUG.CUTMIX 1.0 AUG.REPROB 0.3 AUG.AUTO_AUGMENT rand-m9-mstd0.5-inc1
-MODEL.DROP_PATH_RATE 0.2 MODEL.DROP_RATE 0.1 TRAIN.ACCUMULATION_STEPS 3"""
+MODEL.DROP_PATH_RATE 0.2 MODEL.DROP_RATE 0.1 TRAIN.ACCUMULATION_STEPS 3 DATA.DATASET folder"""
 
 
 def checkpoint_of(folder):
@@ -38,13 +39,36 @@ def same(a, b, where="state"):
         assert a == b, where
 
 
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """100 images: 25 batches of 4, so 8 optimizer steps of 3 batches and one of a single batch."""
+    root = tmp_path_factory.mktemp("images")
+    write_images(root / "train", {"a": 50, "b": 50}, size=32)
+    write_images(root / "val", {"a": 3, "b": 4}, size=32)
+    return root
+
+
+def flags_for(processes: int, images, out) -> list:
+    return ["--data-path", images, "--output", out, "--batch-size", 4 // processes, "--workers", 2 // processes]
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """Output folders of runs that were never stopped, by number of processes."""
+
+    @cache
+    def run(processes: int):
+        out = tmp_path_factory.mktemp(f"whole{processes}")
+        run_trainer(*flags_for(processes, images, out), opts=OPTS, processes=processes)
+        return out
+
+    return run
+
+
 def kill_after(update: int, number: int, out, processes: int, flags) -> int:
     """Starts a run, sends it the signal once that many optimizer steps are done, returns its exit code."""
     metrics = out / "litv2_digits/default/metrics.jsonl"
-    process = subprocess.Popen(
-        trainer_command(*flags, "--output", out, opts=OPTS, processes=processes), cwd=ROOT / "classification", env=trainer_environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    process = start_trainer(*flags, opts=OPTS, processes=processes)
     try:
         deadline = time.monotonic() + 120
         while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= update):
@@ -59,41 +83,30 @@ def kill_after(update: int, number: int, out, processes: int, flags) -> int:
 
 
 @pytest.mark.parametrize("processes, number", [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)])
-def test_resume_is_bit_for_bit(processes, number, tmp_path):
-    flags = ("--batch-size", 32 // processes, "--workers", 2 if processes == 1 else 1)
-    run_trainer(*flags, "--output", tmp_path / "whole", opts=OPTS, processes=processes)
-    code = kill_after(5, number, tmp_path / "killed", processes, flags)
+def test_resume_is_bit_for_bit(processes, number, images, whole, tmp_path):
+    flags = flags_for(processes, images, tmp_path)
+    code = kill_after(2, number, tmp_path, processes, flags)
     assert code == 128 + number if processes == 1 else code != 0
-    stopped = checkpoint_of(tmp_path / "killed")["progress"]
-    assert 0 < stopped["step"] < 44 and stopped["step"] % 3 == 0, "stopped within an epoch, between optimizer steps"
-    run_trainer(*flags, "--output", tmp_path / "killed", opts=OPTS, processes=processes)
-    whole, resumed = checkpoint_of(tmp_path / "whole"), checkpoint_of(tmp_path / "killed")
-    assert whole["progress"]["epoch"] == 2 and whole["progress"]["updates"] == 30
-    for key in whole.keys() - {"config", "versions"}:
-        same(whole[key], resumed[key], key)
-    rows = [
-        [json.loads(line) for line in (tmp_path / run / "litv2_digits/default/metrics.jsonl").read_text().splitlines()]
-        for run in ("whole", "killed")
-    ]
-    assert [row["update"] for row in rows[0]] == [row["update"] for row in rows[1]], "no row twice, none missing"
+    stopped = checkpoint_of(tmp_path)["progress"]
+    assert 0 < stopped["step"] < 25 and stopped["step"] % 3 == 0, "stopped within an epoch, between optimizer steps"
+    run_trainer(*flags, opts=OPTS, processes=processes)
+    expected, resumed = checkpoint_of(whole(processes)), checkpoint_of(tmp_path)
+    assert expected["progress"]["epoch"] == 2 and expected["progress"]["updates"] == 18
+    for key in expected.keys() - {"config", "versions"}:
+        same(expected[key], resumed[key], key)
+    files = [out / "litv2_digits/default/metrics.jsonl" for out in (whole(processes), tmp_path)]
+    updates = [[json.loads(line)["update"] for line in file.read_text().splitlines()] for file in files]
+    assert updates[0] == updates[1], "no row twice, none missing"
 
 
-def test_torchrun_restarts_by_itself(tmp_path):
+def test_torchrun_restarts_by_itself(images, tmp_path):
     """A rank that dies without a word is started again by torchrun and goes on from the latest checkpoint."""
     out = tmp_path / "litv2_digits/default"
-    command = trainer_command(
-        "--batch-size",
-        16,
-        "--workers",
-        0,
-        "--output",
-        tmp_path,
-        opts="SAVE_STEPS 5 TRAIN.EPOCHS 1",
+    process = start_trainer(
+        *("--data-path", images, "--batch-size", 2, "--workers", 0, "--output", tmp_path),
+        opts="SAVE_STEPS 5 TRAIN.EPOCHS 1 DATA.DATASET folder",
         processes=2,
         launcher=("--max-restarts=2",),
-    )
-    process = subprocess.Popen(
-        command, cwd=ROOT / "classification", env=trainer_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
         deadline = time.monotonic() + 120

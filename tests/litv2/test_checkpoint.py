@@ -9,8 +9,8 @@ import zipfile
 
 import pytest
 import torch
-from helpers import SHARED, TINY, fill, max_difference, shared, tiny_model
 
+from helpers import SHARED, TINY, fill, max_difference, shared, tiny_model
 from litv2 import LITv2
 from litv2.checkpoint import find_weights, load_weights, read_checkpoint
 

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from helpers import TINY, fill, golden, golden_arrays, manifest, max_difference, normal, tiny_model
 from torch import nn
 from torch.export import Dim, export
 
+from helpers import TINY, fill, golden, golden_arrays, manifest, max_difference, normal, tiny_model
 from litv2 import LITv2, litv2_base, litv2_medium, litv2_small
 from litv2.layers import DropPath, channels_first, channels_last
 

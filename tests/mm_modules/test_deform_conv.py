@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 import torchvision
-from helpers import ROOT, max_difference
 from torch import nn
 from torch.export import Dim, export
 
+from helpers import ROOT, max_difference
 from mm_modules.DCN import DeformConv2dPack, backend_torch, backend_torchvision, deform_conv, deform_conv2d
 
 BACKENDS = {"torch": backend_torch.deform_conv2d, "torchvision": backend_torchvision.deform_conv2d}
