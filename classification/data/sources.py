@@ -1,7 +1,7 @@
 """Where images come from. A source is a sequence of (encoded file or PIL image, class number) with names for both.
 
 ``source[i]``, ``len(source)``, ``source.filename(i)`` and ``source.class_names`` are all that the pipeline asks of one.
-timm's streaming readers (WebDataset, Hugging Face, TFDS) have no positions; ``loader.py`` reads them directly.
+timm's streaming readers (WebDataset, streamed Hugging Face data sets, TFDS) have no positions; ``loader.py`` reads them directly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 
 import distributed
 
-STREAMING = ("wds/", "hfds/", "hfids/", "tfds/")
+STREAMING = ("wds/", "hfids/", "tfds/")
 
 
 class DataError(ValueError):
@@ -65,9 +65,11 @@ def open_sources(config: CfgNode) -> tuple[ListSource, ListSource]:
     elif data.DATASET == "tar":
         train = _tar(config, data.TRAIN_SPLIT)
         val = _tar(config, data.VAL_SPLIT, train.class_names)
+    elif data.DATASET.startswith("hfds/"):
+        train, val = (_hugging_face(config, split) for split in (data.TRAIN_SPLIT, data.VAL_SPLIT))
     else:
         raise DataError(
-            f"DATA.DATASET={data.DATASET!r} is not known: digits, folder, cifar10, cifar100, tar, or a timm reader ({', '.join(STREAMING)})"
+            f"DATA.DATASET={data.DATASET!r} is not known: digits, folder, cifar10, cifar100, tar, or a timm reader (hfds/, {', '.join(STREAMING)})"
         )
     if max(target for _, target in val.samples) >= len(train.class_names):
         raise DataError(f"validation has class numbers of {len(train.class_names)} or more, training has only so many classes")
@@ -141,6 +143,19 @@ def _tar(config: CfgNode, split: str, class_names: list[str] | None = None) -> L
     samples = [(reader.filename(i), renumber[target]) for i, target in enumerate(reader.targets)]
     position = {name: i for i, (name, _) in enumerate(samples)}
     return ListSource(samples, class_names or found, lambda name: reader[position[name]][0])
+
+
+def _hugging_face(config: CfgNode, split: str) -> ListSource:
+    """DATASET is hfds/NAME, of the hub or a local folder; DATA_PATH is the cache. By timm's reader, without decoding."""
+    from timm.data.readers import create_reader
+
+    try:
+        reader = create_reader(config.DATA.DATASET, root=config.DATA.DATA_PATH or None, split=split)
+    except Exception as error:  # ImportError, and whatever the hub's client raises
+        raise DataError(f"DATA.DATASET={config.DATA.DATASET!r}, split {split!r} cannot be opened: {error}") from error
+    class_names = [name for name, _ in sorted(reader.class_to_idx.items(), key=lambda item: item[1])]
+    samples = [(f"{split}-{i}", target) for i, target in enumerate(reader.iter_targets())]
+    return ListSource(samples, class_names, lambda name: reader[int(name.removeprefix(f"{split}-"))][0])
 
 
 def _zip(config: CfgNode, split: str) -> ListSource:

@@ -78,6 +78,19 @@ def test_tar_equals_folder(folder):
         assert contents(a) == contents(b)
 
 
+def test_hugging_face_equals_folder(folder, tmp_path_factory):
+    pytest.importorskip("datasets")
+    cache = str(tmp_path_factory.mktemp("cache"))
+    overrides = ["DATA.DATASET", f"hfds/{folder}", "DATA.DATA_PATH", cache, "DATA.VAL_SPLIT", "validation"]
+    write_images(folder / "val", {"dog": 1})  # Hugging Face numbers the classes of each split by itself
+    loaded = open_sources(config(*overrides))
+    plain = open_sources(config("DATA.DATASET", "folder", "DATA.DATA_PATH", str(folder)))
+    for a, b in zip(loaded, plain):
+        assert contents(a) == contents(b)
+    with pytest.raises(DataError, match="split 'test' cannot be opened"):
+        open_sources(config(*overrides, "DATA.VAL_SPLIT", "test"))
+
+
 def test_cifar(tmp_path):
     """torchvision's own format, with a few images in it."""
     import pickle
