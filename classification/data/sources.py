@@ -69,7 +69,8 @@ def open_sources(config: CfgNode) -> tuple[ListSource, ListSource]:
         train, val = (_hugging_face(config, split) for split in (data.TRAIN_SPLIT, data.VAL_SPLIT))
     else:
         raise DataError(
-            f"DATA.DATASET={data.DATASET!r} is not known: digits, folder, cifar10, cifar100, tar, or a timm reader (hfds/, {', '.join(STREAMING)})"
+            f"DATA.DATASET={data.DATASET!r} is not known: it is digits, folder, cifar10, cifar100, tar, "
+            f"or a reader of timm: hfds/, {', '.join(STREAMING)}"
         )
     if max(target for _, target in val.samples) >= len(train.class_names):
         raise DataError(f"validation has class numbers of {len(train.class_names)} or more, training has only so many classes")
