@@ -18,7 +18,7 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .venv/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
