@@ -106,7 +106,8 @@ def run(config: CfgNode, device: torch.device) -> int:
     loaders = build_loaders(config)
     num_classes = _check_classes(config, loaders, resumed)
     seed_everything(config.SEED)  # the same weights on every rank
-    model = build_model(config, num_classes).to(device)
+    # The layout that convolutions compute gradients in, else DDP copies them. Names, shapes and values stay.
+    model = build_model(config, num_classes).to(device, memory_format=torch.channels_last)
     if config.MODEL.PRETRAINED:
         weights = find_weights(read_checkpoint(config.MODEL.PRETRAINED))
         for note in load_weights(model, weights, allow_new_head=not config.EVAL_MODE):
