@@ -16,13 +16,18 @@ from litv2.checkpoint import read_checkpoint
 LATEST, PREVIOUS, BEST = "latest.pth", "previous.pth", "best.pth"
 
 
-def save(path: Path, state: dict) -> None:
-    """Writes beside the target, flushes to the disk, then renames: a reader finds the old file or the new one."""
+def save(path: Path, state: dict, previous: Path | None = None) -> None:
+    """Writes beside the target, flushes to the disk, then renames: a reader finds the old file or the new one.
+
+    ``previous`` is where the old file goes, once the new one is complete.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
+    if previous is not None and path.exists():
+        os.replace(path, previous)
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -33,10 +38,7 @@ def save(path: Path, state: dict) -> None:
 
 def save_latest(folder: Path, state: dict) -> None:
     """As ``save``, and keeps the one before as previous.pth, in case the disk damages the newest."""
-    latest = folder / LATEST
-    if latest.exists():
-        os.replace(latest, folder / PREVIOUS)
-    save(latest, state)
+    save(folder / LATEST, state, previous=folder / PREVIOUS)
 
 
 def find_latest(folder: Path, log: Callable[[str], None]) -> tuple[Path, dict] | None:

@@ -43,11 +43,16 @@ class Logger:
         for name, value in values.items():
             self._tensorboard.add_scalar(f"{kind}/{name}", value, update)
 
-    def forget_after(self, update: int) -> None:
-        """Removes rows that a resumed run will write again."""
+    def forget_after(self, update: int, epoch: int) -> None:
+        """Removes rows that a run resumed after ``update`` steps and ``epoch`` complete epochs will write again."""
+
+        def stays(line: str) -> bool:
+            row = json.loads(line) if line.endswith("}") else None  # the last line may be cut off
+            return row is not None and row["update"] <= update and not (row["kind"] == "val" and row["epoch"] > epoch)
+
         path = self.folder / METRICS
         if self.active and path.is_file():
-            rows = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["update"] <= update]
+            rows = [line for line in path.read_text().splitlines() if stays(line)]
             temporary = path.with_name(path.name + ".tmp")
             temporary.write_text("".join(row + "\n" for row in rows))
             temporary.replace(path)

@@ -218,7 +218,7 @@ class Training:
             self.progress.step = 0
         if then["steps_per_epoch"] != self.loaders.steps_per_epoch:
             self.log(f"an epoch has {self.loaders.steps_per_epoch} steps, it had {then['steps_per_epoch']}: the schedule shifts")
-        self.log.forget_after(self.progress.updates)
+        self.log.forget_after(self.progress.updates, self.progress.epoch)
         self.log(f"resumed at epoch {self.progress.epoch}, step {self.progress.step}, update {self.progress.updates}")
 
     def _restore_random_state(self) -> None:

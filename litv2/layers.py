@@ -30,6 +30,8 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float = 0.0):
         super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"DropPath: rate={rate} must lie in [0, 1)")
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,7 +39,7 @@ class DropPath(nn.Module):
             return x
         keep = 1.0 - self.rate
         kept = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
-        return x * kept.div_(keep) if keep > 0.0 else x * kept
+        return x * kept.div_(keep)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"

@@ -64,7 +64,7 @@ def build_loaders(config: CfgNode) -> Loaders:
     transforms = build_transform(config, training=True), build_transform(config, training=False)
 
     if data.DATASET.startswith(STREAMING):
-        train, val = (_stream(config, training, transform) for training, transform in zip((True, False), transforms))
+        train, val = (_stream(config, training, transform, workers) for training, transform in zip((True, False), transforms))
         return Loaders(
             train=DataLoader(train, data.BATCH_SIZE, drop_last=True, generator=torch.Generator(), **common),
             val=DataLoader(val, data.BATCH_SIZE, generator=torch.Generator(), **common),
@@ -92,7 +92,7 @@ def build_loaders(config: CfgNode) -> Loaders:
     )
 
 
-def _stream(config: CfgNode, training: bool, transform: Callable) -> StreamingDataset:
+def _stream(config: CfgNode, training: bool, transform: Callable, workers: int) -> StreamingDataset:
     from timm.data import create_dataset
 
     data = config.DATA
@@ -102,7 +102,7 @@ def _stream(config: CfgNode, training: bool, transform: Callable) -> StreamingDa
             data.DATASET, root=data.DATA_PATH, split=split, is_training=training, batch_size=data.BATCH_SIZE, seed=config.SEED
         )
         if hasattr(dataset, "set_loader_cfg"):
-            dataset.set_loader_cfg(num_workers=max(1, data.NUM_WORKERS))
+            dataset.set_loader_cfg(num_workers=max(1, workers))
     except ImportError as error:
         raise DataError(f"DATA.DATASET={data.DATASET!r} needs a package that is not installed: {error}") from error
     except (OSError, ValueError, RuntimeError) as error:

@@ -81,7 +81,7 @@ def _corners(y: Tensor, x: Tensor, H: int, W: int) -> tuple[Tensor, Tensor]:
 def _weighted_gather(rows: Tensor, index: Tensor, factor: Tensor) -> Tensor:
     """``sum_j factor[n, j] * rows[index[n, j]]``: rows (R, C), index and factor (N, 4) -> (N, C) in the dtype of rows."""
     if rows.device.type == "cpu" and rows.dtype == factor.dtype and not torch.compiler.is_compiling():
-        # One pass without temporaries, 1.5 times as fast. Low precision stays below: it would round the factors.
+        # One pass without temporaries, and faster. Low precision stays below: this would round the factors.
         return F.embedding_bag(index, rows, per_sample_weights=factor, mode="sum")
     total = sum(rows.index_select(0, index[:, j]) * factor[:, j : j + 1] for j in range(index.shape[1]))
     return total.to(rows.dtype)

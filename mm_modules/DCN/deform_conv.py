@@ -21,8 +21,9 @@ def choose_backend(input: Tensor) -> Callable[..., Tensor]:
     """The implementation for this input; each takes ``(input, offset, weight, bias, stride, padding, dilation, mask)``.
 
     On the CPU our PyTorch version is faster than torchvision's serial operator at every shape of LITv2
-    (``benchmarks/deform_conv.py``). On CUDA torchvision's kernel needs a fraction of the memory, so it is taken where it
-    exists. A traced graph gets the PyTorch version: plain tensor operations that every compiler and exporter knows.
+    (``benchmarks/deform_conv.py``). On CUDA torchvision's operator, one kernel without large temporaries, is taken where
+    it is installed; which of the two is faster there has not been measured. A traced graph gets the PyTorch version:
+    plain tensor operations that every compiler and exporter knows.
     """
     if input.device.type == "cuda" and not torch.compiler.is_compiling() and backend_torchvision.is_available():
         return backend_torchvision.deform_conv2d
@@ -52,8 +53,8 @@ def deform_conv2d(
 
     Returns:
         (B, O, Ho, Wo) in the memory format of channels-last. Under autocast it has autocast's dtype, like a convolution's.
-        A NaN offset gives NaN in the outputs (and gradients) that use it and nowhere else; a sample outside the image,
-        however far, gives 0.
+        A NaN offset gives NaN in the outputs that use it and in no others; a sample outside the image, however far, gives
+        0. (The input's gradient at an image's first pixel may be NaN too, where that image has a NaN offset.)
 
     Raises:
         ValueError: shapes or dtypes that do not fit together; the message names them.

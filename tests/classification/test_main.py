@@ -172,7 +172,26 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
     with pytest.raises(OSError, match="no space"):
         checkpoint.save(tmp_path / "latest.pth", {"value": Unwritable()})
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.save_latest(tmp_path, {"value": Unwritable()})
     assert read_checkpoint(tmp_path / "latest.pth") == {"value": 1}
+    checkpoint.save_latest(tmp_path, {"value": 2})
+    assert [read_checkpoint(tmp_path / name)["value"] for name in ("latest.pth", "previous.pth")] == [2, 1]
+
+
+def test_a_resumed_run_writes_no_row_twice(tmp_path):
+    """Killed between the row of an evaluation and its checkpoint: the row will come again, and is forgotten."""
+    from logger import Logger, read_metrics
+
+    log = Logger(tmp_path, active=True)
+    for epoch in (1, 2):
+        log.metrics("train", 10 * epoch, epoch=epoch - 1, loss=1.0)
+        log.metrics("val", 10 * epoch, epoch=epoch, top1=50.0)
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "tr')  # cut off by the kill
+    log.forget_after(update=20, epoch=1)
+    assert [(row["kind"], row["update"]) for row in read_metrics(tmp_path)] == [("train", 10), ("val", 10), ("train", 20)]
 
 
 def test_nonfinite_loss_saves_and_names_the_files(folder, tmp_path, capsys):
