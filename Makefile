@@ -1,5 +1,5 @@
 # make demo   sets up and trains a small LITv2 on the embedded data set
-# make test   sets up and runs the checks and the whole test suite
+# make test   sets up, builds the compiled deformable convolution and runs the checks and the whole test suite
 # Both reuse what an earlier call has set up. PYTHON=... chooses the interpreter.
 
 PYTHON ?= python3
@@ -16,7 +16,7 @@ demo: .venv/ready
 	@echo "  python main.py --cfg configs/litv2-small.yaml --data-path DIR        # DIR/train/CLASS/IMAGE, DIR/val/CLASS/IMAGE"
 	@echo "  tensorboard --logdir output"
 
-test: .venv/ready
+test: .venv/ready .venv/dcn
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
@@ -24,4 +24,8 @@ test: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+.venv/dcn: .venv/ready mm_modules/DCN/setup.py $(wildcard mm_modules/DCN/csrc/*)
+	cd mm_modules/DCN && ../../$(BIN)/python setup.py build_ext --inplace
 	touch $@

@@ -7,11 +7,12 @@ import importlib.util
 import torch
 from torch import Tensor
 
+problem = None if importlib.util.find_spec("torchvision") else "needs torchvision, which is not installed"
 OUTSIDE = 1e6  # an offset that leads out of any image
 
 
-def is_available() -> bool:
-    return importlib.util.find_spec("torchvision") is not None
+def supports(input: Tensor) -> bool:
+    return problem is None and input.device.type in ("cpu", "cuda")
 
 
 def deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask) -> Tensor:

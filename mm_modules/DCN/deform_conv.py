@@ -5,6 +5,7 @@ The definition is that of ``torchvision.ops.deform_conv2d``; ``choose_backend`` 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -12,22 +13,51 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from . import backend_torch, backend_torchvision
+from . import backend_compiled, backend_torch, backend_torchvision
 
 __all__ = ["DeformConv2dPack", "choose_backend", "deform_conv2d"]
+
+
+BACKENDS = {"compiled": backend_compiled, "torchvision": backend_torchvision, "torch": backend_torch}
+
+
+def _forced_backend() -> str:
+    name = os.environ.get("LITV2_DCN_BACKEND", "auto")
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"LITV2_DCN_BACKEND={name!r} is not one of {', '.join(['auto', *BACKENDS])}")
+    return name
+
+
+backend = _forced_backend()  # "auto", or the one backend to use; the environment is read at import
 
 
 def choose_backend(input: Tensor) -> Callable[..., Tensor]:
     """The implementation for this input; each takes ``(input, offset, weight, bias, stride, padding, dilation, mask)``.
 
-    On the CPU our PyTorch version is faster than torchvision's serial operator at every shape of LITv2
-    (``benchmarks/deform_conv.py``). On CUDA torchvision's operator, one kernel without large temporaries, is taken where
-    it is installed; which of the two is faster there has not been measured. A traced graph gets the PyTorch version:
-    plain tensor operations that every compiler and exporter knows.
+    The compiled backend where it is built for the input's device and dtype. Else on CUDA torchvision's operator, one kernel
+    without large temporaries, where it is installed. Else the PyTorch version: on the CPU it is faster than torchvision's
+    serial operator at every shape of LITv2 (``benchmarks/deform_conv.py``). ``torch.export`` always gets it, so that an
+    exported program is made of plain tensor operations that need nothing of ours; ``torch.compile`` gets it rather than
+    torchvision, to fuse. LITV2_DCN_BACKEND forces one, whatever the case.
+
+    Raises:
+        RuntimeError: the forced backend cannot compute this input.
     """
-    if input.device.type == "cuda" and not torch.compiler.is_compiling() and backend_torchvision.is_available():
-        return backend_torchvision.deform_conv2d
+    if backend != "auto":
+        if not BACKENDS[backend].supports(input):
+            problem = BACKENDS[backend].problem or f"has no kernel for {input.dtype} on {input.device.type}"
+            raise RuntimeError(f"LITV2_DCN_BACKEND={backend}: this backend {problem}")
+        return BACKENDS[backend].deform_conv2d
+    if not _is_exporting():
+        if backend_compiled.supports(input):
+            return backend_compiled.deform_conv2d
+        if input.device.type == "cuda" and not torch.compiler.is_compiling() and backend_torchvision.supports(input):
+            return backend_torchvision.deform_conv2d
     return backend_torch.deform_conv2d
+
+
+# torch < 2.7 cannot tell an export from a compilation.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
 def deform_conv2d(

@@ -1,0 +1,78 @@
+"""Deformable convolution by our C++/CUDA extension, where it is built (``setup.py``): the fastest of the backends.
+
+The extension registers the operators ``litv2::deform_conv2d`` and its backward with their kernels and autocast rules; shape
+inference and autograd are registered here.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+BUILD = "build it with: cd mm_modules/DCN && python setup.py build_ext --inplace"
+
+try:
+    from . import _C  # noqa: F401 (registers the operators)
+except ImportError as error:
+    problem = f"not built; {BUILD}"
+    if error.name is None or not error.name.endswith("DCN._C"):  # it is there, but not for this torch or Python
+        problem = f"cannot be loaded ({error}); {BUILD}"
+        warnings.warn(f"mm_modules.DCN._C {problem}. Until then a slower backend is used.", stacklevel=2)
+    devices: tuple[str, ...] = ()
+else:
+    problem = None
+    devices = tuple(d for d in ("cpu", "cuda") if torch._C._dispatch_has_kernel_for_dispatch_key("litv2::deform_conv2d", d.upper()))
+
+
+def supports(input: Tensor) -> bool:
+    return input.device.type in devices and input.dtype in DTYPES
+
+
+def deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask) -> Tensor:
+    """See ``mm_modules.DCN.deform_conv2d``, which has checked the arguments; ``offset`` and ``mask`` are float32 or better."""
+    return torch.ops.litv2.deform_conv2d(input, offset, weight, bias, mask, stride, padding, dilation)
+
+
+def _register() -> None:
+    @torch.library.register_fake("litv2::deform_conv2d")
+    def _(input, offset, weight, bias, mask, stride, padding, dilation):
+        (B, _, Ho, Wo), O = offset.shape, weight.shape[0]
+        return input.new_empty(B, Ho, Wo, O).permute(0, 3, 1, 2)
+
+    @torch.library.register_fake("litv2::deform_conv2d_backward")
+    def _(gradient, input, offset, weight, mask, stride, padding, dilation, *needs):
+        def like(tensor, needed):
+            if not needed:
+                return input.new_empty(0)
+            a, b, c, d = tensor.shape
+            return tensor.new_empty(a, c, d, b).permute(0, 3, 1, 2)
+
+        return tuple(like(tensor, needed) for tensor, needed in zip((input, offset, weight, mask), needs))
+
+    def keep(ctx, inputs, output):
+        input, offset, weight, bias, mask, *ctx.geometry = inputs
+        ctx.save_for_backward(input, offset, weight, mask)
+
+    def backward(ctx, gradient):
+        needs = ctx.needs_input_grad
+        input, offset, weight, mask = torch.ops.litv2.deform_conv2d_backward(
+            gradient, *ctx.saved_tensors, *ctx.geometry, needs[0], needs[1], needs[2], needs[4]
+        )
+        bias = gradient.sum(dim=(0, 2, 3)) if needs[3] else None
+        results = (input if needs[0] else None, offset if needs[1] else None, weight if needs[2] else None)
+        return *results, bias, mask if needs[4] else None, None, None, None
+
+    def no_double_backward(ctx, *gradients):
+        raise NotImplementedError(
+            "deform_conv2d: the compiled backend has no second derivatives; LITV2_DCN_BACKEND=torch selects the one that has"
+        )
+
+    torch.library.register_autograd("litv2::deform_conv2d", backward, setup_context=keep)
+    torch.library.register_autograd("litv2::deform_conv2d_backward", no_double_backward)
+
+
+if problem is None:
+    _register()

@@ -1,0 +1,272 @@
+"""The compiled backend as an operator: registrations, precision, chunks, threads, devices. Its numbers are tested with the
+other backends' in test_deform_conv.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from helpers import ROOT, max_difference
+from mm_modules.DCN import DeformConv2dPack, backend_compiled, backend_torch, deform_conv
+
+if backend_compiled.problem:
+    pytest.skip(f"the compiled backend is {backend_compiled.problem}", allow_module_level=True)
+
+operator = torch.ops.litv2.deform_conv2d.default
+backward_operator = torch.ops.litv2.deform_conv2d_backward.default
+DTYPES = backend_compiled.DTYPES
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+DTM = ((2, 2), (0, 0), (1, 1))
+GENERAL = ((2, 1), (1, 2), (1, 2))  # stride, padding, dilation: different in h and w
+
+
+def tensors(geometry, dtype=torch.float64, device="cpu", groups=1, offset_groups=1, masked=False, B=2, C=8, H=9, W=7, O=6):
+    """input, offset, weight, bias and mask (or None) of a 2 x 2 kernel, all with gradients."""
+    stride, padding, dilation = geometry
+    Ho, Wo = ((size + 2 * padding[i] - dilation[i] - 1) // stride[i] + 1 for i, size in enumerate((H, W)))
+    position = torch.promote_types(dtype, torch.float32)
+    values = [
+        torch.randn(B, C, H, W, dtype=dtype),
+        torch.randn(B, 8 * offset_groups, Ho, Wo, dtype=position) * 2,
+        torch.randn(O, C // groups, 2, 2, dtype=dtype),
+        torch.randn(O, dtype=dtype),
+        torch.rand(B, 4 * offset_groups, Ho, Wo, dtype=position) if masked else None,
+    ]
+    return [None if value is None else value.to(device).requires_grad_() for value in values]
+
+
+CASES = [
+    dict(geometry=DTM),
+    dict(geometry=GENERAL, groups=2, offset_groups=4, masked=True),
+    dict(geometry=GENERAL, groups=2, offset_groups=1),
+    dict(geometry=DTM, groups=1, offset_groups=2, B=1, masked=True),
+]
+
+
+def gradients(function, values, geometry, seed):
+    """The output, and the gradients of all tensors."""
+    input, offset, weight, bias, mask = values
+    out = function(input, offset, weight, bias, *geometry, mask)
+    return [out, *torch.autograd.grad(out, [v for v in values if v is not None], seed.to(out.dtype))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_registrations(case, dtype, device):
+    values = tensors(**case, dtype=dtype, device=device)
+    geometry = case["geometry"]
+    tolerance = dict(rtol=0.05, atol=0.05) if dtype.itemsize == 2 else {}
+    torch.library.opcheck(operator, (*values, *geometry), **tolerance)
+    gradient = torch.randn_like(operator(*values, *geometry))
+    input, offset, weight, _, mask = (None if value is None else value.detach() for value in values)
+    for wanted in ("input offset weight mask", "offset", "input", "weight"):
+        needs = [name in wanted.split() and (name != "mask" or mask is not None) for name in ("input", "offset", "weight", "mask")]
+        torch.library.opcheck(backward_operator, (gradient.detach(), input, offset, weight, mask, *geometry, *needs), **tolerance)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_is_as_good_as_plain_pytorch(case, dtype, device):
+    """Each result is within twice the error of the PyTorch version in that precision, and positions stay float32."""
+    low = tensors(**case, dtype=dtype, device=device)
+    exact = [None if value is None else value.detach().double().requires_grad_() for value in low]
+    seed = torch.randn_like(operator(*low, *case["geometry"]))
+    truth = gradients(backend_torch.deform_conv2d, exact, case["geometry"], seed)
+    plain = gradients(backend_torch.deform_conv2d, low, case["geometry"], seed)
+    ours = gradients(backend_compiled.deform_conv2d, low, case["geometry"], seed)
+    for a, b, t in zip(ours, plain, truth):
+        assert a.dtype == b.dtype
+        rounding = torch.finfo(a.dtype).eps * t.abs().max().item()
+        assert max_difference(a, t) <= 2 * max(max_difference(b, t), rounding)
+
+
+@pytest.mark.parametrize("groups, masked", [(1, False), (2, True)])
+def test_chunks(groups, masked):
+    """Columns of 117 MiB, in chunks that begin in the middle of an image, and as many channel blocks as threads ask for."""
+    values = tensors(DTM, torch.float32, groups=groups, offset_groups=groups, masked=masked, B=3, C=96, H=201, W=640, O=4)
+    assert values[1][:, 0].numel() * 4 * 96 * 4 > 110 * 2**20
+    seed = torch.randn_like(operator(*values, *DTM))
+    ours = gradients(backend_compiled.deform_conv2d, values, DTM, seed)
+    for a, b in zip(ours, gradients(backend_torch.deform_conv2d, values, DTM, seed)):
+        assert max_difference(a, b) < 2e-5 * b.abs().max()
+
+
+def test_threads():
+    """One image on several threads: each gets channels of its own, and every number of threads gives the same."""
+    values = tensors(DTM, C=96, B=1, offset_groups=2, masked=True)
+    seed = torch.randn_like(operator(*values, *DTM))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 16):
+            torch.set_num_threads(count)
+            results.append(gradients(backend_compiled.deform_conv2d, values, DTM, seed))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(max_difference(a, b) < 1e-12 for a, b in zip(result, results[0]))
+
+
+def test_nan_offset_touches_no_pixel():
+    """A NaN sample has no place to put a gradient: the input's stays finite, the offset's own is NaN, the others' are not."""
+    input, offset, weight, *_ = tensors(DTM)
+    with torch.no_grad():
+        offset[1, 2, 1, 1] = float("nan")
+    out = operator(input, offset, weight, None, None, *DTM)
+    out.nansum().backward()
+    assert input.grad.isfinite().all()
+    assert offset.grad.isnan().nonzero().tolist() == [[1, 2, 1, 1], [1, 3, 1, 1]]
+
+
+def test_infinite_pixel_outside_the_sample_is_not_read():
+    """0 * infinity is NaN: a corner outside the image must be skipped, not read elsewhere with the weight 0."""
+    input, offset, weight = torch.ones(1, 1, 4, 4), torch.zeros(1, 8, 2, 2), torch.ones(1, 1, 2, 2)
+    input[0, 0, 0, 0] = float("inf")
+    offset[0, 7, 1, 1] = 0.5  # the last tap, half out of the image
+    out = operator(input, offset, weight, None, None, *DTM)
+    assert out[0, 0, 0, 0].isinf() and out[0, 0, 1, 1] == 3.5
+
+
+def test_compile_and_export(monkeypatch):
+    """A compiled graph holds the operator; an exported one plain operations, unless this backend is forced."""
+    module = DeformConv2dPack(4, 8, 2, stride=2)
+    nn.init.normal_(module.conv_offset.weight, std=0.3)
+    x = torch.randn(3, 4, 9, 8)
+    graphs = []
+
+    def recorder(graph, inputs):
+        graphs.append(str(graph.code))
+        return graph
+
+    compiled = torch.compile(module, fullgraph=True, backend=recorder, dynamic=True)
+    assert max_difference(compiled(x), module(x)) < 1e-6 and "litv2.deform_conv2d" in graphs[0]
+    trained = torch.compile(module, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(module(x).square().sum(), list(module.parameters()))
+    for a, b in zip(torch.autograd.grad(trained(x).square().sum(), list(module.parameters())), expected):
+        assert max_difference(a, b) < 1e-4
+
+    assert "litv2" not in str(torch.export.export(module, (x,)))
+    monkeypatch.setattr(deform_conv, "backend", "compiled")
+    program = torch.export.export(module, (x,))
+    assert "litv2.deform_conv2d" in str(program)
+    assert max_difference(program.module()(x), module(x)) < 1e-6
+
+
+def test_double_backward_is_an_error():
+    input, offset, weight, *_ = tensors(DTM)
+    (gradient,) = torch.autograd.grad(operator(input, offset, weight, None, None, *DTM).square().sum(), input, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivatives; LITV2_DCN_BACKEND=torch"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_of_the_operator(device):
+    values = tensors(DTM, torch.float32, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        low = operator(*values, *DTM)
+    assert low.dtype == torch.bfloat16
+    exact = operator(*values, *DTM)
+    assert max_difference(low, exact) < 0.02 * exact.abs().max()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cuda_equals_cpu(case):
+    on_cpu = tensors(**case)
+    on_cuda = [None if value is None else value.detach().cuda().requires_grad_() for value in on_cpu]
+    seed = torch.randn_like(operator(*on_cpu, *case["geometry"]))
+    expected = gradients(backend_compiled.deform_conv2d, on_cpu, case["geometry"], seed)
+    for a, b in zip(gradients(backend_compiled.deform_conv2d, on_cuda, case["geometry"], seed.cuda()), expected):
+        assert max_difference(a.cpu(), b) < 1e-11
+
+
+@pytest.mark.skipif(torch.version.cuda is None or shutil.which("nvcc") is None, reason="no nvcc, or a torch without CUDA")
+def test_cuda_kernels_are_built():
+    assert os.environ.get("LITV2_DCN_CUDA") == "0" or "cuda" in backend_compiled.devices
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(input=torch.zeros(2, 4, 6, 6, dtype=torch.int32)), "input is Int"),
+        (dict(input=torch.zeros(4, 6, 6)), r"input must be 4-D, not of the shape \[4, 6, 6\]"),
+        (dict(offset=torch.zeros(2, 8, 3, 3, dtype=torch.bfloat16)), "offset is BFloat16, expected Float"),
+        (dict(offset=torch.zeros(2, 8, 3, 2)), r"offset has the shape \[2, 8, 3, 2\], expected \[2, 8, 3, 3\]"),
+        (dict(offset=torch.zeros(2, 12, 3, 3)), r"offset \[2, 12, 3, 3\] does not fit"),
+        (dict(weight=torch.zeros(6, 3, 2, 2)), r"weight \[6, 3, 2, 2\] does not fit input \[2, 4, 6, 6\]"),
+        (dict(weight=torch.zeros(6, 4, 2, 2).double()), "weight is Double, expected Float"),
+        (dict(weight=torch.zeros(6, 4, 9, 9)), "does not fit|output would be"),
+        (dict(bias=torch.zeros(5)), r"bias \[5\] does not fit weight"),
+        (dict(mask=torch.zeros(2, 4, 3, 2)), r"mask has the shape \[2, 4, 3, 2\], expected \[2, 4, 3, 3\]"),
+        (dict(stride=(0, 1)), r"stride=\[0, 1\]"),
+        (dict(padding=(-1, 0)), r"padding=\[-1, 0\]"),
+        (dict(dilation=(1, 0)), r"dilation=\[1, 0\]"),
+    ],
+)
+def test_bad_arguments_of_the_operator(change, words):
+    good = dict(input=torch.zeros(2, 4, 6, 6), offset=torch.zeros(2, 8, 3, 3), weight=torch.zeros(6, 4, 2, 2), bias=None, mask=None)
+    good |= dict(stride=(2, 2), padding=(0, 0), dilation=(1, 1))
+    assert operator(**good).shape == (2, 6, 3, 3)
+    with pytest.raises(ValueError, match=words):
+        operator(**{**good, **change})
+    gradient = torch.zeros(2, 6, 3, 3)
+    if "bias" not in change:
+        arguments = {**good, **change, **{f"need_{name}": True for name in ("input", "offset", "weight")}, "need_mask": False}
+        del arguments["bias"]
+        with pytest.raises(ValueError, match=words):
+            backward_operator(gradient, **arguments)
+
+
+def test_bad_gradient():
+    input, offset, weight, *_ = (None if value is None else value.detach() for value in tensors(DTM))
+    needs = (True, True, True)
+    for gradient, words in ((torch.zeros(2, 6, 4, 4).double(), r"\[2, 6, 4, 4\]"), (torch.zeros(2, 6, 4, 3), "Float")):
+        with pytest.raises(ValueError, match=words):
+            backward_operator(gradient, input, offset, weight, None, *DTM, *needs, False)
+    with pytest.raises(ValueError, match="mask is None"):
+        backward_operator(torch.zeros(2, 6, 4, 3).double(), input, offset, weight, None, *DTM, *needs, True)
+
+
+def run(code_or_module, **environment):
+    command = [sys.executable, *code_or_module]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def test_choice_by_environment():
+    done = run(["-m", "mm_modules.DCN"], LITV2_DCN_BACKEND="torch", OMP_NUM_THREADS="1")
+    lines = done.stdout.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("  cpu")] == ["compiled", "torchvision", "torch"]
+    assert [line.split()[1] for line in lines if line.startswith("  cpu") and "<- used" in line] == ["torch"]
+    done = run(["-c", "import mm_modules.DCN"], LITV2_DCN_BACKEND="fast")
+    assert "LITV2_DCN_BACKEND='fast' is not one of auto, compiled, torchvision, torch" in done.stderr
+
+
+def test_choice(monkeypatch):
+    x = torch.zeros(1, 1, 1, 1)
+    assert deform_conv.choose_backend(x) is backend_compiled.deform_conv2d
+    monkeypatch.setattr(backend_compiled, "devices", ())
+    assert deform_conv.choose_backend(x) is backend_torch.deform_conv2d
+    monkeypatch.setattr(deform_conv, "backend", "compiled")
+    with pytest.raises(RuntimeError, match="LITV2_DCN_BACKEND=compiled: this backend has no kernel for torch.float32 on cpu"):
+        deform_conv.choose_backend(x)
+
+
+def test_an_extension_that_does_not_load_is_said(tmp_path):
+    """A file of another torch or Python version: a warning with the way out, and the other backends work."""
+    shutil.copytree(ROOT / "mm_modules", tmp_path / "mm_modules", ignore=shutil.ignore_patterns("_C*", "build", "csrc"))
+    suffix = importlib.util.find_spec("mm_modules.DCN._C").origin.split("_C", 1)[1]
+    (tmp_path / "mm_modules" / "DCN" / f"_C{suffix}").write_bytes(b"not a library")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom mm_modules.DCN import DeformConv2dPack\nimport torch\n"
+    code += "print(DeformConv2dPack(1, 1, 2)(torch.zeros(1, 1, 4, 4)).shape)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "cannot be loaded" in done.stderr and "setup.py build_ext --inplace" in done.stderr
+    assert done.stdout.strip() == "torch.Size([1, 1, 3, 3])"
