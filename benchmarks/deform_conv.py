@@ -85,9 +85,9 @@ def peak_bytes(function: Callable[[], object]) -> int:
     """The most that torch's allocator held during a call beyond what it held before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
-    changes = sorted((e.time_range.start, e.cpu_memory_usage) for e in profiler.events() if e.name == "[memory]")
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
-    for _, change in changes:
+    for _, change in sorted((event.start_ns(), event.nbytes()) for event in events):
         held += change
         peak = max(peak, held)
     return peak

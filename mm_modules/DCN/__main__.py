@@ -9,7 +9,7 @@ import torch
 
 from .deform_conv import BACKENDS, backend, choose_backend
 
-SHAPE = (8, 96, 56, 56)  # LITv2-S's first token merging on eight 224 x 224 images
+SHAPE = (2, 96, 56, 56)  # LITv2-S's first token merging on two 224 x 224 images
 CHANNELS, KERNEL = 192, 2
 
 

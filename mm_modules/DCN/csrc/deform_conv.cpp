@@ -17,7 +17,9 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // The columns of one chunk take at most this much memory; more positions are worked off in several chunks.
-constexpr int64_t kColumnBytes = int64_t(64) << 20;
+constexpr int64_t kColumnBytes = int64_t(32) << 20;
+// float32 tells every pixel of such a side from its neighbours.
+constexpr int64_t kMaxSide = int64_t(1) << 24;
 // Channel blocks are not cut smaller than this to keep more threads busy.
 constexpr int64_t kMinBlockChannels = 16;
 
@@ -37,22 +39,27 @@ Geometry check(const Tensor& input, const Tensor& offset, const Tensor& weight, 
                at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
 #define DCN_CHECK(condition, ...) TORCH_CHECK_VALUE(condition, "deform_conv2d: ", __VA_ARGS__)
   const auto dtype = input.scalar_type();
-  DCN_CHECK(dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
-            "input is ", dtype, ", expected float64, float32, bfloat16 or float16");
+  DCN_CHECK(dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, "input is ",
+            dtype, ", expected float64, float32, bfloat16 or float16");
   const auto check_tensor = [&](const char* name, const Tensor& tensor, int64_t rank, at::ScalarType expected) {
     if (!tensor.defined()) return;
     DCN_CHECK(tensor.dim() == rank, name, " must be ", rank, "-D, not of the shape ", tensor.sizes());
-    DCN_CHECK(tensor.scalar_type() == expected, name, " is ", tensor.scalar_type(), ", expected ", expected, " for an input of ", dtype);
-    DCN_CHECK(tensor.device() == input.device(), name, " is on ", tensor.device(), ", but input is on ", input.device());
+    DCN_CHECK(tensor.scalar_type() == expected, name, " is ", tensor.scalar_type(), ", expected ", expected,
+              " for an input of ", dtype);
+    DCN_CHECK(tensor.device() == input.device(), name, " is on ", tensor.device(), ", but input is on ",
+              input.device());
   };
   check_tensor("input", input, 4, dtype);
   check_tensor("offset", offset, 4, position_dtype(dtype));
   check_tensor("weight", weight, 4, dtype);
   check_tensor("bias", bias, 1, dtype);
   check_tensor("mask", mask, 4, position_dtype(dtype));
-  DCN_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0, "stride=", stride, ", expected two numbers of at least 1");
-  DCN_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0, "padding=", padding, ", expected two numbers of at least 0");
-  DCN_CHECK(dilation.size() == 2 && dilation[0] > 0 && dilation[1] > 0, "dilation=", dilation, ", expected two numbers of at least 1");
+  DCN_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0, "stride=", stride,
+            ", expected two numbers of at least 1");
+  DCN_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0, "padding=", padding,
+            ", expected two numbers of at least 0");
+  DCN_CHECK(dilation.size() == 2 && dilation[0] > 0 && dilation[1] > 0, "dilation=", dilation,
+            ", expected two numbers of at least 1");
 
   Geometry g;
   g.batch = input.size(0), g.channels = input.size(1), g.height = input.size(2), g.width = input.size(3);
@@ -60,23 +67,29 @@ Geometry check(const Tensor& input, const Tensor& offset, const Tensor& weight, 
   g.stride_h = stride[0], g.stride_w = stride[1];
   g.padding_h = padding[0], g.padding_w = padding[1];
   g.dilation_h = dilation[0], g.dilation_w = dilation[1];
-  DCN_CHECK(weight.numel() > 0 && g.channels > 0 && g.channels % weight.size(1) == 0, "weight ", weight.sizes(), " does not fit input ", input.sizes());
+  DCN_CHECK(weight.numel() > 0 && g.channels > 0 && g.channels % weight.size(1) == 0, "weight ", weight.sizes(),
+            " does not fit input ", input.sizes());
+  DCN_CHECK(std::max(g.height, g.width) <= kMaxSide, "input ", input.sizes(), " has a side of more than ", kMaxSide);
   g.groups = g.channels / weight.size(1);
-  DCN_CHECK(weight.size(0) % g.groups == 0, "weight ", weight.sizes(), " has ", weight.size(0), " outputs for ", g.groups, " groups");
-  DCN_CHECK(!bias.defined() || bias.size(0) == weight.size(0), "bias ", bias.sizes(), " does not fit weight ", weight.sizes());
+  DCN_CHECK(weight.size(0) % g.groups == 0, "weight ", weight.sizes(), " has ", weight.size(0), " outputs for ",
+            g.groups, " groups");
+  DCN_CHECK(!bias.defined() || bias.size(0) == weight.size(0), "bias ", bias.sizes(), " does not fit weight ",
+            weight.sizes());
   g.offset_groups = offset.size(1) / (2 * g.taps());
-  DCN_CHECK(g.offset_groups > 0 && offset.size(1) == 2 * g.taps() * g.offset_groups && g.channels % g.offset_groups == 0,
-            "offset ", offset.sizes(), " does not fit input ", input.sizes(), " and a kernel of ", g.taps(), " taps");
+  DCN_CHECK(
+      g.offset_groups > 0 && offset.size(1) == 2 * g.taps() * g.offset_groups && g.channels % g.offset_groups == 0,
+      "offset ", offset.sizes(), " does not fit input ", input.sizes(), " and a kernel of ", g.taps(), " taps");
   const auto outputs = [](int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
     const int64_t room = size + 2 * padding - dilation * (kernel - 1) - 1;
     return room < 0 ? 0 : room / stride + 1;
   };
   g.out_height = outputs(g.height, g.kernel_h, g.stride_h, g.padding_h, g.dilation_h);
   g.out_width = outputs(g.width, g.kernel_w, g.stride_w, g.padding_w, g.dilation_w);
-  DCN_CHECK(g.out_height > 0 && g.out_width > 0, "the output would be ", g.out_height, " x ", g.out_width, " for input ", input.sizes());
+  DCN_CHECK(g.out_height > 0 && g.out_width > 0, "the output would be ", g.out_height, " x ", g.out_width,
+            " for input ", input.sizes());
   const auto check_map = [&](const char* name, const Tensor& map, int64_t channels) {
-    DCN_CHECK(map.sizes() == at::IntArrayRef({g.batch, channels, g.out_height, g.out_width}), name, " has the shape ", map.sizes(),
-              ", expected [", g.batch, ", ", channels, ", ", g.out_height, ", ", g.out_width, "]");
+    DCN_CHECK(map.sizes() == at::IntArrayRef({g.batch, channels, g.out_height, g.out_width}), name, " has the shape ",
+              map.sizes(), ", expected [", g.batch, ", ", channels, ", ", g.out_height, ", ", g.out_width, "]");
   };
   check_map("offset", offset, 2 * g.taps() * g.offset_groups);
   g.offset = strides_of(offset);
@@ -95,7 +108,8 @@ template <typename Function>
 void for_each_chunk(const Geometry& g, const at::TensorOptions& options, const Function& function) {
   const int64_t per_position = g.channels * g.taps();
   const int64_t bytes = per_position * static_cast<int64_t>(options.dtype().itemsize());
-  const int64_t chunks = (g.positions() + std::max<int64_t>(1, kColumnBytes / bytes) - 1) / std::max<int64_t>(1, kColumnBytes / bytes);
+  const int64_t chunks =
+      (g.positions() + std::max<int64_t>(1, kColumnBytes / bytes) - 1) / std::max<int64_t>(1, kColumnBytes / bytes);
   if (chunks == 0) return;
   const int64_t most = (g.positions() + chunks - 1) / chunks;
   const Tensor room = at::empty({most * per_position}, options);
@@ -119,8 +133,9 @@ Tensor group_outputs(const Tensor& matrix, const Geometry& g, int64_t i) {
   return matrix.narrow(-1, i * outputs, outputs);
 }
 
-Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& weight, const OptionalTensor& bias_or_none,
-                     const OptionalTensor& mask_or_none, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
+Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& weight,
+                     const OptionalTensor& bias_or_none, const OptionalTensor& mask_or_none, at::IntArrayRef stride,
+                     at::IntArrayRef padding, at::IntArrayRef dilation) {
   const Tensor bias = bias_or_none.value_or(Tensor()), mask = mask_or_none.value_or(Tensor());
   const Geometry g = check(input, offset, weight, bias, mask, stride, padding, dilation);
   const c10::DeviceGuard guard(input.device());
@@ -141,7 +156,8 @@ Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& we
   return out.view({g.batch, g.out_height, g.out_width, weight.size(0)}).permute({0, 3, 1, 2});
 }
 
-// Channel blocks that give scatter enough pieces: it divides its work by (image, block), so that no two write the same pixel.
+// Channel blocks that give scatter enough pieces: it divides its work by (image, block), so that no two write the same
+// pixel.
 int64_t blocks_for_scatter(const Geometry& g, int64_t pieces) {
   int64_t blocks = g.blocks;
   while (g.batch * blocks < pieces) {
@@ -154,17 +170,20 @@ int64_t blocks_for_scatter(const Geometry& g, int64_t pieces) {
 }
 
 // Gradients of input, offset, weight and mask; those that are not needed are empty.
-std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
-    const Tensor& gradient, const Tensor& input, const Tensor& offset, const Tensor& weight, const OptionalTensor& mask_or_none,
-    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool need_input, bool need_offset, bool need_weight,
-    bool need_mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(const Tensor& gradient, const Tensor& input,
+                                                                  const Tensor& offset, const Tensor& weight,
+                                                                  const OptionalTensor& mask_or_none,
+                                                                  at::IntArrayRef stride, at::IntArrayRef padding,
+                                                                  at::IntArrayRef dilation, bool need_input,
+                                                                  bool need_offset, bool need_weight, bool need_mask) {
   const Tensor mask = mask_or_none.value_or(Tensor());
   Geometry g = check(input, offset, weight, Tensor(), mask, stride, padding, dilation);
   TORCH_CHECK_VALUE(gradient.sizes() == at::IntArrayRef({g.batch, weight.size(0), g.out_height, g.out_width}) &&
                         gradient.scalar_type() == input.scalar_type() && gradient.device() == input.device(),
-                    "deform_conv2d_backward: gradient is ", gradient.sizes(), " ", gradient.scalar_type(), " on ", gradient.device(),
-                    " for input ", input.sizes(), " ", input.scalar_type(), " on ", input.device());
-  TORCH_CHECK_VALUE(mask.defined() || !need_mask, "deform_conv2d_backward: the gradient of a mask was asked for, but mask is None");
+                    "deform_conv2d_backward: gradient is ", gradient.sizes(), " ", gradient.scalar_type(), " on ",
+                    gradient.device(), " for input ", input.sizes(), " ", input.scalar_type(), " on ", input.device());
+  TORCH_CHECK_VALUE(mask.defined() || !need_mask,
+                    "deform_conv2d_backward: the gradient of a mask was asked for, but mask is None");
   const c10::DeviceGuard guard(input.device());
   const Kernels& kernels = kernels_of(input);
   const Tensor pixels = channels_last(input), matrices = weight_matrices(weight, g);
@@ -184,14 +203,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
     const Tensor rows = gradients.narrow(0, first, count);
     if (need_weight) {
       kernels.gather(g, first, count, pixels, offset, mask, columns);
-      for (int64_t i = 0; i < g.groups; ++i) weight_gradient[i] += at::mm(group_outputs(rows, g, i).t(), columns[i]);
+      for (int64_t i = 0; i < g.groups; ++i) {
+        const Tensor gradient_of_outputs = group_outputs(rows, g, i).t();
+        if (sums.dtype() == input.dtype()) {
+          weight_gradient[i].addmm_(gradient_of_outputs, columns[i]);
+        } else {
+          weight_gradient[i] += at::mm(gradient_of_outputs, columns[i]);
+        }
+      }
     }
     if (need_input || need_offset || need_mask) {
       for (int64_t i = 0; i < g.groups; ++i) {
         Tensor part = columns[i];
         at::mm_out(part, group_outputs(rows, g, i), matrices[i]);
       }
-      kernels.scatter(pieces, first, count, columns, pixels, offset, mask, input_gradient, offset_gradient, mask_gradient);
+      kernels.scatter(pieces, first, count, columns, pixels, offset, mask, input_gradient, offset_gradient,
+                      mask_gradient);
     }
   });
 
@@ -200,21 +227,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
   return {
       need_input ? channels_first(input_gradient.to(input.scalar_type())) : none(),
       need_offset ? channels_first(offset_gradient.sum(0)) : none(),
-      need_weight ? channels_first(weight_gradient.view({weight.size(0), g.kernel_h, g.kernel_w, weight.size(1)}).to(weight.scalar_type())) : none(),
+      need_weight
+          ? channels_first(
+                weight_gradient.view({weight.size(0), g.kernel_h, g.kernel_w, weight.size(1)}).to(weight.scalar_type()))
+          : none(),
       need_mask ? channels_first(mask_gradient.sum(0)) : none(),
   };
 }
 
 // Values in autocast's precision, positions in float32.
 template <c10::DeviceType device>
-Tensor deform_conv2d_autocast(const Tensor& input, const Tensor& offset, const Tensor& weight, const OptionalTensor& bias,
-                              const OptionalTensor& mask, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
+Tensor deform_conv2d_autocast(const Tensor& input, const Tensor& offset, const Tensor& weight,
+                              const OptionalTensor& bias, const OptionalTensor& mask, at::IntArrayRef stride,
+                              at::IntArrayRef padding, at::IntArrayRef dilation) {
   const c10::impl::ExcludeDispatchKeyGuard guard(at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  const auto value = [](const Tensor& x) { return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device); };
+  const auto value = [](const Tensor& x) {
+    return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device);
+  };
   const auto position = [](const Tensor& x) { return at::autocast::cached_cast(at::kFloat, x, device); };
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("litv2::deform_conv2d", "")
-                             .typed<decltype(deform_conv2d)>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("litv2::deform_conv2d", "").typed<decltype(deform_conv2d)>();
   return op.call(value(input), position(offset), value(weight), bias ? OptionalTensor(value(*bias)) : bias,
                  mask ? OptionalTensor(position(*mask)) : mask, stride, padding, dilation);
 }
@@ -227,7 +259,8 @@ TORCH_LIBRARY(litv2, m) {
       "int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
   m.def(
       "deform_conv2d_backward(Tensor gradient, Tensor input, Tensor offset, Tensor weight, Tensor? mask, "
-      "int[2] stride, int[2] padding, int[2] dilation, bool need_input, bool need_offset, bool need_weight, bool need_mask) "
+      "int[2] stride, int[2] padding, int[2] dilation, bool need_input, bool need_offset, bool need_weight, bool "
+      "need_mask) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -16,9 +16,9 @@ struct Kernels {
                  const at::Tensor& mask, const at::Tensor& columns);
   // column_gradient, like columns -> is added to input_gradient (B, H, W, C), and fills the chunk's part of
   // offset_gradient (see offset_gradient_start) and of mask_gradient, which has half its size.
-  void (*scatter)(const Geometry&, int64_t first, int64_t count, const at::Tensor& column_gradient, const at::Tensor& input,
-                  const at::Tensor& offset, const at::Tensor& mask, const at::Tensor& input_gradient,
-                  const at::Tensor& offset_gradient, const at::Tensor& mask_gradient);
+  void (*scatter)(const Geometry&, int64_t first, int64_t count, const at::Tensor& column_gradient,
+                  const at::Tensor& input, const at::Tensor& offset, const at::Tensor& mask,
+                  const at::Tensor& input_gradient, const at::Tensor& offset_gradient, const at::Tensor& mask_gradient);
   // Into how many independent (image, channel block) pieces scatter's work should be cut at least.
   int64_t (*pieces)();
 };

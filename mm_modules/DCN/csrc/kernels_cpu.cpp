@@ -1,4 +1,5 @@
-// The kernels on the CPU: threads by at::parallel_for, vectors by the compiler, one clone of each loop per instruction set.
+// The kernels on the CPU: threads by at::parallel_for, vectors by the compiler, one clone of each loop per instruction
+// set.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -54,7 +55,8 @@ struct Scatter {
           const Corners<A> c = sample_corners(g, s, offset);
           const A m = sample_mask(g, s, mask);
           const T* gradient = column_gradient + column_start(g, s, first, count);
-          if (input_gradient != nullptr) scatter(c, m, gradient, input_gradient + input_start(g, s), g.channels, 0, channels, 1);
+          if (input_gradient != nullptr)
+            scatter(c, m, gradient, input_gradient + input_start(g, s), g.channels, 0, channels, 1);
           if (offset_gradient == nullptr && mask_gradient == nullptr) continue;
           A dot[4];
           dots(c, gradient, input + input_start(g, s), g.channels, dot, 0, channels, 1);
@@ -65,8 +67,8 @@ struct Scatter {
   }
 };
 
-#define DCN_INSTANTIATE(T)                                                                                    \
-  DCN_CLONES void run(const Gather<T>& pass, int64_t begin, int64_t end) { pass.run(begin, end); }            \
+#define DCN_INSTANTIATE(T)                                                                         \
+  DCN_CLONES void run(const Gather<T>& pass, int64_t begin, int64_t end) { pass.run(begin, end); } \
   DCN_CLONES void run(const Scatter<T>& pass, int64_t begin, int64_t end) { pass.run(begin, end); }
 DCN_INSTANTIATE(double)
 DCN_INSTANTIATE(float)
@@ -77,21 +79,32 @@ void gather_cpu(const Geometry& g, int64_t first, int64_t count, const at::Tenso
                 const at::Tensor& mask, const at::Tensor& columns) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, input.scalar_type(), "deform_conv2d", [&] {
     using A = accumulate_t<scalar_t>;
-    const Gather<scalar_t> pass{g, first, count, pointer<scalar_t>(input), pointer<A>(offset), pointer<A>(mask), pointer<scalar_t>(columns)};
+    const Gather<scalar_t> pass{
+        g, first, count, pointer<scalar_t>(input), pointer<A>(offset), pointer<A>(mask), pointer<scalar_t>(columns)};
     const int64_t grain = std::max<int64_t>(1, 16384 / g.block_channels());
     at::parallel_for(0, count * g.taps() * g.blocks, grain, [&](int64_t begin, int64_t end) { run(pass, begin, end); });
   });
 }
 
-void scatter_cpu(const Geometry& g, int64_t first, int64_t count, const at::Tensor& column_gradient, const at::Tensor& input,
-                 const at::Tensor& offset, const at::Tensor& mask, const at::Tensor& input_gradient,
-                 const at::Tensor& offset_gradient, const at::Tensor& mask_gradient) {
+void scatter_cpu(const Geometry& g, int64_t first, int64_t count, const at::Tensor& column_gradient,
+                 const at::Tensor& input, const at::Tensor& offset, const at::Tensor& mask,
+                 const at::Tensor& input_gradient, const at::Tensor& offset_gradient, const at::Tensor& mask_gradient) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, input.scalar_type(), "deform_conv2d_backward", [&] {
     using A = accumulate_t<scalar_t>;
-    const Scatter<scalar_t> pass{g, first, count, pointer<scalar_t>(column_gradient), pointer<scalar_t>(input), pointer<A>(offset), pointer<A>(mask), pointer<A>(input_gradient), pointer<A>(offset_gradient), pointer<A>(mask_gradient)};
+    const Scatter<scalar_t> pass{g,
+                                 first,
+                                 count,
+                                 pointer<scalar_t>(column_gradient),
+                                 pointer<scalar_t>(input),
+                                 pointer<A>(offset),
+                                 pointer<A>(mask),
+                                 pointer<A>(input_gradient),
+                                 pointer<A>(offset_gradient),
+                                 pointer<A>(mask_gradient)};
     const int64_t per_image = g.out_height * g.out_width;
     const int64_t first_image = first / per_image, last_image = (first + count - 1) / per_image;
-    at::parallel_for(first_image * g.blocks, (last_image + 1) * g.blocks, 1, [&](int64_t begin, int64_t end) { run(pass, begin, end); });
+    at::parallel_for(first_image * g.blocks, (last_image + 1) * g.blocks, 1,
+                     [&](int64_t begin, int64_t end) { run(pass, begin, end); });
   });
 }
 

@@ -27,7 +27,8 @@ __device__ A sum_over_warp(A value) {
 }
 
 template <typename T, typename A>
-__global__ void gather_kernel(Geometry g, int64_t first, int64_t count, const T* input, const A* offset, const A* mask, T* columns) {
+__global__ void gather_kernel(Geometry g, int64_t first, int64_t count, const T* input, const A* offset, const A* mask,
+                              T* columns) {
   const int lane = threadIdx.x % kWarp;
   const int64_t samples = count * g.taps() * g.blocks;
   for (int64_t i = first_sample(); i < samples; i += samples_at_once()) {
@@ -38,8 +39,9 @@ __global__ void gather_kernel(Geometry g, int64_t first, int64_t count, const T*
 }
 
 template <typename T, typename A>
-__global__ void scatter_kernel(Geometry g, int64_t first, int64_t count, const T* column_gradient, const T* input, const A* offset,
-                               const A* mask, A* input_gradient, A* offset_gradient, A* mask_gradient) {
+__global__ void scatter_kernel(Geometry g, int64_t first, int64_t count, const T* column_gradient, const T* input,
+                               const A* offset, const A* mask, A* input_gradient, A* offset_gradient,
+                               A* mask_gradient) {
   const int lane = threadIdx.x % kWarp;
   const int64_t samples = count * g.taps() * g.blocks;
   for (int64_t i = first_sample(); i < samples; i += samples_at_once()) {
@@ -62,20 +64,24 @@ void gather_cuda(const Geometry& g, int64_t first, int64_t count, const at::Tens
                  const at::Tensor& mask, const at::Tensor& columns) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, input.scalar_type(), "deform_conv2d", [&] {
     using A = accumulate_t<scalar_t>;
-    gather_kernel<scalar_t, A><<<thread_blocks(count * g.taps() * g.blocks), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-        g, first, count, pointer<scalar_t>(input), pointer<A>(offset), pointer<A>(mask), pointer<scalar_t>(columns));
+    gather_kernel<scalar_t, A>
+        <<<thread_blocks(count * g.taps() * g.blocks), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+            g, first, count, pointer<scalar_t>(input), pointer<A>(offset), pointer<A>(mask),
+            pointer<scalar_t>(columns));
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }
 
-void scatter_cuda(const Geometry& g, int64_t first, int64_t count, const at::Tensor& column_gradient, const at::Tensor& input,
-                  const at::Tensor& offset, const at::Tensor& mask, const at::Tensor& input_gradient,
-                  const at::Tensor& offset_gradient, const at::Tensor& mask_gradient) {
+void scatter_cuda(const Geometry& g, int64_t first, int64_t count, const at::Tensor& column_gradient,
+                  const at::Tensor& input, const at::Tensor& offset, const at::Tensor& mask,
+                  const at::Tensor& input_gradient, const at::Tensor& offset_gradient,
+                  const at::Tensor& mask_gradient) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, input.scalar_type(), "deform_conv2d_backward", [&] {
     using A = accumulate_t<scalar_t>;
-    scatter_kernel<scalar_t, A><<<thread_blocks(count * g.taps() * g.blocks), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-        g, first, count, pointer<scalar_t>(column_gradient), pointer<scalar_t>(input), pointer<A>(offset), pointer<A>(mask),
-        pointer<A>(input_gradient), pointer<A>(offset_gradient), pointer<A>(mask_gradient));
+    scatter_kernel<scalar_t, A>
+        <<<thread_blocks(count * g.taps() * g.blocks), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+            g, first, count, pointer<scalar_t>(column_gradient), pointer<scalar_t>(input), pointer<A>(offset),
+            pointer<A>(mask), pointer<A>(input_gradient), pointer<A>(offset_gradient), pointer<A>(mask_gradient));
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }

@@ -1,7 +1,8 @@
 // The arithmetic of one sample of a deformable convolution, for the CPU's loops and the CUDA kernels alike.
 //
 // A sample is one (image, output position, tap, channel block): where it reads, what it gathers, what it scatters back.
-// Functions with channel loops take (begin, end, step): the CPU gives (0, channels, 1), a CUDA warp (lane, channels, 32).
+// Functions with channel loops take (begin, end, step): the CPU gives (0, channels, 1), a CUDA warp (lane, channels,
+// 32).
 
 #pragma once
 
@@ -42,12 +43,12 @@ struct Strides {
 };
 
 struct Geometry {
-  int64_t batch, channels, height, width;                // of the input
-  int64_t out_height, out_width;                         // of the output
+  int64_t batch, channels, height, width;  // of the input
+  int64_t out_height, out_width;           // of the output
   int64_t kernel_h, kernel_w;
   int64_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   int64_t groups, offset_groups;
-  int64_t blocks;                                        // of channels; a multiple of groups and of offset_groups
+  int64_t blocks;  // of channels; a multiple of groups and of offset_groups
   Strides offset, mask;
 
   DCN_INLINE int64_t taps() const { return kernel_h * kernel_w; }
@@ -70,7 +71,7 @@ DCN_INLINE QuotientRemainder divide(int64_t a, int64_t b) {
 }
 
 struct SampleIndex {
-  int64_t position;            // flat: (image, out_row, out_column)
+  int64_t position;  // flat: (image, out_row, out_column)
   int64_t image, out_row, out_column;
   int64_t tap, tap_row, tap_column;
   int64_t block, offset_group;
@@ -81,7 +82,14 @@ DCN_INLINE SampleIndex sample_index(const Geometry& g, int64_t position, int64_t
   const auto row = divide(position, g.out_width);
   const auto image = divide(row.quotient, g.out_height);
   const auto tap_row = divide(tap, g.kernel_w);
-  return {position, image.quotient, image.remainder, row.remainder, tap, tap_row.quotient, tap_row.remainder, block,
+  return {position,
+          image.quotient,
+          image.remainder,
+          row.remainder,
+          tap,
+          tap_row.quotient,
+          tap_row.remainder,
+          block,
           divide(block, g.blocks_per_offset_group()).quotient};
 }
 
@@ -97,8 +105,8 @@ template <typename A>
 struct Corners {
   int64_t pixel[4];  // row * width + column; -1 outside the image
   A weight[4];
-  A dy, dx;          // distances from the top left pixel
-  bool nan;          // the position is NaN: the sample is NaN, and no pixel is read or written
+  A dy, dx;  // distances from the top left pixel
+  bool nan;  // the position is NaN: the sample is NaN, and no pixel is read or written
   bool all_inside;
 };
 
@@ -134,7 +142,8 @@ DCN_INLINE Corners<A> sample_corners(const Geometry& g, const SampleIndex& s, co
   const A* dy = offset + s.image * g.offset.image + (s.offset_group * g.taps() + s.tap) * 2 * g.offset.channel +
                 s.out_row * g.offset.row + s.out_column * g.offset.column;
   const A y = static_cast<A>(s.out_row * g.stride_h - g.padding_h + s.tap_row * g.dilation_h) + dy[0];
-  const A x = static_cast<A>(s.out_column * g.stride_w - g.padding_w + s.tap_column * g.dilation_w) + dy[g.offset.channel];
+  const A x =
+      static_cast<A>(s.out_column * g.stride_w - g.padding_w + s.tap_column * g.dilation_w) + dy[g.offset.channel];
   return corners(y, x, g.height, g.width);
 }
 
@@ -158,8 +167,8 @@ DCN_INLINE int64_t column_start(const Geometry& g, const SampleIndex& s, int64_t
          group.remainder * g.block_channels();
 }
 
-// Place of a sample's offset gradient (y, then x) in (blocks per offset group, images, rows, columns, channels), and half
-// of it is the place of its mask gradient in the same order.
+// Place of a sample's offset gradient (y, then x) in (blocks per offset group, images, rows, columns, channels), and
+// half of it is the place of its mask gradient in the same order.
 DCN_INLINE int64_t offset_gradient_start(const Geometry& g, const SampleIndex& s) {
   const int64_t part = s.block - s.offset_group * g.blocks_per_offset_group();
   return (((part * g.positions() + s.position) * g.offset_groups + s.offset_group) * g.taps() + s.tap) * 2;
@@ -167,8 +176,8 @@ DCN_INLINE int64_t offset_gradient_start(const Geometry& g, const SampleIndex& s
 
 // column[i] = mask * interpolated input, for the channels i of the block. `input` is the image's first pixel.
 template <typename T, typename A>
-DCN_INLINE void gather(const Corners<A>& c, A mask, const T* input, int64_t channels, T* column, int64_t begin, int64_t end,
-                       int64_t step) {
+DCN_INLINE void gather(const Corners<A>& c, A mask, const T* input, int64_t channels, T* column, int64_t begin,
+                       int64_t end, int64_t step) {
   if (c.all_inside) {
     const T *p0 = input + c.pixel[0] * channels, *p1 = input + c.pixel[1] * channels;
     const T *p2 = input + c.pixel[2] * channels, *p3 = input + c.pixel[3] * channels;
