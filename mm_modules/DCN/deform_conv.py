@@ -36,9 +36,9 @@ def choose_backend(input: Tensor) -> Callable[..., Tensor]:
 
     The compiled backend where it is built for the input's device and dtype. Else on CUDA torchvision's operator, one kernel
     without large temporaries, where it is installed. Else the PyTorch version: on the CPU it is faster than torchvision's
-    serial operator at every shape of LITv2 (``benchmarks/deform_conv.py``). ``torch.export`` always gets it, so that an
-    exported program is made of plain tensor operations that need nothing of ours; ``torch.compile`` gets it rather than
-    torchvision, to fuse. LITV2_DCN_BACKEND forces one, whatever the case.
+    serial operator at every shape of LITv2 (``benchmarks/deform_conv.py``). ``torch.export`` and tracing always get it, so
+    that an exported program is made of plain tensor operations that need nothing of ours; ``torch.compile`` gets it rather
+    than torchvision, to fuse. LITV2_DCN_BACKEND forces one, whatever the case.
 
     Raises:
         RuntimeError: the forced backend cannot compute this input.
@@ -48,7 +48,7 @@ def choose_backend(input: Tensor) -> Callable[..., Tensor]:
             problem = BACKENDS[backend].problem or f"has no kernel for {input.dtype} on {input.device.type}"
             raise RuntimeError(f"LITV2_DCN_BACKEND={backend}: this backend {problem}")
         return BACKENDS[backend].deform_conv2d
-    if not _is_exporting():
+    if not (_is_exporting() or torch.jit.is_tracing()):
         if backend_compiled.supports(input):
             return backend_compiled.deform_conv2d
         if input.device.type == "cuda" and not torch.compiler.is_compiling() and backend_torchvision.supports(input):
@@ -84,7 +84,8 @@ def deform_conv2d(
     Returns:
         (B, O, Ho, Wo) in the memory format of channels-last. Under autocast it has autocast's dtype, like a convolution's.
         A NaN offset gives NaN in the outputs that use it and in no others; a sample outside the image, however far, gives
-        0. (The input's gradient at an image's first pixel may be NaN too, where that image has a NaN offset.)
+        0. A sample at exactly -1 is outside: its offset has no gradient, as in the original operator (torchvision: not 0).
+        (PyTorch version: the input's gradient at an image's first pixel may be NaN too, where that image has a NaN offset.)
 
     Raises:
         ValueError: shapes or dtypes that do not fit together; the message names them.

@@ -95,17 +95,11 @@ class BuildExtension(cpp_extension.BuildExtension):
         except Exception as error:  # the compiler has printed its own message
             if reason is not None:
                 raise
-            reason = f"they do not compile ({str(error).splitlines()[0]})"
+            reason = f"they do not compile ({type(error).__name__} above)"
             self.extensions = [extension(with_cuda=False)]
             super().run()
         kernels = "CPU and CUDA kernels" if reason is None else f"CPU kernels, no CUDA kernels: {reason}"
         print(f"mm_modules.DCN._C for torch {torch.__version__}: {kernels}")
-
-    def get_ext_fullpath(self, name: str) -> str:
-        # In place means beside this file, whatever package name setup.py gives it.
-        if self.inplace:
-            return str(Path(self.get_ext_filename(name)).name)
-        return super().get_ext_fullpath(name)
 
 
 setup(

@@ -155,6 +155,7 @@ def test_compile_and_export(monkeypatch):
         assert max_difference(a, b) < 1e-4
 
     assert "litv2" not in str(torch.export.export(module, (x,)))
+    assert "litv2" not in str(torch.jit.trace(module, (x,)).graph)
     monkeypatch.setattr(deform_conv, "backend", "compiled")
     program = torch.export.export(module, (x,))
     assert "litv2.deform_conv2d" in str(program)
