@@ -7,9 +7,12 @@
 #pragma once
 
 #include <c10/macros/Macros.h>
+#include <c10/util/BFloat16.h>
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #if defined(_OPENMP) && !defined(__CUDA_ARCH__)
 #define DCN_SIMD(clauses) _Pragma(C10_STRINGIZE(omp simd clauses))
@@ -36,6 +39,20 @@ struct Accumulate<double> {
 };
 template <typename T>
 using accumulate_t = typename Accumulate<T>::type;
+
+// To the nearest T. The CPU's vectors need bfloat16 without a branch.
+template <typename T, typename A>
+DCN_INLINE T rounded(A value) {
+#if !defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // ties to even
+    return c10::BFloat16(static_cast<uint16_t>(value == value ? nearest : 0x7fc0), c10::BFloat16::from_bits());
+  }
+#endif
+  return static_cast<T>(value);
+}
 
 // A strided map of numbers per position: offsets, or a mask. Any memory format, nothing is copied.
 struct Strides {
@@ -186,7 +203,7 @@ DCN_INLINE void gather(const Corners<A>& c, A mask, const T* input, int64_t chan
     for (int64_t i = begin; i < end; i += step) {
       const A value = w0 * static_cast<A>(p0[i]) + w1 * static_cast<A>(p1[i]) + w2 * static_cast<A>(p2[i]) +
                       w3 * static_cast<A>(p3[i]);
-      column[i] = static_cast<T>(mask * value);
+      column[i] = rounded<T>(mask * value);
     }
     return;
   }
@@ -195,7 +212,7 @@ DCN_INLINE void gather(const Corners<A>& c, A mask, const T* input, int64_t chan
     for (int j = 0; j < 4; ++j) {
       if (c.pixel[j] >= 0) value += c.weight[j] * static_cast<A>(input[c.pixel[j] * channels + i]);
     }
-    column[i] = static_cast<T>(mask * value);
+    column[i] = rounded<T>(mask * value);
   }
 }
 
