@@ -110,7 +110,7 @@ def run(config: CfgNode, device: torch.device) -> int:
     model = build_model(config, num_classes).to(device, memory_format=torch.channels_last)
     if config.MODEL.PRETRAINED:
         weights = find_weights(read_checkpoint(config.MODEL.PRETRAINED))
-        for note in load_weights(model, weights, allow_new_head=not config.EVAL_MODE):
+        for note in load_weights(model, weights, new_heads=() if config.EVAL_MODE else ("head",)):
             log(f"{config.MODEL.PRETRAINED}: {note}")
     precision = engine.Precision(device, config.AMP)
     bad_files = BadFiles(config.DATA.MAX_BAD_FILES, log if log.active else print)

@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["find_weights", "load_weights", "read_checkpoint"]
+__all__ = ["fetch", "find_weights", "load_weights", "read_checkpoint"]
 
 # The release pickled its yacs configuration; it is read as the plain dictionary that it is.
 _STAND_INS = [(OrderedDict, "yacs.config.CfgNode")]
 _PREFIXES = ("module.", "_orig_mod.", "backbone.")
 
 
-def read_checkpoint(path: str | Path) -> dict:
+def fetch(source: str | Path) -> Path:
+    """The local file of a path or of a URL; a URL is downloaded once, into torch.hub's cache.
+
+    Raises:
+        OSError: the download failed; the message says where to put the file by hand.
+    """
+    if not str(source).startswith(("http://", "https://")):
+        return Path(source)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / str(source).rsplit("/", 1)[-1]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(str(source), str(path))
+        except OSError as error:  # urllib's errors are OSErrors
+            raise OSError(f"{source} cannot be downloaded ({error}); fetch it by other means and put it at {path}") from error
+    return path
+
+
+def read_checkpoint(path: str | Path, also: Sequence = ()) -> dict:
     """The content of a checkpoint file, on the CPU: tensors and builtins only, no code of the file is run.
+
+    Args:
+        also: other classes that the file may hold, as for ``torch.serialization.safe_globals``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -26,7 +48,7 @@ def read_checkpoint(path: str | Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        with torch.serialization.safe_globals(_STAND_INS):
+        with torch.serialization.safe_globals([*_STAND_INS, *also]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in any of torch's layers: zip, pickle, storage
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -55,11 +77,20 @@ def find_weights(checkpoint: dict) -> dict[str, Tensor]:
     return weights
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], allow_new_head: bool = False) -> list[str]:
+def load_weights(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    new_heads: Collection[str] = (),
+    may_miss: Collection[str] = (),
+    may_have: Collection[str] = (),
+) -> list[str]:
     """Loads strictly, or raises and leaves the model as it was.
 
     Args:
-        allow_new_head: for fine-tuning: a classifier whose class count differs keeps its fresh initialisation.
+        new_heads: for fine-tuning: modules that keep their initialisation where the file's are of another shape, that is,
+            for other classes.
+        may_miss: keys of the model that the file need not have; they keep their initialisation.
+        may_have: keys of the file that the model need not have; they are left out.
 
     Returns:
         Lines that say what was not taken from the file; empty when everything was.
@@ -70,12 +101,19 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], allow_new_head: b
     notes = []
     own = model.state_dict()
     weights = dict(weights)
-    if allow_new_head and "head.weight" in weights and "head.weight" in own:
-        theirs, ours = weights["head.weight"].shape[0], own["head.weight"].shape[0]
-        if theirs != ours:
-            for key in ("head.weight", "head.bias"):
-                weights[key] = own[key]
-            notes.append(f"the head is newly initialised: the file has {theirs} classes, this model {ours}")
+    for head in new_heads:
+        keys = [f"{head}.weight", f"{head}.bias"]
+        if any(key in own and key in weights and own[key].shape != weights[key].shape for key in keys):
+            theirs, ours = (len(state[keys[0]]) for state in (weights, own))
+            weights.update({key: own[key] for key in keys})
+            notes.append(f"{head} is newly initialised, for other classes: it has {theirs} outputs in the file, {ours} in this model")
+    new = sorted((own.keys() - weights.keys()) & set(may_miss))
+    unused = sorted((weights.keys() - own.keys()) & set(may_have))
+    if new:
+        notes.append(f"newly initialised, not in the file: {', '.join(new)}")
+    if unused:
+        notes.append(f"in the file, not used: {', '.join(unused)}")
+    weights = {key: value for key, value in weights.items() if key not in unused} | {key: own[key] for key in new}
     missing = sorted(own.keys() - weights.keys())
     unexpected = sorted(weights.keys() - own.keys())
     shapes = [

@@ -121,8 +121,8 @@ class LITv2(nn.Module):
         """
         return tuple(channels_first(tokens) for tokens in self._stages(x))
 
-    def _stages(self, x: Tensor) -> list[Tensor]:
-        """Image -> tokens (B, H, W, C) after the blocks of each stage."""
+    def _stages(self, x: Tensor, last: int | None = None) -> list[Tensor]:
+        """Image -> tokens (B, H, W, C) after the blocks of each stage, up to stage ``last``; None for all."""
         if x.dim() != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"LITv2: expected images of the shape (B, {self.in_chans}, H, W), not {tuple(x.shape)}")
         smallest = self.feature_info[-1]["reduction"]
@@ -130,9 +130,11 @@ class LITv2(nn.Module):
             raise ValueError(f"LITv2: images of {x.shape[2]} x {x.shape[3]} pixels; each side must be at least {smallest}")
         maps = []
         x = self.patch_embed(x)
-        for stage in self.layers:
+        last = len(self.layers) - 1 if last is None else last
+        for i, stage in enumerate(self.layers[: last + 1]):
             maps.append(stage(x))
-            x = stage.downsample(maps[-1]) if stage.downsample is not None else x
+            if i < last:
+                x = stage.downsample(maps[-1])
         return maps
 
     def reset_classifier(self, num_classes: int) -> None:

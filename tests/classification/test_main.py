@@ -102,7 +102,7 @@ def test_fine_tuning_to_other_classes_and_sizes(finished, tmp_path, capsys):
     arguments = ("--data-path", root, "--output", tmp_path / "out", "--batch-size", 4)
     assert trainer(*arguments, "--pretrained", finished / "best.pth", opts="DATA.DATASET folder DATA.IMG_SIZE 48 TRAIN.EPOCHS 1") == 0
     printed = capsys.readouterr().out
-    assert "head is newly initialised: the file has 3 classes, this model 2" in printed
+    assert "head is newly initialised, for other classes: it has 3 outputs in the file, 2 in this model" in printed
     assert "epoch 1/1" in printed, "pretrained weights start a run of all its epochs"
 
 

@@ -78,8 +78,8 @@ def test_new_head():
     head = model.head.weight.clone()
     with pytest.raises(ValueError, match="head.weight"):
         load_weights(model, weights)
-    notes = load_weights(model, weights, allow_new_head=True)
-    assert len(notes) == 1 and "10 classes" in notes[0] and "7" in notes[0]
+    notes = load_weights(model, weights, new_heads=("head",))
+    assert len(notes) == 1 and "10 outputs" in notes[0] and "7" in notes[0]
     assert torch.equal(model.head.weight, head) and torch.equal(model.norm.weight, weights["norm.weight"])
 
 

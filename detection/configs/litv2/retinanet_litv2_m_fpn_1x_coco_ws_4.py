@@ -1,0 +1,4 @@
+# RetinaNet with LITv2-M and HiLo windows of 4 x 4 in stage 3, which is cheaper: 45.8 box AP.
+_base_ = "./retinanet_litv2_m_fpn_1x_coco.py"
+
+model = dict(backbone=dict(local_ws=(0, 0, 4, 1)))

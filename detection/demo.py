@@ -1,0 +1,14 @@
+"""Draws what a detector finds in an image. From detection/:
+
+    python demo.py IMAGE --checkpoint retinanet_litv2_s_fpn_1x_coco.pth --out PICTURE.png
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
+
+from litv2.mm_tools import demo
+
+if __name__ == "__main__":
+    demo()

@@ -1,0 +1,15 @@
+"""Evaluates a detector. From detection/:
+
+    python tools/test.py configs/litv2/retinanet_litv2_s_fpn_1x_coco.py CHECKPOINT
+    tools/dist_test.sh configs/litv2/retinanet_litv2_s_fpn_1x_coco.py CHECKPOINT 8
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, installed or not
+
+from litv2.mm_tools import test
+
+if __name__ == "__main__":
+    test()

@@ -1,0 +1,70 @@
+"""Multiply-adds of a detector or segmenter, as its published table counts them and in full."""
+
+from __future__ import annotations
+
+import torch
+from mmcv.cnn import get_model_complexity_info
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+
+from hilo import HiLo
+from mm_modules.DCN import DeformConv2dPack
+
+__all__ = ["count_flops"]
+
+
+def count_flops(model: nn.Module, height: int, width: int) -> dict[str, int]:
+    """Multiply-adds of one image of height x width.
+
+    Returns:
+        ``published``: mmcv's counter (convolutions, linear layers, norms, ReLU, pooling; a two-stage detector with 1000
+        proposals, 100 of them with masks) plus what it cannot see: HiLo's products of queries, keys and values, its
+        pooling, and the offset convolutions. This is the release's number.
+        ``full``: with the deformable convolutions themselves, which the release leaves out, counted like plain ones.
+        ``products``: HiLo's products alone, a part of both. (The release's number for Mask R-CNN with LITv2-M and windows
+        of 4 x 4 forgot them.)
+    """
+    extra = dict(products=0, unseen=0, deformable=0)
+
+    def count_hilo(hilo: HiLo, args: tuple, output: Tensor) -> None:
+        _, H, W = args
+        s = hilo.window_size
+        Hp, Wp = -(-H // s) * s, -(-W // s) * s
+        linear = Hp * Wp * sum(layer.weight.numel() for name, layer in hilo.named_children() if isinstance(layer, nn.Linear))
+        if s > 1 and hilo.l_heads:
+            linear -= hilo.l_kv.weight.numel() * (Hp * Wp - Hp * Wp // s**2)  # keys and values of pooled cells only
+            extra["unseen"] += Hp * Wp * hilo.dim
+        extra["products"] += hilo.flops(H, W) - linear
+
+    def count_deformable(conv: DeformConv2dPack, args: tuple, output: Tensor) -> None:
+        cells = output.shape[2] * output.shape[3]
+        extra["deformable"] += cells * (conv.weight.numel() + conv.bias.numel())
+        extra["unseen"] += cells * (conv.conv_offset.weight.numel() + conv.conv_offset.bias.numel())
+
+    counters = {HiLo: count_hilo, DeformConv2dPack: count_deformable}
+    hooks = [module.register_forward_hook(counters[type(module)]) for module in model.modules() if type(module) in counters]
+    try:
+        with torch.no_grad():
+            seen, _ = get_model_complexity_info(_Forward(model), (3, height, width), print_per_layer_stat=False, as_strings=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    published = int(seen) + extra["unseen"] + extra["products"]
+    return dict(published=published, full=published + extra["deformable"], products=extra["products"])
+
+
+class _Forward(nn.Module):
+    """The forward pass that mmdet 2 counted: of a two-stage detector with 1000 proposals whatever the image shows."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> None:
+        if not hasattr(self.model, "roi_head"):
+            self.model._forward(image)
+            return
+        features = self.model.extract_feat(image)
+        self.model.rpn_head(features)
+        proposals = image.new_tensor([[0.0, 0.0, 100.0, 100.0]]).expand(1000, 4)
+        self.model.roi_head.forward(features, [InstanceData(bboxes=proposals)])

@@ -1,0 +1,243 @@
+"""mmengine's Runner, made careful: for the tools of detection and segmentation.
+
+* Checkpoints are read without running their code and loaded strictly.
+* A data set that is missing, empty or of other classes than the model stops the run before it starts.
+* A configuration made for GPUs runs on the CPU, in one process or many; what is changed for that is logged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset
+from mmengine.logging import HistoryBuffer, print_log
+from mmengine.runner import Runner
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from .checkpoint import fetch, load_weights, read_checkpoint
+
+__all__ = ["CarefulRunner", "adapt_to_device", "load_checkpoint", "load_config", "revert_sync_bn"]
+
+# The modules whose shape depends on the classes, and the outputs that each has per class and besides.
+CLASS_LAYERS = {
+    "bbox_head.retina_cls": (9, 0),  # anchors per position
+    "roi_head.bbox_head.fc_cls": (1, 1),  # the background
+    "roi_head.bbox_head.fc_reg": (4, 0),
+    "roi_head.mask_head.conv_logits": (1, 0),
+    "decode_head.conv_seg": (1, 0),
+}
+
+
+def _history_method(owner: type, name: str):
+    """What stands in for getattr in mmengine's checkpoints, where it names the four statistics of a HistoryBuffer."""
+    if owner is not HistoryBuffer or name not in ("min", "max", "mean", "current"):
+        raise ValueError(f"the file asks for {owner!r}.{name}")
+    return getattr(owner, name)
+
+
+# What mmengine saves beside tensors: its history of losses, which is made of numpy arrays.
+MMENGINE_CLASSES = [
+    HistoryBuffer,
+    (_history_method, "builtins.getattr"),
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in ("int32", "int64", "uint8", "float32", "float64")},
+    np._core.multiarray._reconstruct,
+    np._core.multiarray.scalar,
+]
+
+
+def load_config(path: str | Path, options: dict | None = None) -> Config:
+    """The configuration in a file, with ``options`` (those of --cfg-options) merged into it.
+
+    An option ``data_root`` moves every data set and annotation file below the configuration's own ``data_root``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a configuration, or an option names no key of it.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no configuration at {path}")
+    config = Config.fromfile(path)
+    old_root = config.get("data_root")
+    try:
+        config.merge_from_dict(options or {})
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"--cfg-options {options}: {error}") from error
+    if old_root and config.data_root != old_root:
+        config.merge_from_dict(_moved(config.to_dict(), str(old_root).rstrip("/"), str(config.data_root).rstrip("/")))
+    for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        if config.get(name) and config[name].get("num_workers") == 0:
+            config[name].persistent_workers = False  # torch refuses it then
+    config.setdefault("work_dir", f"work_dirs/{Path(path).stem}")
+    return config
+
+
+def _moved(value, old: str, new: str):
+    """``value`` with the path ``old`` at the beginning of its strings replaced by ``new``."""
+    if isinstance(value, dict):
+        return {key: _moved(item, old, new) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_moved(item, old, new) for item in value)
+    if isinstance(value, str) and (value == old or value.startswith(old + "/")):
+        return new + value[len(old) :]
+    return value
+
+
+def adapt_to_device(config: Config, launcher: str) -> None:
+    """Makes a configuration for GPUs run where there is none, and joins the other processes over gloo there."""
+    config.launcher = launcher
+    if torch.cuda.is_available():
+        return
+    if config.get("optim_wrapper", {}).get("type") == "AmpOptimWrapper":
+        print_log("no GPU: training in float32, without the mixed precision of the configuration", logger="current")
+        config.optim_wrapper.type = "OptimWrapper"
+        for key in ("loss_scale", "dtype"):
+            config.optim_wrapper.pop(key, None)
+    if launcher != "none":
+        revert_sync_bn(config.model)
+        config.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+
+
+def revert_sync_bn(config: dict | list) -> None:
+    """Changes, in place, synchronised batch norms to plain ones: the former need GPUs and several processes."""
+    for value in config.values() if isinstance(config, dict) else config:
+        if isinstance(value, dict | list | tuple):
+            revert_sync_bn(value)
+    if isinstance(config, dict) and config.get("type") == "SyncBN":
+        config["type"] = "BN"
+
+
+def load_checkpoint(model: nn.Module, path: str | Path, fine_tune: bool = False) -> dict:
+    """Loads a detector's or segmenter's file, the release's or ours, strictly, and returns its content.
+
+    Args:
+        fine_tune: layers of the classes that differ from the file's keep their initialisation.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is missing, damaged, or does not fit the model.
+    """
+    content = read_checkpoint(fetch(path), also=MMENGINE_CLASSES)
+    weights = content.get("state_dict")
+    if not isinstance(weights, dict):
+        raise ValueError(
+            f"{path} is not the checkpoint of a detector or segmenter (its entries are {sorted(map(str, content))[:8]}); "
+            "a classifier's weights belong to model.backbone.init_cfg.checkpoint"
+        )
+    weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    try:
+        notes = load_weights(model, weights, new_heads=CLASS_LAYERS if fine_tune else ())
+    except ValueError as error:
+        raise ValueError(f"{path}: {_class_disagreement(model.state_dict(), weights)}{error}") from error
+    for note in notes:
+        print_log(note, logger="current")
+    # mmengine would run the configuration in the file as Python when it resumes, only to look for an obsolete key.
+    content.setdefault("meta", {}).pop("config", None)
+    return content
+
+
+def _class_disagreement(own: dict, weights: dict) -> str:
+    for layer, (per_class, others) in CLASS_LAYERS.items():
+        key = f"{layer}.weight"
+        if key in own and key in weights and len(own[key]) != len(weights[key]):
+            ours, theirs = ((len(state[key]) - others) // per_class for state in (own, weights))
+            return f"it is for {theirs} classes and the configuration for {ours}: set num_classes in the configuration's heads; "
+    return ""
+
+
+class CarefulRunner(Runner):
+    """mmengine's Runner with strict, safe checkpoints and checked data sets. ``from_cfg(config)`` makes one."""
+
+    def load_checkpoint(self, filename: str, map_location="cpu", strict: bool = True, revise_keys: list = ()) -> dict:
+        """Called by mmengine to resume, to test and, for ``load_from``, to start training from other weights."""
+        model = self.model.module if hasattr(self.model, "module") else self.model
+        fine_tune = self._train_loop is not None and not self._resume
+        content = load_checkpoint(model, filename, fine_tune)
+        if self._resume and "optimizer" not in content:
+            raise ValueError(f"{filename} holds no optimizer state to resume from; to start from its weights, set load_from instead")
+        self.call_hook("after_load_checkpoint", checkpoint=content)
+        self._has_loaded = True
+        self.logger.info(f"loaded {filename}")
+        return content
+
+    def build_train_loop(self, loop):
+        loop = super().build_train_loop(loop)
+        self._check_classes(loop.dataloader.dataset)
+        return loop
+
+    def build_val_loop(self, loop):
+        loop = super().build_val_loop(loop)
+        self._check_classes(loop.dataloader.dataset)
+        return loop
+
+    def build_test_loop(self, loop):
+        loop = super().build_test_loop(loop)
+        self._check_classes(loop.dataloader.dataset)
+        return loop
+
+    @staticmethod
+    def build_dataloader(dataloader, seed: int | None = None, diff_rank_seed: bool = False) -> DataLoader:
+        """mmengine's, with an error that names the data set when it cannot be read or is empty."""
+        if isinstance(dataloader, DataLoader):
+            return dataloader
+        try:
+            loader = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+        except (OSError, ValueError, KeyError, AssertionError, TypeError) as error:
+            raise ValueError(f"the data set {_describe(dataloader['dataset'])} cannot be read: {error}") from error
+        for dataset in _datasets(loader.dataset):
+            _check_data(dataset)
+        return loader
+
+    def _check_classes(self, dataset: Dataset) -> None:
+        model = self.model.module if hasattr(self.model, "module") else self.model
+        modules = dict(model.named_modules())
+        for name in {layer.rpartition(".")[0] for layer in CLASS_LAYERS} & modules.keys():
+            for part in _datasets(dataset):
+                classes = part.metainfo.get("classes") or ()
+                if classes and modules[name].num_classes != len(classes):
+                    raise ValueError(
+                        f"the model has {name}.num_classes={modules[name].num_classes}, but the data set {_describe(part)} has "
+                        f"{len(classes)} classes: {_some(classes)}; set num_classes in the model's heads, or the data set's metainfo"
+                    )
+
+
+def _datasets(dataset: Dataset) -> Iterator[BaseDataset]:
+    """The data sets inside wrappers such as RepeatDataset and ConcatDataset."""
+    if isinstance(dataset, BaseDataset) or hasattr(dataset, "ann_file"):
+        yield dataset
+    for inner in (*getattr(dataset, "datasets", ()), *([dataset.dataset] if hasattr(dataset, "dataset") else [])):
+        yield from _datasets(inner)
+
+
+def _describe(dataset: Dataset | dict) -> str:
+    get = dataset.get if isinstance(dataset, dict) else lambda name: getattr(dataset, name, None)
+    parts = [f"{name}={get(name)!r}" for name in ("data_root", "ann_file", "data_prefix") if get(name)]
+    return f"{get('type') or type(dataset).__name__}({', '.join(parts)})"
+
+
+def _some(names) -> str:
+    return ", ".join(map(str, names[:10])) + (" ..." if len(names) > 10 else "")
+
+
+def _check_data(dataset: BaseDataset) -> None:
+    """Raises ValueError when a data set has no samples, or its classes are not the categories of its COCO file, in their order."""
+    classes = list(dataset.metainfo.get("classes") or ())
+    if hasattr(dataset, "cat_ids") and (len(dataset.cat_ids) != len(classes) or classes != list(type(dataset).METAINFO["classes"])):
+        categories = [category["name"] for category in json.loads(Path(dataset.ann_file).read_text()).get("categories", ())]
+        in_file = [name for name in categories if name in classes]
+        if in_file != classes:  # mmdet numbers classes in the order of the file, whatever the order of their names
+            raise ValueError(
+                f"the categories in {dataset.ann_file} are {_some(categories) or 'none (is it a COCO annotation file?)'}; the data set's "
+                f"classes are {_some(classes)}: set its metainfo=dict(classes=...) to names of the file, in the file's order"
+            )
+    if len(dataset) == 0:
+        raise ValueError(f"the data set {_describe(dataset)} has no samples")

@@ -1,0 +1,14 @@
+"""Counts multiply-adds and parameters. From segmentation/:
+
+    python tools/get_flops.py configs/litv2/*.py
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, installed or not
+
+from litv2.mm_tools import get_flops
+
+if __name__ == "__main__":
+    get_flops()

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# [GPUS=8 GPUS_PER_NODE=8 CPUS_PER_TASK=5 SRUN_ARGS=...] slurm_test.sh PARTITION JOB CONFIG CHECKPOINT [FLAGS OF test.py]
+GPUS=${GPUS:-8} PER_NODE=${GPUS_PER_NODE:-8}
+srun -p "$1" --job-name="$2" --gres="gpu:$PER_NODE" --ntasks="$GPUS" --ntasks-per-node="$PER_NODE" \
+    --cpus-per-task="${CPUS_PER_TASK:-5}" --kill-on-bad-exit=1 ${SRUN_ARGS:-} \
+    python -u "$(dirname "$0")/test.py" "$3" "$4" --launcher slurm "${@:5}"
