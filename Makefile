@@ -1,11 +1,12 @@
 # make demo   sets up and trains a small LITv2 on the embedded data set
-# make test   sets up, builds the compiled deformable convolution and runs the checks and the whole test suite
-# Both reuse what an earlier call has set up. PYTHON=... chooses the interpreter.
+# make mm     sets up detection and segmentation; the first time it compiles mmcv, for about 15 minutes on two cores
+# make test   sets up everything, builds the compiled deformable convolution and runs the checks and the whole test suite
+# All reuse what an earlier call has set up. PYTHON=... chooses the interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test
+.PHONY: demo mm test
 
 demo: .venv/ready
 	cd classification && ../$(BIN)/python main.py --cfg configs/litv2-digits.yaml
@@ -16,7 +17,9 @@ demo: .venv/ready
 	@echo "  python main.py --cfg configs/litv2-small.yaml --data-path DIR        # DIR/train/CLASS/IMAGE, DIR/val/CLASS/IMAGE"
 	@echo "  tensorboard --logdir output"
 
-test: .venv/ready .venv/dcn
+mm: .venv/mm
+
+test: .venv/ready .venv/dcn .venv/mm
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
@@ -28,4 +31,9 @@ test: .venv/ready .venv/dcn
 
 .venv/dcn: .venv/ready mm_modules/DCN/setup.py $(wildcard mm_modules/DCN/csrc/*)
 	cd mm_modules/DCN && ../../$(BIN)/python setup.py build_ext --inplace
+	touch $@
+
+.venv/mm: .venv/ready requirements-mm.txt scripts/build_mmcv.sh
+	scripts/build_mmcv.sh $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -r requirements-mm.txt -c requirements.txt
 	touch $@

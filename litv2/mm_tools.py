@@ -122,8 +122,8 @@ def get_flops() -> None:
     print(f"{'':44} {'params M':>9} {'published G':>12} {'full G':>9}    (full: with the deformable convolutions themselves)")
     for path in args.config:
         config = load_config(path, args.cfg_options)
-        model = build_model(config)
         height, width = args.shape or ((800, 1280) if config.default_scope == "mmdet" else (512, 512))
+        model = build_model(config)
         count = count_flops(model, height, width)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print(

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Builds mmcv's operators for the installed torch and installs them: build_mmcv.sh VERSION [PYTHON]
+# Builds mmcv's operators for the installed torch and installs them: scripts/build_mmcv.sh [PYTHON]
 #
 # For machines that no prebuilt wheel exists for (README, "Detection and segmentation"). It takes about a quarter of an hour on two
 # cores, so the wheel is kept in ~/.cache/litv2, under the name of the torch that it was built for, and the next call only installs it.
 # CUDA operators are built where torch sees a GPU, or with FORCE_CUDA=1.
 set -euo pipefail
 
-version=$1
-python=${2:-python}
+python=${1:-python}
+version=$(sed -n 's/^onedl-mmcv==//p' "$(dirname "$0")/../requirements-mm.txt")
 tag=$("$python" -c 'import torch; print(f"torch-{torch.__version__}" + ("-gpu" if torch.cuda.is_available() else ""))')
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/litv2/${tag}${FORCE_CUDA:+-gpu}
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }

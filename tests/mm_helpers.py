@@ -1,0 +1,147 @@
+"""What the tests of detection and segmentation share: tiny models, small generated data sets, and the tools as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from decimal import ROUND_HALF_UP, Decimal
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
+from PIL import Image
+from torch import nn
+
+from helpers import ROOT, fill, generator
+from litv2.mm_runner import load_config
+from litv2.mm_tools import build_model
+
+# A backbone that trains in seconds, as --cfg-options.
+TINY_OPTIONS = """
+model.backbone.embed_dim=16 model.backbone.depths=[1,1,1,1] model.backbone.num_heads=[1,2,4,8] model.backbone.init_cfg=None
+model.neck.in_channels=[16,32,64,128] train_dataloader.num_workers=0 val_dataloader.num_workers=0 test_dataloader.num_workers=0
+default_hooks.logger.interval=1
+""".split()
+
+
+def config_files(task: str) -> list[Path]:
+    return sorted((ROOT / task / "configs/litv2").glob("*.py"))
+
+
+def tiny_config(path: Path, **options) -> Config:
+    backbone = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "init_cfg": None}
+    options |= {f"model.backbone.{key}": value for key, value in backbone.items()}
+    return load_config(path, {"model.neck.in_channels": [16, 32, 64, 128], **options})
+
+
+def tiny_dense_model(path: Path, **options) -> nn.Module:
+    return fill(build_model(tiny_config(path, **options))).eval()
+
+
+def run_tool(task: str, script: str, *arguments, check: bool = True, launcher: tuple = (), timeout: int = 300):
+    """A script of detection/ or segmentation/ in a process of its own."""
+    command = [sys.executable, *launcher, script, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, cwd=ROOT / task, env=environment, capture_output=True, text=True, timeout=timeout)
+    if check and done.returncode != 0:
+        raise AssertionError(f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return done
+
+
+def readme_config(task: str) -> str:
+    """The configuration that the README shows for one's own data: the Python block that names the task's base file."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    base = {"detection": "coco.py", "segmentation": "ade20k.py"}[task]
+    (block,) = (block for block in blocks if "_base_ =" in block and base in block)
+    return block
+
+
+def write_coco(folder: Path, names: tuple[str, ...] = ("cat", "dog"), images: int = 6) -> Path:
+    """folder/{train,val}.json and folder/{train,val}/: rectangles of one colour per class on grey, with masks."""
+    for split in ("train", "val"):
+        (folder / split).mkdir(parents=True)
+        content = dict(images=[], annotations=[], categories=[dict(id=10 * i + 1, name=name) for i, name in enumerate(names)])
+        for number in range(images):
+            pixels = generator(number).integers(90, 140, (64, 80, 3)).astype(np.uint8)
+            kind, (x, y, w, h) = number % len(names), (6 + number, 10, 40, 30)
+            pixels[y : y + h, x : x + w] = (230, 30, 30) if kind == 0 else (30, 30, 230)
+            Image.fromarray(pixels).save(folder / split / f"{number}.jpg")
+            content["images"].append(dict(id=number, file_name=f"{number}.jpg", width=80, height=64))
+            box = dict(bbox=[x, y, w, h], area=w * h, segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]], iscrowd=0)
+            content["annotations"].append(dict(id=number, image_id=number, category_id=10 * kind + 1, **box))
+        (folder / f"{split}.json").write_text(json.dumps(content))
+    return folder
+
+
+def write_segmentation(folder: Path, images: int = 6) -> Path:
+    """folder/{images,annotations}/{training,validation}: a rectangle of class 1 on class 0."""
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (folder / kind / split).mkdir(parents=True)
+        for number in range(images):
+            pixels = generator(number).integers(90, 140, (64, 80, 3)).astype(np.uint8)
+            labels = np.zeros((64, 80), np.uint8)
+            area = slice(10, 40), slice(6 + number, 46 + number)
+            pixels[area], labels[area] = (230, 30, 30), 1
+            Image.fromarray(pixels).save(folder / "images" / split / f"{number}.jpg")
+            Image.fromarray(labels).save(folder / "annotations" / split / f"{number}.png")
+    return folder
+
+
+def learning_rates(config: Config, epoch_length: int, updates: list[int]) -> list[float]:
+    """The learning rate in force at each of ``updates`` (counted from 0), by running the configuration's schedulers."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.optim_wrapper.optimizer.lr)
+    schedulers = [PARAM_SCHEDULERS.build({**item, "optimizer": optimizer}) for item in config.param_scheduler]
+    rates = []
+    for update in range(updates[-1] + 1):
+        if update in updates:
+            rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        for scheduler in schedulers:
+            if not scheduler.by_epoch or (update + 1) % epoch_length == 0:
+                scheduler.step()
+    return rates
+
+
+def parameter_groups(config: Config, model: nn.Module) -> dict[str, tuple[float, float]]:
+    """Name of each parameter -> its learning rate and weight decay in the optimizer that the configuration builds."""
+    init_default_scope(config.default_scope)
+    wrapper = {key: value for key, value in config.optim_wrapper.items() if key != "loss_scale"} | dict(type="OptimWrapper")
+    optimizer = build_optim_wrapper(model, Config(dict(w=wrapper)).w).optimizer
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.defaults["betas"] == (0.9, 0.999) and optimizer.defaults["eps"] == 1e-8
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(p)]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+
+
+def as_published(value: float, published: str) -> str:
+    """``value``, counted to two decimals, rounded to the digits of a published number (62.50 is 63 in the tables)."""
+    return str(Decimal(f"{value:.2f}").quantize(Decimal(published), ROUND_HALF_UP))
+
+
+def backbone_settings(model: nn.Module) -> dict:
+    """What a built backbone does, whatever its configuration says."""
+    backbone = model.backbone
+    return dict(
+        depths=[len(stage.blocks) for stage in backbone.layers],
+        channels=[info["num_chs"] for info in backbone.feature_info],
+        drop_path=round(backbone.layers[-1].blocks[-1].drop_path.rate, 6),
+        windows=[stage.blocks[0].attn.window_size if stage.blocks[0].attn else 0 for stage in backbone.layers],
+        alpha={stage.blocks[0].attn.alpha for stage in backbone.layers if stage.blocks[0].attn},
+        norms=[i for i in range(4) if hasattr(backbone, f"norm{i}")],
+        checkpointing={stage.grad_checkpointing for stage in backbone.layers},
+    )
+
+
+# Depths, channels and drop path of the variants (SPEC of the paper's tables).
+VARIANTS = {
+    "s": dict(depths=[2, 2, 6, 2], channels=[96, 192, 384, 768], drop_path=0.2),
+    "m": dict(depths=[2, 2, 18, 2], channels=[96, 192, 384, 768], drop_path=0.2),
+    "b": dict(depths=[2, 2, 18, 2], channels=[128, 256, 512, 1024], drop_path=0.3),
+}
