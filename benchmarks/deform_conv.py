@@ -12,9 +12,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
-from harness import interleaved, table
+from harness import interleaved, peak_memory, table
 from litv2 import litv2_small
 from litv2.layers import DeformableTokenMerging
 from mm_modules.DCN import backend_compiled, backend_torch, backend_torchvision
@@ -42,7 +41,7 @@ def main() -> None:
             reference = seconds["torchvision, " + kind.replace("bfloat16", "float32")]
             times.append([f"{channels} x {side} x {side}", name, f"{1e3 * own:.1f}", f"{reference / own:.1f}"])
         for kind in ("forward float32", "forward + backward float32"):
-            peaks = {name: peak_bytes(functions[f"{name}, {kind}"]) for name in BACKENDS}
+            peaks = {name: peak_memory(functions[f"{name}, {kind}"]) for name in BACKENDS}
             memory.append([f"{channels} x {side} x {side}", kind] + [f"{peak / 2**20:.0f}" for peak in peaks.values()])
 
     print(f"batch {args.batch_size}, {args.threads} threads, torch {torch.__version__}, medians of {args.rounds} interleaved rounds")
@@ -79,18 +78,6 @@ def cases(batch_size: int, channels: int, side: int) -> dict[str, Callable[[], o
     functions["compiled, forward bfloat16"] = run(dcn(backend_compiled), False, torch.bfloat16)
     functions["nn.Conv2d, forward bfloat16"] = run(plain, False, torch.bfloat16)
     return functions
-
-
-def peak_bytes(function: Callable[[], object]) -> int:
-    """The most that torch's allocator held during a call beyond what it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for _, change in sorted((event.start_ns(), event.nbytes()) for event in events):
-        held += change
-        peak = max(peak, held)
-    return peak
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Timing that survives a noisy machine: the functions take turns, medians and ratios are compared."""
+"""Timing that survives a noisy machine (the functions take turns, medians and ratios are compared), and peak memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
@@ -21,6 +23,18 @@ def interleaved(functions: dict[str, Callable[[], object]], rounds: int, warm_up
             if i >= warm_up:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_memory(function: Callable[[], object]) -> int:
+    """The most bytes that torch's allocator held on the CPU during a call beyond what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for _, change in sorted((event.start_ns(), event.nbytes()) for event in events):
+        held += change
+        peak = max(peak, held)
+    return peak
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

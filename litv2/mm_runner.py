@@ -17,7 +17,7 @@ import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.logging import HistoryBuffer, print_log
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -160,7 +160,7 @@ class CarefulRunner(Runner):
     def load_checkpoint(self, filename: str, map_location="cpu", strict: bool = True, revise_keys: list = ()) -> dict:
         """Called by mmengine to resume, to test and, for ``load_from``, to start training from other weights."""
         model = self.model.module if hasattr(self.model, "module") else self.model
-        fine_tune = self._train_loop is not None and not self._resume
+        fine_tune = isinstance(self._train_loop, BaseLoop) and not self._resume  # a dictionary until training begins
         content = load_checkpoint(model, filename, fine_tune)
         if self._resume and "optimizer" not in content:
             raise ValueError(f"{filename} holds no optimizer state to resume from; to start from its weights, set load_from instead")

@@ -124,12 +124,10 @@ def get_flops() -> None:
         config = load_config(path, args.cfg_options)
         height, width = args.shape or ((800, 1280) if config.default_scope == "mmdet" else (512, 512))
         model = build_model(config)
+        parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         count = count_flops(model, height, width)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        print(
-            f"{Path(path).stem:44} {parameters / 1e6:9.2f} {count['published'] / 1e9:12.2f} {count['full'] / 1e9:9.2f}    {height} x {width}",
-            flush=True,
-        )
+        published, full = count["published"] / 1e9, count["full"] / 1e9
+        print(f"{Path(path).stem:44} {parameters:9.2f} {published:12.2f} {full:9.2f}    {height} x {width}", flush=True)
 
 
 @command

@@ -35,9 +35,9 @@ def config_files(task: str) -> list[Path]:
 
 
 def tiny_config(path: Path, **options) -> Config:
-    backbone = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "init_cfg": None}
-    options |= {f"model.backbone.{key}": value for key, value in backbone.items()}
-    return load_config(path, {"model.neck.in_channels": [16, 32, 64, 128], **options})
+    backbone = dict(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), init_cfg=None)
+    tiny = {f"model.backbone.{key}": value for key, value in backbone.items()} | {"model.neck.in_channels": [16, 32, 64, 128]}
+    return load_config(path, tiny | options)
 
 
 def tiny_dense_model(path: Path, **options) -> nn.Module:

@@ -27,7 +27,8 @@ TRAINER = [command for command in COMMANDS if "main.py" in command]
 def test_python_sessions():
     names: dict = {}
     parser = doctest.DocTestParser()
-    for number, block in enumerate(re.findall(r"```python\n(.*?)```", README, re.S)):
+    sessions = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if ">>>" in block]
+    for number, block in enumerate(sessions):
         test = parser.get_doctest(block, names, f"README block {number}", "README.md", 0)
         runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
         runner.run(test, clear_globs=False)
@@ -49,17 +50,25 @@ def trained(tmp_path_factory):
 
 def test_all_commands_are_known():
     assert len(TRAINER) == 5
-    others = [command for command in COMMANDS if command not in TRAINER]
+    detection = [command for command in COMMANDS if re.match(r"(python )?(tools/|demo\.py)", command)]
+    assert len(detection) == 6  # run in detection/test_tools.py
+    for command in detection:
+        script = command.removeprefix("python ").split()[0]
+        assert (ROOT / "detection" / script).is_file() and (ROOT / "segmentation" / script).is_file()
+    others = [command for command in COMMANDS if command not in TRAINER + detection]
     assert others == [
         "make demo",
         "make test",
         "pip install -r requirements.txt",
         "pip install -e .",
         "cd classification",
+        "make mm",
+        "pip install onedl-mim && mim install onedl-mmcv==2.3.6 && pip install -r requirements-mm.txt",
+        "cd detection",
         "cd mm_modules/DCN && python setup.py build_ext --inplace",  # run by make test
         "python -m mm_modules.DCN",  # run in mm_modules/test_compiled.py
     ]
-    for target in ("demo", "test"):
+    for target in ("demo", "mm", "test"):
         subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
 
 
@@ -101,6 +110,17 @@ def test_files_that_the_readme_names_exist():
         for option in options:
             pattern = re.sub(r"\{.*\}", option, name)
             assert list((ROOT / "classification/configs").glob(pattern)), pattern
+
+
+def test_dense_tables():
+    """The accuracy tables name the configurations, and their counts are those that the configurations' tests find."""
+    rows = re.findall(r"\| `(\w+(?:coco|ade20k))` \| (\d+) \| (\d+) \|", README)
+    assert len(rows) == 9
+    for name, parameters, gflops in rows:
+        task = "detection" if name.endswith("coco") else "segmentation"
+        assert (ROOT / task / "configs/litv2" / f"{name}.py").is_file()
+        published = (ROOT / "tests" / task / "test_configs.py").read_text()
+        assert re.search(rf'"{parameters}[.\d]*", "{gflops}[.\d]*"', published), name
 
 
 def test_installable_names():
