@@ -18,7 +18,8 @@ import torch
 from harness import interleaved, peak_memory, table
 from litv2.mm_tools import arguments, build_model, command, load_config
 
-# isort: split  (the import before says what to do where the next fail)
+# The import before says what to do where these fail.
+# isort: split
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import DATASETS

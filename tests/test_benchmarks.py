@@ -23,7 +23,9 @@ def test_runs(script):
     assert "times as fast" in done.stdout
 
 
-@pytest.mark.parametrize("task, config", [("detection", "retinanet_litv2_s_fpn_1x_coco"), ("segmentation", "litv2_s_fpn_r50_512x512_80k_ade20k")])
+@pytest.mark.parametrize(
+    "task, config", [("detection", "retinanet_litv2_s_fpn_1x_coco"), ("segmentation", "litv2_s_fpn_r50_512x512_80k_ade20k")]
+)
 def test_detectors_and_segmenters(task, config):
     flags = f"configs/litv2/{config}.py --synthetic --shape 64 96 --rounds 1".split()
     done = subprocess.run([sys.executable, "tools/benchmark.py", *flags], cwd=ROOT / task, capture_output=True, text=True)
