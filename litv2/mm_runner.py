@@ -54,6 +54,10 @@ MMENGINE_CLASSES = [
 ]
 
 
+# What mmengine's Runner reads and a configuration need not have.
+OPTIONAL_KEYS = {"custom_hooks", "experiment_name", "find_unused_parameters", "model_wrapper_cfg", "randomness", "sync_bn", "work_dir"}
+
+
 def load_config(path: str | Path, options: dict | None = None) -> Config:
     """The configuration in a file, with ``options`` (those of --cfg-options) merged into it.
 
@@ -61,11 +65,14 @@ def load_config(path: str | Path, options: dict | None = None) -> Config:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a configuration, or an option names no key of it.
+        ValueError: an option does not fit the configuration.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no configuration at {path}")
     config = Config.fromfile(path)
+    for option in options or {}:
+        if option.split(".")[0] not in {*config, *OPTIONAL_KEYS}:
+            raise ValueError(f"--cfg-options {option}: the configuration has no such key; it has {', '.join(sorted(config))}")
     old_root = config.get("data_root")
     try:
         config.merge_from_dict(options or {})
@@ -126,23 +133,31 @@ def load_checkpoint(model: nn.Module, path: str | Path, fine_tune: bool = False)
     Raises:
         FileNotFoundError, ValueError: the file is missing, damaged, or does not fit the model.
     """
+    content = _read(path)
+    _load(model, content, path, fine_tune)
+    return content
+
+
+def _read(path: str | Path) -> dict:
     content = read_checkpoint(fetch(path), also=MMENGINE_CLASSES)
-    weights = content.get("state_dict")
-    if not isinstance(weights, dict):
+    if not isinstance(content.get("state_dict"), dict):
         raise ValueError(
             f"{path} is not the checkpoint of a detector or segmenter (its entries are {sorted(map(str, content))[:8]}); "
             "a classifier's weights belong to model.backbone.init_cfg.checkpoint"
         )
-    weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    # mmengine would run the configuration in the file as Python when it resumes, only to look for an obsolete key.
+    content.setdefault("meta", {}).pop("config", None)
+    return content
+
+
+def _load(model: nn.Module, content: dict, path: str | Path, fine_tune: bool) -> None:
+    weights = {key.removeprefix("module."): value for key, value in content["state_dict"].items()}
     try:
         notes = load_weights(model, weights, new_heads=CLASS_LAYERS if fine_tune else ())
     except ValueError as error:
         raise ValueError(f"{path}: {_class_disagreement(model.state_dict(), weights)}{error}") from error
     for note in notes:
         print_log(note, logger="current")
-    # mmengine would run the configuration in the file as Python when it resumes, only to look for an obsolete key.
-    content.setdefault("meta", {}).pop("config", None)
-    return content
 
 
 def _class_disagreement(own: dict, weights: dict) -> str:
@@ -161,10 +176,11 @@ class CarefulRunner(Runner):
         """Called by mmengine to resume, to test and, for ``load_from``, to start training from other weights."""
         model = self.model.module if hasattr(self.model, "module") else self.model
         fine_tune = isinstance(self._train_loop, BaseLoop) and not self._resume  # a dictionary until training begins
-        content = load_checkpoint(model, filename, fine_tune)
+        content = _read(filename)
         if self._resume and "optimizer" not in content:
             raise ValueError(f"{filename} holds no optimizer state to resume from; to start from its weights, set load_from instead")
-        self.call_hook("after_load_checkpoint", checkpoint=content)
+        self.call_hook("after_load_checkpoint", checkpoint=content)  # an EMA hook takes its own weights out of it
+        _load(model, content, filename, fine_tune)
         self._has_loaded = True
         self.logger.info(f"loaded {filename}")
         return content

@@ -20,6 +20,7 @@ except ImportError as error:
     raise SystemExit(f"error: {error}; detection and segmentation need OpenMMLab's packages: run `make mm` (README)") from None
 
 from .mm_flops import count_flops
+from .mm_plots import plot_curves
 from .mm_runner import CarefulRunner, adapt_to_device, load_checkpoint, load_config, revert_sync_bn
 
 __all__ = ["build_model", "command", "demo", "get_flops", "test", "train"]
@@ -86,7 +87,11 @@ def train() -> None:
     if args.resume:
         config.resume = True
         config.load_from = None if args.resume == "auto" else args.resume
-    CarefulRunner.from_cfg(config).train()
+    runner = CarefulRunner.from_cfg(config)
+    runner.train()
+    if runner.rank == 0:
+        plot_curves(runner.work_dir, Path(runner.work_dir) / "curves.png")
+        print(f"checkpoints, logs and curves.png are in {runner.work_dir}")
 
 
 @command

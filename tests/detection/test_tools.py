@@ -40,6 +40,7 @@ def trained(mine):
     options = [*SMALL, f"data_root={mine / 'data'}", "train_cfg.max_epochs=1", "load_from=None", "model.test_cfg.score_thr=0.0"]
     done = run_tool("detection", "tools/train.py", mine / "mine.py", "--work-dir", mine / "run", "--cfg-options", *options)
     assert "coco/bbox_mAP" in done.stdout and "training in float32" in done.stdout
+    assert Image.open(mine / "run/curves.png").size == (1800, 480)
     losses = [float(loss) for loss in re.findall(r" loss: ([\d.]+)", done.stdout)]
     assert len(losses) == 3 and all(np.isfinite(losses))
     return options
@@ -121,6 +122,13 @@ def mine_config(mine, tmp_path, **options):
     for name in ("train", "val", "test"):
         config[f"{name}_dataloader"].update(num_workers=0, persistent_workers=False)
     return config
+
+
+def test_mistyped_option():
+    with pytest.raises(ValueError, match="train_cgf.max_epochs: the configuration has no such key"):
+        load_config(RETINANET, {"train_cgf.max_epochs": 1})
+    with pytest.raises(ValueError, match="pipeline.9"):
+        load_config(RETINANET, {"train_dataloader.dataset.pipeline.9.scale": 1})
 
 
 def test_missing_data_root(mine, tmp_path):

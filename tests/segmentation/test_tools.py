@@ -41,6 +41,7 @@ def trained(mine):
     options += ["default_hooks.checkpoint.interval=2"]
     done = run_tool("segmentation", "tools/train.py", mine / "mine.py", "--work-dir", mine / "run", "--cfg-options", *options)
     assert "mIoU" in done.stdout and "background" in done.stdout and "road" in done.stdout
+    assert Image.open(mine / "run/curves.png").size == (1800, 480)
     losses = [float(loss) for loss in re.findall(r" loss: ([\d.]+)", done.stdout)]
     assert len(losses) == 4 and all(np.isfinite(losses))
     return options
