@@ -208,7 +208,9 @@ class CarefulRunner(Runner):
         try:
             loader = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
         except (OSError, ValueError, KeyError, AssertionError, TypeError) as error:
-            raise ValueError(f"the data set {_describe(dataloader['dataset'])} cannot be read: {error}") from error
+            # numpy's words are how mmengine says that there is nothing in a data set
+            reason = "it has no samples" if "need at least one array" in str(error) else error
+            raise ValueError(f"the data set {_describe(dataloader['dataset'])} cannot be read: {reason}") from error
         for dataset in _datasets(loader.dataset):
             _check_data(dataset)
         return loader

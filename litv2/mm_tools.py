@@ -23,7 +23,7 @@ from .mm_flops import count_flops
 from .mm_plots import plot_curves
 from .mm_runner import CarefulRunner, adapt_to_device, load_checkpoint, load_config, revert_sync_bn
 
-__all__ = ["build_model", "command", "demo", "get_flops", "test", "train"]
+__all__ = ["arguments", "build_model", "command", "config_of", "demo", "get_flops", "load_config", "test", "train"]
 
 
 def command(function: Callable[[], None]) -> Callable[[], None]:
@@ -147,7 +147,7 @@ def demo() -> None:
     args = parser.parse_args()
     if not Path(args.image).is_file():
         raise FileNotFoundError(f"no image at {args.image}")
-    config = load_config(args.config or _config_of(args.checkpoint), args.cfg_options)
+    config = load_config(args.config or config_of(args.checkpoint), args.cfg_options)
     model = build_model(config, args.checkpoint).to(args.device)
 
     pipeline = [step for step in config.test_dataloader.dataset.pipeline if step["type"] != "LoadAnnotations"]
@@ -182,7 +182,7 @@ def build_model(config: Config, checkpoint: str | None = None) -> torch.nn.Modul
     return model
 
 
-def _config_of(checkpoint: str) -> str:
+def config_of(checkpoint: str) -> str:
     """The configuration of ours that a checkpoint's path names: ``.../NAME.pth`` or ``.../NAME/epoch_12.pth``."""
     root = Path(__file__).resolve().parents[1]
     configs = [path for task in ("detection", "segmentation") for path in (root / task / "configs/litv2").glob("*.py")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from PIL import Image
 
 from helpers import ROOT, shared
 from litv2.mm_runner import CarefulRunner, adapt_to_device, load_checkpoint, load_config
-from mm_helpers import TINY_OPTIONS, readme_config, run_tool, tiny_config, tiny_dense_model, write_coco
+from litv2.mm_tools import config_of
+from mm_helpers import TINY_OPTIONS, config_files, readme_config, run_tool, tiny_config, tiny_dense_model, write_coco
 
 RETINANET = ROOT / "detection/configs/litv2/retinanet_litv2_s_fpn_1x_coco.py"
 MASK_RCNN = ROOT / "detection/configs/litv2/mask_rcnn_litv2_s_fpn_1x_coco.py"
@@ -38,7 +40,8 @@ def mine(tmp_path_factory):
 def trained(mine):
     """One epoch of the README's configuration; returns the options of the run."""
     options = [*SMALL, f"data_root={mine / 'data'}", "train_cfg.max_epochs=1", "load_from=None", "model.test_cfg.score_thr=0.0"]
-    done = run_tool("detection", "tools/train.py", mine / "mine.py", "--work-dir", mine / "run", "--cfg-options", *options)
+    flags = ["--work-dir", mine / "run", "--local-rank=0", "--cfg-options", *options]
+    done = run_tool("detection", "tools/train.py", mine / "mine.py", *flags)
     assert "coco/bbox_mAP" in done.stdout and "training in float32" in done.stdout
     assert Image.open(mine / "run/curves.png").size == (1800, 480)
     losses = [float(loss) for loss in re.findall(r" loss: ([\d.]+)", done.stdout)]
@@ -217,6 +220,33 @@ def test_one_line_for_the_user(mine, tmp_path):
         done = run_tool("detection", *arguments, check=False)
         assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
         assert done.stderr.splitlines()[-1].startswith("error: ") and message in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_launch_scripts(task, tmp_path):
+    """What dist_*.sh and slurm_*.sh start."""
+    for launcher in ("torchrun", "srun"):
+        (tmp_path / launcher).write_text('#!/bin/sh\necho "$(basename "$0") $*"\n')
+        (tmp_path / launcher).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "GPUS": "16"}
+    expected = {
+        "dist_train.sh CONFIG 8 --amp": r"torchrun --nnodes=1 .*--nproc-per-node=8 .*tools/train.py CONFIG --amp",
+        "dist_test.sh CONFIG FILE 4 --out x.pkl": r"torchrun .*--nproc-per-node=4 .*tools/test.py CONFIG FILE --out x.pkl",
+        "slurm_train.sh PART JOB CONFIG DIR --amp": r"srun -p PART --job-name=JOB .*--ntasks=16 --ntasks-per-node=8 .*"
+        r"tools/train.py CONFIG --work-dir DIR --launcher slurm --amp",
+        "slurm_test.sh PART JOB CONFIG FILE": r"srun -p PART .*tools/test.py CONFIG FILE --launcher slurm",
+    }
+    for command, line in expected.items():
+        script, *words = command.split()
+        done = subprocess.run([f"tools/{script}", *words], cwd=ROOT / task, env=environment, capture_output=True, text=True, check=True)
+        assert re.fullmatch(line, done.stdout.strip()), done.stdout
+
+
+def test_configuration_named_by_the_checkpoint():
+    for path in config_files("detection") + config_files("segmentation"):
+        assert config_of(f"somewhere/{path.stem}.pth") == config_of(f"work_dirs/{path.stem}/epoch_12.pth") == str(path)
+    with pytest.raises(ValueError, match="--config"):
+        config_of("somewhere/epoch_12.pth")
 
 
 def test_data_root_moves_all_paths():

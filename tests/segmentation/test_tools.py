@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from mmengine.registry import init_default_scope
 from PIL import Image
 
 from helpers import ROOT
@@ -39,7 +40,8 @@ def trained(mine):
     """Four updates of the README's configuration; returns the options of the run."""
     options = [*SMALL, f"data_root={mine / 'data'}", "train_cfg.max_iters=4", "train_cfg.val_interval=2"]
     options += ["default_hooks.checkpoint.interval=2"]
-    done = run_tool("segmentation", "tools/train.py", mine / "mine.py", "--work-dir", mine / "run", "--cfg-options", *options)
+    done = run_tool("segmentation", "tools/train.py", mine / "mine.py", "--work-dir", mine / "run", "--amp", "--cfg-options", *options)
+    assert "training in float32" in done.stdout  # there is no GPU for --amp
     assert "mIoU" in done.stdout and "background" in done.stdout and "road" in done.stdout
     assert Image.open(mine / "run/curves.png").size == (1800, 480)
     losses = [float(loss) for loss in re.findall(r" loss: ([\d.]+)", done.stdout)]
@@ -51,6 +53,7 @@ def test_labels_are_those_of_the_files(mine):
     """Label 0 is the first class: nothing is shifted, as ADE20K's labels are."""
     config = tiny_config(mine / "mine.py", data_root=str(mine / "data"), load_from=None)
     config.train_dataloader.update(num_workers=0, persistent_workers=False)
+    init_default_scope("mmseg")
     dataset = CarefulRunner.build_dataloader(config.train_dataloader).dataset
     labels = dataset[0]["data_samples"].gt_sem_seg.data.unique().tolist()
     assert set(labels) <= {0, 1, 255} and 1 in labels and len(dataset) == 6
@@ -59,7 +62,8 @@ def test_labels_are_those_of_the_files(mine):
 def test_resume(mine, trained):
     options = [option for option in trained if "max_iters" not in option] + ["train_cfg.max_iters=6"]
     done = run_tool("segmentation", "tools/train.py", mine / "mine.py", "--work-dir", mine / "run", "--resume", "--cfg-options", *options)
-    assert "iter: 4" in done.stdout and "[6/6]" in done.stdout and "[4/6]" not in done.stdout
+    assert "resumed epoch: 0, iter: 4" in done.stdout
+    assert "Iter(train) [6/6]" in done.stdout and "Iter(train) [4/6]" not in done.stdout
 
 
 def test_evaluation_and_pictures(mine, trained):
@@ -73,6 +77,14 @@ def test_evaluation_and_pictures(mine, trained):
     original = np.asarray(Image.open(mine / "data/images/validation/0.jpg").convert("RGB")).astype(int)
     picture = np.asarray(Image.open(mine / "demo.png").convert("RGB")).astype(int)
     assert original.shape == picture.shape and np.abs(original - picture).mean() > 5  # the overlay
+
+
+def test_two_processes(mine, trained):
+    """Synchronised batch norms need GPUs: on the CPU they become plain ones."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    flags = [mine / "mine.py", "--work-dir", mine / "two", "--cfg-options", *trained]
+    done = run_tool("segmentation", "tools/train.py", *flags, launcher=launcher)
+    assert "Iter(train) [4/4]" in done.stdout and "mIoU" in done.stdout
 
 
 def test_export_and_reload_change_nothing(tmp_path):
