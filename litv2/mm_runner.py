@@ -172,6 +172,10 @@ def _class_disagreement(own: dict, weights: dict) -> str:
 class CarefulRunner(Runner):
     """mmengine's Runner with strict, safe checkpoints and checked data sets. ``from_cfg(config)`` makes one."""
 
+    def build_model(self, model: nn.Module | dict) -> nn.Module:
+        """mmengine's, with channels-last parameters: the layout of the backbone's maps, so that the neck copies nothing."""
+        return super().build_model(model).to(memory_format=torch.channels_last)
+
     def load_checkpoint(self, filename: str, map_location="cpu", strict: bool = True, revise_keys: list = ()) -> dict:
         """Called by mmengine to resume, to test and, for ``load_from``, to start training from other weights."""
         model = self.model.module if hasattr(self.model, "module") else self.model

@@ -83,6 +83,8 @@ def train() -> None:
     args = parser.parse_args()
     config = prepare(args)
     if args.auto_scale_lr:
+        if "auto_scale_lr" not in config:
+            raise ValueError("--auto-scale-lr: the configuration has no auto_scale_lr, which says what batch size its learning rate is for")
         config.auto_scale_lr.enable = True
     if args.resume:
         config.resume = True
@@ -147,6 +149,9 @@ def demo() -> None:
     args = parser.parse_args()
     if not Path(args.image).is_file():
         raise FileNotFoundError(f"no image at {args.image}")
+    picture = mmcv.imread(args.image, channel_order="rgb")
+    if picture is None:
+        raise ValueError(f"{args.image} cannot be read as an image")
     config = load_config(args.config or config_of(args.checkpoint), args.cfg_options)
     model = build_model(config, args.checkpoint).to(args.device)
 
@@ -158,7 +163,6 @@ def demo() -> None:
     visualizer = VISUALIZERS.build(config.visualizer)
     visualizer.dataset_meta = model.dataset_meta
     options = dict(pred_score_thr=args.score) if config.default_scope == "mmdet" else {}
-    picture = mmcv.imread(args.image, channel_order="rgb")
     visualizer.add_datasample("demo", picture, result, draw_gt=False, out_file=args.out, **options)
     if config.default_scope == "mmdet":
         print(f"{(result.pred_instances.scores >= args.score).sum()} objects")
@@ -172,7 +176,7 @@ def build_model(config: Config, checkpoint: str | None = None) -> torch.nn.Modul
     """
     init_default_scope(config.default_scope)
     revert_sync_bn(config.model)
-    model = MODELS.build(config.model).eval()
+    model = MODELS.build(config.model).eval().to(memory_format=torch.channels_last)
     meta = load_checkpoint(model, checkpoint)["meta"] if checkpoint else {}
     dataset = config.test_dataloader.dataset
     with DATASETS.switch_scope_and_registry(config.default_scope) as registry:
