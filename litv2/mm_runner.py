@@ -2,7 +2,6 @@
 
 * Checkpoints are read without running their code and loaded strictly.
 * A data set that is missing, empty or of other classes than the model stops the run before it starts.
-* A configuration made for GPUs runs on the CPU, in one process or many; what is changed for that is logged.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import BaseLoop, Runner
@@ -23,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .checkpoint import fetch, load_weights, read_checkpoint
 
-__all__ = ["CarefulRunner", "adapt_to_device", "load_checkpoint", "load_config", "revert_sync_bn"]
+__all__ = ["CarefulRunner", "load_checkpoint"]
 
 # The modules whose shape depends on the classes, and the outputs that each has per class and besides.
 CLASS_LAYERS = {
@@ -52,76 +49,6 @@ MMENGINE_CLASSES = [
     np._core.multiarray._reconstruct,
     np._core.multiarray.scalar,
 ]
-
-
-# What mmengine's Runner reads and a configuration need not have.
-OPTIONAL_KEYS = {"custom_hooks", "experiment_name", "find_unused_parameters", "model_wrapper_cfg", "randomness", "sync_bn", "work_dir"}
-
-
-def load_config(path: str | Path, options: dict | None = None) -> Config:
-    """The configuration in a file, with ``options`` (those of --cfg-options) merged into it.
-
-    An option ``data_root`` moves every data set and annotation file below the configuration's own ``data_root``.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: an option does not fit the configuration.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no configuration at {path}")
-    config = Config.fromfile(path)
-    for option in options or {}:
-        if option.split(".")[0] not in {*config, *OPTIONAL_KEYS}:
-            raise ValueError(f"--cfg-options {option}: the configuration has no such key; it has {', '.join(sorted(config))}")
-    old_root = config.get("data_root")
-    try:
-        config.merge_from_dict(options or {})
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"--cfg-options {options}: {error}") from error
-    if old_root and config.data_root != old_root:
-        config.merge_from_dict(_moved(config.to_dict(), str(old_root).rstrip("/"), str(config.data_root).rstrip("/")))
-    for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
-        if config.get(name) and config[name].get("num_workers") == 0:
-            config[name].persistent_workers = False  # torch refuses it then
-    config.setdefault("work_dir", f"work_dirs/{Path(path).stem}")
-    return config
-
-
-def _moved(value, old: str, new: str):
-    """``value`` with the path ``old`` at the beginning of its strings replaced by ``new``."""
-    if isinstance(value, dict):
-        return {key: _moved(item, old, new) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_moved(item, old, new) for item in value)
-    if isinstance(value, str) and (value == old or value.startswith(old + "/")):
-        return new + value[len(old) :]
-    return value
-
-
-def adapt_to_device(config: Config, launcher: str) -> None:
-    """Makes a configuration for GPUs run where there is none, and joins the other processes over gloo there."""
-    config.launcher = launcher
-    if torch.cuda.is_available():
-        return
-    if config.get("optim_wrapper", {}).get("type") == "AmpOptimWrapper":
-        print_log("no GPU: training in float32, without the mixed precision of the configuration", logger="current")
-        config.optim_wrapper.type = "OptimWrapper"
-        for key in ("loss_scale", "dtype"):
-            config.optim_wrapper.pop(key, None)
-    if launcher != "none":
-        revert_sync_bn(config.model)
-        config.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
-        if not dist.is_initialized():
-            dist.init_process_group("gloo")
-
-
-def revert_sync_bn(config: dict | list) -> None:
-    """Changes, in place, synchronised batch norms to plain ones: the former need GPUs and several processes."""
-    for value in config.values() if isinstance(config, dict) else config:
-        if isinstance(value, dict | list | tuple):
-            revert_sync_bn(value)
-    if isinstance(config, dict) and config.get("type") == "SyncBN":
-        config["type"] = "BN"
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, fine_tune: bool = False) -> dict:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 from helpers import ROOT, fill, generator
-from litv2.mm_runner import load_config
+from litv2.mm_config import load_config
 from litv2.mm_tools import build_model
 
 # A backbone that trains in seconds, as --cfg-options.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from helpers import ROOT
+from litv2.mm_config import load_config
 from litv2.mm_flops import count_flops
-from litv2.mm_runner import load_config
 from litv2.mm_tools import build_model
 from mm_helpers import VARIANTS, as_published, backbone_settings, config_files, learning_rates, parameter_groups
 
