@@ -63,7 +63,7 @@ def arguments(description: str, launcher: bool = False) -> argparse.ArgumentPars
 
 def prepare(args: argparse.Namespace) -> Config:
     """The configuration that the command line asks for, for this machine."""
-    launcher = args.launcher or ("pytorch" if "LOCAL_RANK" in os.environ else "none")
+    launcher = args.launcher or ("pytorch" if "RANK" in os.environ and "WORLD_SIZE" in os.environ else "none")
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     config = load_config(args.config, args.cfg_options)
     if args.work_dir:
