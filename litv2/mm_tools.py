@@ -150,7 +150,7 @@ def demo() -> None:
     args = parser.parse_args()
     if not Path(args.image).is_file():
         raise FileNotFoundError(f"no image at {args.image}")
-    picture = mmcv.imread(args.image, channel_order="rgb")
+    picture = mmcv.imread(args.image)
     if picture is None:
         raise ValueError(f"{args.image} cannot be read as an image")
     config = load_config(args.config or config_of(args.checkpoint), args.cfg_options)
@@ -164,7 +164,7 @@ def demo() -> None:
     visualizer = VISUALIZERS.build(config.visualizer)
     visualizer.dataset_meta = model.dataset_meta
     options = dict(pred_score_thr=args.score) if config.default_scope == "mmdet" else {}
-    visualizer.add_datasample("demo", picture, result, draw_gt=False, out_file=args.out, **options)
+    visualizer.add_datasample("demo", mmcv.bgr2rgb(picture), result, draw_gt=False, out_file=args.out, **options)
     if config.default_scope == "mmdet":
         print(f"{(result.pred_instances.scores >= args.score).sum()} objects")
     print(f"written to {args.out}")
