@@ -90,13 +90,15 @@ class BuildExtension(cpp_extension.BuildExtension):
 
     def run(self) -> None:
         global reason
+        compiler, inplace = self.compiler, self.inplace  # the run changes both, and puts nothing back when it fails
         try:
             super().run()
         except Exception as error:  # the compiler has printed its own message
             if reason is not None:
                 raise
             reason = f"they do not compile ({type(error).__name__} above)"
-            self.extensions = [extension(with_cuda=False)]
+            self.compiler, self.inplace = compiler, inplace
+            vars(self.extensions[0]).update(vars(extension(with_cuda=False)))  # setuptools' own marks on it stay
             super().run()
         kernels = "CPU and CUDA kernels" if reason is None else f"CPU kernels, no CUDA kernels: {reason}"
         print(f"mm_modules.DCN._C for torch {torch.__version__}: {kernels}")

@@ -271,3 +271,26 @@ def test_an_extension_that_does_not_load_is_said(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert "cannot be loaded" in done.stderr and "setup.py build_ext --inplace" in done.stderr
     assert done.stdout.strip() == "torch.Size([1, 1, 3, 3])"
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="a torch without CUDA")
+def test_build_falls_back_when_cuda_does_not_compile(tmp_path):
+    """With an nvcc that fails, and a C++ compiler that only makes empty files, which is fast."""
+    shutil.copytree(ROOT / "mm_modules", tmp_path / "mm_modules", ignore=shutil.ignore_patterns("_C*", "build"))
+    bin = tmp_path / "cuda/bin"
+    bin.mkdir(parents=True)
+    answer = f'case "$*" in *--version*) echo "release {torch.version.cuda}, V{torch.version.cuda}.0"; exit 0;; esac'
+    (bin / "nvcc").write_text(f"#!/bin/sh\n{answer}\nexit 1\n")
+    for name in ("c++", "g++"):
+        real = shutil.which(name)
+        make_output = 'for word; do [ "$last" = -o ] && touch "$word" && made=1; last=$word; done'
+        (bin / name).write_text(f'#!/bin/sh\n{make_output}\n[ "$made" ] || exec {real} "$@"\n')
+    for script in bin.iterdir():
+        script.chmod(0o755)
+    folder = tmp_path / "mm_modules/DCN"
+    environment = {**os.environ, "CUDA_HOME": str(tmp_path / "cuda"), "PATH": f"{bin}:{os.environ['PATH']}", "LITV2_DCN_CUDA": ""}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "CPU kernels, no CUDA kernels: they do not compile" in done.stdout.splitlines()[-1]
+    assert len(list(folder.glob("_C*.so"))) == 1
