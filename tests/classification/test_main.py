@@ -111,7 +111,7 @@ def test_release_checkpoint_as_pretrained(folder, tmp_path, capsys):
     file = shared("golden/classification_format.pth")
     lit = "MODEL.LIT.EMBED_DIM 32 MODEL.LIT.DEPTHS [1,1,2,1] MODEL.LIT.PATCH_SIZE 4 DATA.DATASET folder TRAIN.EPOCHS 1"
     assert trainer("--data-path", folder, "--pretrained", file, "--output", tmp_path, "--batch-size", 8, opts=lit) == 0
-    assert "10 classes" in capsys.readouterr().out
+    assert "10 outputs" in capsys.readouterr().out
     assert trainer("--data-path", folder, "--resume", file, "--output", tmp_path / "b", opts=lit + " MODEL.NUM_CLASSES 3") == 1
     assert "cannot be resumed; --pretrained" in capsys.readouterr().err
 
