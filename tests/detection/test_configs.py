@@ -8,7 +8,7 @@ from helpers import ROOT
 from litv2.mm_config import load_config
 from litv2.mm_flops import count_flops
 from litv2.mm_tools import build_model
-from mm_helpers import VARIANTS, as_published, backbone_settings, config_files, learning_rates, parameter_groups
+from mm_helpers import VARIANTS, as_published, backbone_settings, config_files, learning_rates, parameter_groups, run_tool
 
 # (parameters in M, published GFLOPs at 800 x 1280)
 PUBLISHED = {
@@ -93,8 +93,6 @@ def test_config(path):
 
 
 def test_get_flops_prints_both_counts():
-    from mm_helpers import run_tool
-
     printed = run_tool("detection", "tools/get_flops.py", "configs/litv2/retinanet_litv2_s_fpn_1x_coco.py").stdout
     assert printed.splitlines()[-1].split()[:4] == ["retinanet_litv2_s_fpn_1x_coco", "38.01", "242.39", "245.94"]
 
