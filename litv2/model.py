@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -33,6 +35,8 @@ class Stage(nn.Module):
 class LITv2(nn.Module):
     """Vision transformer of four stages with HiLo attention in the later ones.
 
+    The methods have the names and the meaning of timm's models, whose tools (features_only, layer decay, ...) then work on this class.
+
     Args:
         in_chans: channels of the image.
         num_classes: outputs of the classifier; 0 for none, ``forward`` then returns the pooled features.
@@ -47,13 +51,17 @@ class LITv2(nn.Module):
         drop_rate: dropout of the projections, the feed-forward networks and the head's input.
         attn_drop_rate: dropout of attention weights.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
+        global_pool: "avg" for the mean over positions before the head, "" for a head at each position.
 
     Shape:
-        (B, in_chans, H, W) -> (B, num_classes), for any H and W of at least 32 with the default patch size.
+        (B, in_chans, H, W) -> (B, num_classes), for any H and W of at least 32 with the default patch size;
+        (B, H / 32, W / 32, num_classes) without pooling.
 
     Raises:
         ValueError: arguments that do not fit together, or an image that is not 4-D, has other channels or is too small.
     """
+
+    output_fmt = "NHWC"  # timm's name for the layout that forward_features returns
 
     def __init__(
         self,
@@ -70,6 +78,7 @@ class LITv2(nn.Module):
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
     ):
         super().__init__()
         if not len(depths) == len(num_heads) == len(local_ws):
@@ -80,7 +89,8 @@ class LITv2(nn.Module):
 
         self.in_chans = in_chans
         self.num_classes = num_classes
-        self.num_features = embed_dim * 2 ** (len(depths) - 1)
+        self.global_pool = _known_pool(global_pool)
+        self.num_features = self.head_hidden_size = embed_dim * 2 ** (len(depths) - 1)
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size)
 
         blocks_in_all = sum(depths)
@@ -110,8 +120,8 @@ class LITv2(nn.Module):
         return self.norm(self._stages(x)[-1])
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens (B, h, w, num_features) -> logits (B, num_classes), or with ``pre_logits`` the mean (B, num_features)."""
-        x = self.head_drop(features.mean(dim=(1, 2)))
+        """Tokens (B, h, w, num_features) -> logits (B, num_classes), or with ``pre_logits`` what the head sees, their mean."""
+        x = self.head_drop(features.mean(dim=(1, 2)) if self.global_pool else features)
         return x if pre_logits else self.head(x)
 
     def forward_pyramid(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -119,30 +129,93 @@ class LITv2(nn.Module):
 
         The maps are views in the channels-last memory format.
         """
-        return tuple(channels_first(tokens) for tokens in self._stages(x))
+        return tuple(self.forward_intermediates(x, intermediates_only=True))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Image -> (what ``forward_features`` returns, the maps of some stages), or the maps alone.
+
+        Args:
+            indices: the stages, negative ones counted from the end; an integer for the last so many; None for all.
+            norm: normalise the map of the last stage; the model has no norm for the others.
+            stop_early: do not run the stages after the last wanted one; the first result is then that stage's tokens.
+            output_fmt: "NCHW" for maps (B, C, H, W), views in the channels-last memory format; "NHWC" for (B, H, W, C).
+            intermediates_only: return the list of maps alone.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"LITv2: {output_fmt=} must be 'NCHW' or 'NHWC'")
+        wanted = self._wanted_stages(indices)
+        maps = self._stages(x, last=max(wanted) if stop_early else None)
+        tokens = maps[-1]
+        if len(maps) == len(self.layers) and (norm or not intermediates_only):
+            tokens = self.norm(tokens)
+            if norm:
+                maps[-1] = tokens
+        maps = [channels_first(level) if output_fmt == "NCHW" else level for i, level in enumerate(maps) if i in wanted]
+        return maps if intermediates_only else (tokens, maps)
+
+    def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
+        """Removes what the maps of these stages do not need, and returns the stages' numbers."""
+        wanted = self._wanted_stages(indices)
+        cut = max(wanted) < len(self.layers) - 1
+        self.layers = self.layers[: max(wanted) + 1]
+        self.layers[-1].downsample = None
+        self.num_features = self.head_hidden_size = self.feature_info[max(wanted)]["num_chs"]
+        if prune_norm or cut:
+            self.norm = nn.Identity()
+        if prune_head or cut:
+            self.reset_classifier(0, "")
+        return wanted
+
+    def _wanted_stages(self, indices: int | Sequence[int] | None) -> list[int]:
+        """Stages counted from 0, of what timm calls indices."""
+        n = len(self.layers)
+        chosen = range(-n, 0) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
+        if not chosen or not all(-n <= i < n for i in chosen):
+            raise ValueError(f"LITv2: {indices=} must be some of the stages 0 to {n - 1}, or how many of the last, 1 to {n}")
+        return [i % n for i in chosen]
 
     def _stages(self, x: Tensor, last: int | None = None) -> list[Tensor]:
         """Image -> tokens (B, H, W, C) after the blocks of each stage, up to stage ``last``; None for all."""
-        if x.dim() != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"LITv2: expected images of the shape (B, {self.in_chans}, H, W), not {tuple(x.shape)}")
-        smallest = self.feature_info[-1]["reduction"]
-        if min(x.shape[2:]) < smallest:
-            raise ValueError(f"LITv2: images of {x.shape[2]} x {x.shape[3]} pixels; each side must be at least {smallest}")
+        last = len(self.layers) - 1 if last is None else last
+        _check_images(x, self.in_chans, self.feature_info[last]["reduction"])
         maps = []
         x = self.patch_embed(x)
-        last = len(self.layers) - 1 if last is None else last
         for i, stage in enumerate(self.layers[: last + 1]):
             maps.append(stage(x))
             if i < last:
                 x = stage.downsample(maps[-1])
         return maps
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replaces the head by a new one for ``num_classes`` classes, on the same device and in the same dtype; 0 removes it."""
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the head by a new one for ``num_classes`` classes, on the same device and in the same dtype; 0 removes it.
+
+        ``global_pool`` changes the pooling before it: "avg", or "" for none; None keeps it.
+        """
+        if global_pool is not None:
+            self.global_pool = _known_pool(global_pool)
         self.num_classes = num_classes
-        old = self.norm.weight
+        like = self.patch_embed.proj.weight
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        self.head.to(device=old.device, dtype=old.dtype).apply(_init_weights)
+        self.head.to(device=like.device, dtype=like.dtype).train(self.training).apply(_init_weights)
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Patterns by which timm orders parameters from the image to the head, one group per block, or with ``coarse`` per stage.
+
+        A merging belongs to the block before it, the final norm to the last block; 99999 is timm's mark of that.
+        """
+        blocks = [(r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^layers\.(\d+)\.downsample", (99999,)), (r"^norm", (99999,))]
+        return dict(stem=r"^patch_embed", blocks=r"^layers\.(\d+)" if coarse else blocks)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that get no weight decay: biases and norms, in the recipe of the paper all 1-D tensors."""
@@ -169,6 +242,20 @@ class LITv2(nn.Module):
                 total += stage.downsample.flops(h, w)
                 h, w = h // 2, w // 2
         return total + self.num_features * patches[0] * patches[1] // 16 + self.num_features * self.num_classes
+
+
+@torch.fx.wrap  # one node in a traced graph, where sizes are not known
+def _check_images(x: Tensor, in_chans: int, smallest: int) -> None:
+    if x.dim() != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"LITv2: expected images of the shape (B, {in_chans}, H, W), not {tuple(x.shape)}")
+    if min(x.shape[2:]) < smallest:
+        raise ValueError(f"LITv2: images of {x.shape[2]} x {x.shape[3]} pixels; each side must be at least {smallest}")
+
+
+def _known_pool(global_pool: str) -> str:
+    if global_pool not in ("avg", ""):
+        raise ValueError(f"LITv2: {global_pool=} must be 'avg', or '' for none")
+    return global_pool
 
 
 def _init_weights(module: nn.Module) -> None:
