@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import json
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["fetch", "find_weights", "load_weights", "read_checkpoint"]
+from .download import fetch
+from .safe_pickle import CONFIG_NODE, check_format, check_pickles
 
-# The release pickled its yacs configuration; it is read as the plain dictionary that it is.
-_STAND_INS = [(OrderedDict, "yacs.config.CfgNode")]
-_PREFIXES = ("module.", "_orig_mod.", "backbone.")
+__all__ = ["fetch", "find_weights", "infer_arguments", "load_weights", "read_checkpoint"]
 
-
-def fetch(source: str | Path) -> Path:
-    """The local file of a path or of a URL; a URL is downloaded once, into torch.hub's cache.
-
-    Raises:
-        OSError: the download failed; the message says where to put the file by hand.
-    """
-    if not str(source).startswith(("http://", "https://")):
-        return Path(source)
-    path = Path(torch.hub.get_dir()) / "checkpoints" / str(source).rsplit("/", 1)[-1]
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(str(source), str(path))
-        except OSError as error:  # urllib's errors are OSErrors
-            raise OSError(f"{source} cannot be downloaded ({error}); fetch it by other means and put it at {path}") from error
-    return path
+_EMA = ("ema", "state_dict_ema", "model_ema")  # ours, timm's today and before
+_PLAIN = ("model", "state_dict")
+_PREFIXES = ("module.", "_orig_mod.", "backbone.")  # DDP and moving averages, torch.compile, detectors
+_DEEPEST_WRAPPING = 10
+ALPHAS = (0.9, 0.5, 0.0, 1.0, 0.2, 0.4, 0.7)  # the published ones
 
 
 def read_checkpoint(path: str | Path, also: Sequence = ()) -> dict:
     """The content of a checkpoint file, on the CPU: tensors and builtins only, no code of the file is run.
+
+    Files of torch.save, old and new, and of safetensors are told apart by their content. The release's pickled configuration is
+    a plain dictionary. What the file claims is checked before torch reads it (:mod:`litv2.safe_pickle`).
 
     Args:
         also: other classes that the file may hold, as for ``torch.serialization.safe_globals``.
@@ -48,8 +39,16 @@ def read_checkpoint(path: str | Path, also: Sequence = ()) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        with torch.serialization.safe_globals([*_STAND_INS, *also]):
+        kind = check_format(path)
+        if kind == "safetensors":
+            return _read_safetensors(path)
+        check_pickles(path, kind, {_global_name(entry) for entry in also})
+        # A Counter stands in for the configuration's class: it takes entries and attributes, and no checkpoint has one.
+        with torch.serialization.safe_globals([(Counter, CONFIG_NODE), *also]):
             content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _made_plain(content)
+    except ImportError:
+        raise
     except Exception as error:  # a damaged file fails in any of torch's layers: zip, pickle, storage
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read as a checkpoint (damaged, or not plain tensors): {reason}") from error
@@ -58,23 +57,111 @@ def read_checkpoint(path: str | Path, also: Sequence = ()) -> dict:
     return content
 
 
-def find_weights(checkpoint: dict) -> dict[str, Tensor]:
-    """The model's state dict in any known format: ours (the EMA weights if there are), the release's, or a bare one.
+def _global_name(entry) -> str:
+    return entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}"
 
-    Prefixes that wrappers leave (DDP, compile, a detector's ``backbone.``) are removed; of a detector's file only the
-    backbone is kept.
+
+def _read_safetensors(path: Path) -> dict:
+    """{"model": weights, ...}: the metadata that ``python -m litv2 convert`` writes, and that of others, are further entries."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ImportError(f"{path}: reading it needs the package safetensors: pip install safetensors") from error
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            content = {key: _decoded(value) for key, value in (file.metadata() or {}).items()}
+            return {**content, "model": {name: file.get_tensor(name) for name in names}}
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+def _decoded(text: str):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text  # of other programs: metadata is text, whatever it says
+
+
+def _made_plain(content):
+    """Exchanges the stand-ins of configurations for dictionaries, in place, and checks every tensor.
+
+    Nothing is copied twice and nothing recurses, however the file's objects share and contain each other.
     """
-    for key in ("ema", "model", "state_dict"):
-        if isinstance(checkpoint.get(key), dict):
-            checkpoint = checkpoint[key]
-            break
-    weights = {key: value for key, value in checkpoint.items() if isinstance(value, Tensor)}
+    root, twins = [content], {}
+    pending, seen = [root], set()
+
+    def plain(value):
+        if type(value) is not Counter:
+            return value
+        if id(value) not in twins:
+            value.__dict__.clear()  # attributes from the file would hide the methods
+            twins[id(value)] = (dict(value), value)  # the original is kept, so that its id stays its own
+        return twins[id(value)][0]
+
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise ValueError(f"a tensor of the shape {tuple(value.shape)} is expanded from fewer values in the file")
+        elif isinstance(value, OrderedDict):
+            for name in set(vars(value)) - {"_metadata"}:
+                del vars(value)[name]
+        if isinstance(value, dict):
+            for key, item in value.items():
+                value[key] = plain(item)
+            pending += value.values()
+        elif isinstance(value, list):
+            value[:] = map(plain, value)
+            pending += value
+        elif isinstance(value, tuple):
+            pending += value
+    return root[0]
+
+
+def find_weights(checkpoint: dict, which: str | None = None) -> dict[str, Tensor]:
+    """The model's state dict in any known format: ours, the release's, timm's, mmengine's, or a bare one.
+
+    Prefixes that wrappers leave (DDP, compile, a detector's ``backbone.``) are removed, in any order; of a detector's file only the
+    backbone is kept.
+
+    Args:
+        which: "ema" for the moving average, "model" for the weights it was taken of, None for the average where there is one.
+
+    Raises:
+        ValueError: there are no weights, or not those that are asked for.
+    """
+    if which not in (None, "ema", "model"):
+        raise ValueError(f"{which=} must be 'ema', 'model' or None")
+    entries = {key for key in (*_EMA, *_PLAIN, "ema_state_dict") if isinstance(checkpoint.get(key), dict)}
+    average = [key for key in _EMA if key in entries]
+    plain = [key for key in _PLAIN if key in entries]
+    if {"state_dict", "ema_state_dict"} <= entries:
+        # mmengine's EMAHook exchanges the two when it saves, so that state_dict is the average.
+        average, plain = ["state_dict"], ["ema_state_dict"]
+    if which == "ema" and not average:
+        raise ValueError(f"the checkpoint has no moving average; its entries are {_names(checkpoint)}")
+    chosen = plain if which == "model" else average or plain
+    if chosen:
+        checkpoint = checkpoint[chosen[0]]
+    elif which == "model" and average:
+        raise ValueError(f"the checkpoint has the moving average alone; its entries are {_names(checkpoint)}")
+    weights = {key: value for key, value in checkpoint.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not weights:
-        raise ValueError(f"no weights found; the checkpoint's entries are {sorted(map(str, checkpoint))[:20]}")
-    for prefix in _PREFIXES:
-        if any(key.startswith(prefix) for key in weights):
-            weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    return weights
+        raise ValueError(f"no weights found; the checkpoint's entries are {_names(checkpoint)}")
+    for _ in range(_DEEPEST_WRAPPING):
+        prefix = next((prefix for prefix in _PREFIXES if any(key.startswith(prefix) for key in weights)), None)
+        if prefix is None:
+            return weights
+        weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    raise ValueError(f"the names of the weights are wrapped more than {_DEEPEST_WRAPPING} times")
+
+
+def _names(checkpoint: dict) -> list[str]:
+    return sorted(str(key)[:50] for key in checkpoint)[:20]
 
 
 def load_weights(
@@ -127,3 +214,67 @@ def load_weights(
         raise ValueError(f"the weights do not fit this {type(model).__name__}; is it another variant?{report}")
     model.load_state_dict(weights, strict=True)
     return notes
+
+
+def infer_arguments(weights: dict[str, Tensor], config: dict | None = None) -> dict:
+    """The arguments of :class:`litv2.LITv2` that a state dict, as :func:`find_weights` gives it, was made with.
+
+    Shapes tell everything but HiLo's windows and, where they are not 32 channels wide, the heads: these come from the
+    checkpoint's ``config`` where it describes the same network, else they are the published ones: 2 in a stage with both kinds of
+    heads, plain attention (1) in a last stage with Lo-Fi heads alone. ``alpha`` is one that gives the same heads.
+
+    Raises:
+        ValueError: these are not the weights of a LITv2, or the number of heads is not known.
+    """
+    try:
+        embed_dim, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
+        places = {tuple(map(int, key.split(".")[1:4:2])) for key in weights if key.startswith("layers.") and ".blocks." in key}
+        depths = [sum(stage == i for stage, _ in places) for i in range(1 + max(stage for stage, _ in places))]
+        mlp_ratio = len(weights["layers.0.blocks.0.mlp.fc1.bias"]) / embed_dim
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"these are not the weights of a LITv2 ({error}); their names begin {sorted(weights)[:5]}") from error
+
+    lit = _described(config, embed_dim, depths)
+    dims = [embed_dim * 2**i for i in range(len(depths))]
+    if lit is None and embed_dim % 32:
+        raise ValueError(f"the heads of a model of {embed_dim} channels are not known: the checkpoint has no configuration that says")
+    num_heads = list(lit["NUM_HEADS"]) if lit else [dim // 32 for dim in dims]
+
+    def width(stage: int, name: str) -> int:
+        """Outputs of a projection of the stage's attention, 0 where there is none."""
+        weight = weights.get(f"layers.{stage}.blocks.0.attn.{name}.weight")
+        return 0 if weight is None else len(weight)
+
+    lofi = [width(i, "l_proj") * heads // dim for i, (heads, dim) in enumerate(zip(num_heads, dims))]
+    hifi = [width(i, "h_proj") * heads // dim for i, (heads, dim) in enumerate(zip(num_heads, dims))]
+    last = len(depths) - 1
+    windows = [0 if not low + high else 1 if i == last and not high else 2 for i, (low, high) in enumerate(zip(lofi, hifi))]
+    if lit:
+        windows = list(lit["LOCAL_WS"])
+    shares = [(heads, low) for heads, low, window in zip(num_heads, lofi, windows) if window > 1]
+    exact = [(low + 0.5) / heads if low < heads else 1.0 for heads, low in shares]  # the half keeps int() from rounding down
+    alpha = next((a for a in (*ALPHAS, *exact) if all(int(heads * a) == low for heads, low in shares)), None)
+    if alpha is None:
+        raise ValueError(f"no alpha gives the Lo-Fi heads {[low for _, low in shares]} of {[heads for heads, _ in shares]} heads")
+    return dict(
+        in_chans=in_chans,
+        num_classes=len(weights["head.weight"]) if "head.weight" in weights else 0,
+        patch_size=patch_size,
+        embed_dim=embed_dim,
+        depths=tuple(depths),
+        num_heads=tuple(num_heads),
+        mlp_ratio=mlp_ratio,
+        qkv_bias=any(key.endswith((".l_q.bias", ".h_qkv.bias")) for key in weights),
+        local_ws=tuple(windows),
+        alpha=alpha,
+    )
+
+
+def _described(config: dict | None, embed_dim: int, depths: list[int]) -> dict | None:
+    """The section MODEL.LIT of a trainer's configuration, if it is of a network of these widths and depths."""
+    try:
+        lit = config["MODEL"]["LIT"]
+        same = lit["EMBED_DIM"] == embed_dim and list(lit["DEPTHS"]) == depths
+        return lit if same and len(lit["NUM_HEADS"]) == len(lit["LOCAL_WS"]) == len(depths) else None
+    except (KeyError, TypeError):
+        return None

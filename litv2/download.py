@@ -1,0 +1,243 @@
+"""Checkpoints from the zoo or the web, once each, into torch.hub's folder: resumed, verified, and the same ever after.
+
+``litv2.lock.json`` in that folder records size and SHA-256 of each URL's file when it first arrives, by download or by
+hand. From then on another content under that name is an error. A cached file is hashed again only when its size or time of modification
+is not the recorded one: reading 350 MB at each start would tell little more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.parse import unquote, urlsplit
+from urllib.request import Request, urlopen
+
+import torch
+
+from .safe_pickle import check_format
+
+__all__ = ["cache_folder", "fetch"]
+
+LOCK = "litv2.lock.json"
+ATTEMPTS = 5  # connections per call, as long as each brings something
+TIMEOUT = 30.0  # seconds without an answer or data
+CHUNK = 1 << 18  # bytes
+
+
+def fetch(source: str | Path) -> Path:
+    """The local file of a path, of a URL or of a name of the zoo. The latter two are downloaded once.
+
+    A file of that name takes precedence over the zoo. Several processes may ask at once: one of them downloads.
+
+    Raises:
+        FileNotFoundError: there is no such file and no such name.
+        OSError: the download failed; the message says where to put the file by hand.
+        ValueError: the file is not the one that was first recorded for the URL, or is no checkpoint.
+    """
+    from .zoo import ZOO, lookup  # here, since the zoo fetches
+
+    text = str(source)
+    if text.startswith(("http://", "https://")):
+        return _cached(text)
+    if Path(source).is_file():
+        return Path(source)
+    if text in ZOO:
+        return _cached(ZOO[text].url)
+    hint = ""
+    if not Path(text).suffix and Path(text).name == text:  # it looks like a name
+        try:
+            lookup(text)
+        except ValueError as error:
+            hint = f", and {error}"
+    raise FileNotFoundError(f"no checkpoint at {source}{hint}")
+
+
+def cache_folder() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def _cached(url: str) -> Path:
+    name = unquote(urlsplit(url).path).rsplit("/", 1)[-1]
+    if name in ("", ".", "..", LOCK):
+        raise ValueError(f"{url} does not end in the name of a file")
+    path = cache_folder() / name
+    if path.exists() and _is_as_recorded(url, path):  # nearly always: no lock is taken, so that the folder may be read-only
+        return path
+    if path.exists() and not os.access(path.parent, os.W_OK):
+        check_format(path)
+        print(f"{path} is taken as it is: nothing can be recorded in its folder, which is read-only", file=sys.stderr)
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _one_process(path):
+        if not path.exists():
+            _download(url, path)
+        elif not _is_as_recorded(url, path):
+            _verify(url, path, path)
+    return path
+
+
+def _download(url: str, path: Path) -> None:
+    part = path.with_name(path.name + ".part")
+    print(f"downloading {url} to {path}", file=sys.stderr)
+    try:
+        for attempt in range(1, ATTEMPTS + 1):
+            before = part.stat().st_size if part.exists() else 0
+            try:
+                _transfer(url, part)
+                break
+            except HTTPError:
+                raise
+            except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
+                arrived = part.stat().st_size if part.exists() else 0
+                if attempt == ATTEMPTS or arrived <= before:
+                    raise
+                print(f"the connection broke after {arrived} bytes ({_reason(error)}); going on from there", file=sys.stderr)
+    except (OSError, http.client.HTTPException) as error:
+        kept = f" {part.stat().st_size} bytes of it are kept and the same command goes on from there;" if part.exists() else ""
+        raise OSError(f"{url} cannot be downloaded ({_reason(error)});{kept} or fetch it by other means and put it at {path}") from error
+    try:
+        _verify(url, part, path)
+    except ValueError:
+        part.unlink()
+        raise
+    finally:
+        _note_of(part).unlink(missing_ok=True)
+    os.replace(part, path)
+
+
+def _transfer(url: str, part: Path) -> None:
+    """One request: all of the file, or the rest where the server still has the same one.
+
+    Raises:
+        OSError, HTTPException: it failed; what arrived is in ``part``, and beside it what is known of the whole.
+    """
+    note = _note_of(part)
+    known = json.loads(note.read_text()) if part.exists() and note.exists() else {}
+    start = part.stat().st_size if known.get("url") == url and known.get("size") else 0
+    if start and start == known["size"]:
+        return
+    headers = {"User-Agent": "litv2", "Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+        if known["validator"]:
+            headers["If-Range"] = known["validator"]  # another file by now: the server sends all of it
+    try:
+        response = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
+    except HTTPError as error:
+        if error.code == 416 and "Range" in headers:  # the server has a shorter file by now
+            part.unlink()
+            return _transfer(url, part)
+        raise
+    with response:
+        start = start if response.status == 206 else 0
+        fresh = dict(url=url, size=_length(response, start), validator=_validator(response))
+        if start and fresh != known:  # another file by now, at a server that does not know If-Range
+            part.unlink()
+            return _transfer(url, part)
+        note.write_text(json.dumps(fresh))
+        size = fresh["size"]
+        bar = torch.hub.tqdm(total=size, initial=start, unit="B", unit_scale=True, unit_divisor=1024, disable=not sys.stderr.isatty())
+        with open(part, "r+b" if start else "wb") as file, bar:
+            file.seek(start)
+            while chunk := response.read(CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
+            arrived = file.tell()
+            file.truncate()
+    if size is not None and arrived != size:
+        raise ConnectionError(f"truncated: {arrived} of {size} bytes arrived")
+
+
+def _length(response, start: int) -> int | None:
+    """Size of the whole file in bytes, None if the server does not say."""
+    if response.status == 206:
+        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+        if not match or int(match[1]) != start:
+            raise ConnectionError(f"asked for the bytes from {start}, got {response.headers.get('Content-Range')!r}")
+        return int(match[2])
+    length = response.headers.get("Content-Length")
+    return int(length) if length else None
+
+
+def _validator(response) -> str:
+    """What tells one version of the file from another. A weak ETag, W/"...", vouches for no bytes."""
+    etag = response.headers.get("ETag", "")
+    return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
+
+
+def _verify(url: str, file: Path, path: Path) -> None:
+    """Checks what stands at ``file`` against the record of ``path``, or makes the record."""
+    check_format(file)
+    lock = _lock()
+    for other, record in lock.items():
+        if other != url and record["file"] == path.name and path.exists():
+            raise ValueError(f"{path} is the file of {other}, not of {url}: move one of them away")
+    digest = _sha256(file)
+    known = lock.get(url)
+    if known and digest != known["sha256"]:
+        raise ValueError(
+            f"{file} is not the file that was first recorded for {url}: SHA-256 {digest} instead of {known['sha256']}, "
+            f"{file.stat().st_size} bytes instead of {known['size']}. Delete it to download again; if it is the right one, remove the "
+            f"record of that URL from {cache_folder() / LOCK}"
+        )
+    if not known and file == path:
+        print(f"{path} was put there by hand; recorded with SHA-256 {digest}", file=sys.stderr)
+    _record(url, file, digest, path.name)
+
+
+def _is_as_recorded(url: str, path: Path) -> bool:
+    known, stat = _lock().get(url, {}), path.stat()
+    return (known.get("file"), known.get("size"), known.get("mtime_ns")) == (path.name, stat.st_size, stat.st_mtime_ns)
+
+
+def _lock() -> dict[str, dict]:
+    path = cache_folder() / LOCK
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); correct or remove it") from error
+
+
+def _record(url: str, file: Path, digest: str, name: str | None = None) -> None:
+    stat = file.stat()
+    with _one_process(cache_folder() / LOCK):
+        lock = _lock() | {url: dict(file=name or file.name, size=stat.st_size, sha256=digest, mtime_ns=stat.st_mtime_ns)}
+        temporary = cache_folder() / f"{LOCK}.tmp"
+        temporary.write_text(json.dumps(lock, indent=2, sort_keys=True) + "\n")
+        os.replace(temporary, cache_folder() / LOCK)
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _note_of(part: Path) -> Path:
+    return part.with_name(part.name + ".json")
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "reason", "") or error) if not isinstance(error, HTTPError) else f"HTTP {error.code} {error.reason}"
+
+
+@contextmanager
+def _one_process(path: Path) -> Iterator[None]:
+    """Others that ask for the same file wait until it is there: all processes of torchrun on a node do."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where torchrun's processes would each download
+        yield
+        return
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

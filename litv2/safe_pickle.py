@@ -1,0 +1,354 @@
+"""What is checked in a checkpoint file before torch reads it, so that a hostile one ends in an error at once.
+
+``torch.load(weights_only=True)`` runs no code of the file, but a small file can make it work for ever or ask for all memory.
+Here the file's structure is checked and its pickles are followed opcode by opcode with stand-ins for what they would make:
+
+* globals outside a short list are refused by their name, and so are calls of them with arguments that no checkpoint has;
+* nothing may grow: storages are as large as the file says, tuples have a size when written out, keys are cheap to hash.
+"""
+
+from __future__ import annotations
+
+import mmap
+import pickletools
+import struct
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections import Counter
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+__all__ = ["CONFIG_NODE", "check_format", "check_pickles"]
+
+CONFIG_NODE = "yacs.config.CfgNode"  # the class of the release's configurations
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save wrote it before torch 1.6
+
+_ITEM_SIZES = dict(Double=8, Float=4, Half=2, BFloat16=2, Long=8, Int=4, Short=2, Char=1, Byte=1, Bool=1, ComplexDouble=16, ComplexFloat=8)
+STORAGES = {f"{module}.{kind}Storage": size for kind, size in _ITEM_SIZES.items() for module in ("torch", "torch.cuda")}
+STORAGES["torch.storage.UntypedStorage"] = 1
+DTYPES = {
+    f"torch.{name}"
+    for name in "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool complex64 complex128 "
+    "float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz".split()
+}
+REBUILD = {f"torch._utils.{name}" for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter")}
+CALLABLE = {*REBUILD, CONFIG_NODE, "collections.OrderedDict", "torch.Size", "torch.device", "builtins.set", "_codecs.encode"}
+
+LARGEST_TUPLE = 1_000_000  # elements when written out: torch would hash, compare or print them all
+DEEPEST_TUPLE = 100
+TUPLE_KEYS = 10_000  # elements of all tuples that are keys: hashes of tuples can be made to collide
+LARGEST_KEY = 1 << 60  # integers beyond it can be made to collide too
+
+
+def check_format(path: Path) -> str:
+    """``zip`` (torch.save of today), ``legacy`` (before torch 1.6) or ``safetensors``, by the content.
+
+    Raises:
+        ValueError: it is something else, truncated, or a zip archive as torch writes none.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if not start:
+        raise ValueError("the file is empty")
+    if start.startswith(b"PK\x03\x04"):
+        _check_zip(path, size)
+        return "zip"
+    if start[8:9] == b"{":
+        (header,) = struct.unpack("<Q", start[:8])
+        if header > size - 8:
+            raise ValueError(f"truncated: a safetensors header of {header} bytes in a file of {size}")
+        return "safetensors"
+    if start.startswith(b"\x80\x02\x8a\x0a" + LEGACY_MAGIC.to_bytes(10, "little")):
+        return "legacy"
+    if start.startswith(b"\x80"):
+        raise ValueError("it is a pickle, but none of torch.save")
+    if start.lstrip()[:1] == b"<":
+        raise ValueError(f"it is a web page, not a checkpoint: it begins with {start[:20]!r}")
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError("it is a Git LFS pointer, not the file itself: run `git lfs pull`")
+    raise ValueError(f"it begins with {start[:8]!r}: neither a file of torch.save nor of safetensors")
+
+
+def check_pickles(path: Path, kind: str, also: Collection[str] = ()) -> None:
+    """Follows every pickle of a file of this format.
+
+    Args:
+        also: names of other globals that the file may hold, "module.name".
+
+    Raises:
+        ValueError: a pickle is damaged, asks for another global, or would make something too large.
+    """
+    try:
+        if kind == "zip":
+            with zipfile.ZipFile(path) as archive:
+                records = {entry.filename.partition("/")[2]: entry.file_size for entry in archive.infolist()}
+                folder = archive.namelist()[0].partition("/")[0]
+                with archive.open(f"{folder}/data.pkl") as stream:
+                    data = stream.read()
+            _Pickle(also, lambda key, size: _check_record(records, key, size)).follow(data)
+        else:
+            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
+                _check_legacy(stream, also)
+    except (IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, zipfile.BadZipFile, struct.error) as error:
+        raise ValueError(f"the pickle is damaged ({type(error).__name__}: {error})") from error
+
+
+def _check_zip(path: Path, size: int) -> None:
+    with open(path, "rb") as file:
+        file.seek(max(0, size - 22))
+        end = file.read()
+    if not end.startswith(b"PK\x05\x06"):
+        raise ValueError("truncated: the zip archive has no directory at its end")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, OverflowError, struct.error, OSError) as error:
+        raise ValueError(f"the zip archive is damaged: {error}") from error
+    names = [entry.filename for entry in entries]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"the zip archive holds {twice[0]} more than once")
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.compress_size != entry.file_size:
+            raise ValueError(f"{entry.filename} in the zip archive is compressed or encrypted; torch.save stores it as it is")
+        if entry.header_offset + 30 + entry.file_size > size:
+            raise ValueError(f"{entry.filename} in the zip archive reaches beyond the end of the file")
+    if sum(entry.file_size for entry in entries) > size:
+        raise ValueError("the entries of the zip archive overlap: together they are larger than the file")
+    if len({name.partition("/")[0] for name in names}) != 1:
+        raise ValueError("the zip archive is not torch.save's: it holds more than one folder")
+    contents = {name.partition("/")[2] for name in names}
+    if "constants.pkl" in contents:
+        raise ValueError("it is a TorchScript program, not a checkpoint")
+    if "data.pkl" not in contents:
+        raise ValueError("the zip archive is not torch.save's: it holds no data.pkl")
+
+
+def _check_record(records: dict[str, int], key: str, size: int) -> None:
+    if records.get(f"data/{key}", -1) != size:
+        raise ValueError(f"storage {key!r} is said to have {size} bytes, in the file it has {records.get(f'data/{key}', 'none')}")
+
+
+def _check_legacy(stream: mmap.mmap, also: Collection[str]) -> None:
+    """Five pickles, then the storages: magic, version, system, content, keys of the storages in the file."""
+    if stream[257:262] == b"ustar":
+        raise ValueError("it is a tar archive as well, which torch would try to unpack")
+    sizes: dict[str, int] = {}
+
+    def storage(key: str, size: int) -> None:
+        if sizes.setdefault(key, size) != size or sum(sizes.values()) > len(stream):
+            raise ValueError(f"storage {key!r} is said to have {size} bytes, more than there are in the file")
+
+    for number in range(5):
+        result = _Pickle(also if number == 3 else (), storage if number == 3 else None).follow(stream)
+    if not isinstance(result, _List) or result.count != len(sizes):
+        raise ValueError(f"the content has {len(sizes)} storages, the file another number")
+    if len(stream) - stream.tell() < sum(sizes.values()):
+        raise ValueError("truncated: the storages are incomplete")
+
+
+# What a pickle makes is followed with these in its place. Strings and integers stand for themselves, None for any other atom.
+class _Tuple:
+    def __init__(self, items: list):
+        self.items = items
+        inner = [item for item in items if isinstance(item, _Tuple)]
+        self.size = 1 + len(items) + sum(item.size for item in inner)
+        self.depth = 1 + max((item.depth for item in inner), default=0)
+        if self.size > LARGEST_TUPLE or self.depth > DEEPEST_TUPLE:
+            raise ValueError(f"a tuple has {self.size} elements when written out, nested {self.depth} deep: nothing of a checkpoint")
+        if any(isinstance(item, _Made) and item.name == CONFIG_NODE for item in items):
+            raise ValueError(f"a tuple holds a {CONFIG_NODE}")
+
+
+class _List:
+    count = 0
+
+
+class _Dict:
+    pass
+
+
+class _Global:
+    def __init__(self, name: str):
+        self.name = name
+
+
+class _Made(_Global):
+    """What a call of the global of this name returned."""
+
+
+class _Pickle:
+    """One pickle, followed with torch's rules for its stack; see ``torch/_weights_only_unpickler.py``."""
+
+    def __init__(self, also: Collection[str], storage: Callable[[str, int], None] | None):
+        self.also = also
+        self.storage = storage  # checks key and size in bytes of a storage; None where there may be none
+        self.stack: list = []
+        self.outer: list[list] = []  # the stacks below each mark
+        self.memo: dict[int, object] = {}
+        self.key_elements = 0
+
+    def follow(self, pickle):
+        """To its STOP; returns the stand-in of what it makes."""
+        foreign = None
+        for opcode, argument, position in pickletools.genops(pickle):
+            name = opcode.name
+            if name == "STOP":
+                break
+            if name in _PUSH:
+                self.stack.append(argument if isinstance(argument, (str, int)) and not isinstance(argument, bool) else None)
+            elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+                index = len(self.memo) if name == "MEMOIZE" else argument
+                if position is not None and index > position:
+                    raise ValueError(f"entry {index} of the memo, at byte {position}")
+                self.memo[index] = self.stack[-1]
+            elif name in ("BINGET", "LONG_BINGET"):
+                self.stack.append(self.memo[argument])
+            elif name == "GLOBAL":
+                self._global(*argument.split(" ", 1))
+            elif name == "STACK_GLOBAL":
+                attribute, module = self.stack.pop(), self.stack.pop()
+                if not isinstance(module, str) or not isinstance(attribute, str):
+                    raise ValueError("a global whose name is not a string")
+                self._global(module, attribute)
+            elif name == "INST":
+                raise ValueError(f"it asks for the global {argument.replace(' ', '.')!r} (opcode INST)")
+            elif handler := _HANDLERS.get(name):
+                handler(self)
+            elif name not in ("PROTO", "FRAME"):
+                raise ValueError(f"the pickle opcode {name}, which torch.save does not write")
+            if name in _FOREIGN:
+                foreign = foreign or name
+        if foreign:
+            raise ValueError(f"the pickle opcode {foreign}: torch reads protocol 2 alone from files that are not trusted")
+        return self.stack.pop()
+
+    def _global(self, module: str, attribute: str) -> None:
+        if (module, attribute) in NAME_MAPPING:  # of Python 2, which protocol 2 writes
+            module, attribute = NAME_MAPPING[module, attribute]
+        name = f"{IMPORT_MAPPING.get(module, module)}.{attribute}"
+        if name not in CALLABLE and name not in STORAGES and name not in DTYPES and name not in self.also:
+            raise ValueError(f"it asks for the global {name!r}, which no checkpoint needs")
+        self.stack.append(_Global(name))
+
+    def _mark(self) -> None:
+        self.outer.append(self.stack)
+        self.stack = []
+
+    def _pop_mark(self) -> list:
+        items, self.stack = self.stack, self.outer.pop()
+        return items
+
+    def _tuple(self, count: int | None = None) -> None:
+        items = self._pop_mark() if count is None else [self.stack.pop() for _ in range(count)][::-1]
+        self.stack.append(_Tuple(items))
+
+    def _append(self, items: list) -> None:
+        if not isinstance(self.stack[-1], _List):
+            raise ValueError("something is appended to what is not a list")
+        self.stack[-1].count += len(items)
+
+    def _set_items(self, items: list) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, _Dict) and getattr(target, "name", "") not in (CONFIG_NODE, "collections.OrderedDict"):
+            raise ValueError("an entry is set in what is not a dictionary")
+        if len(items) % 2:
+            raise ValueError("a key without a value")
+        for key in items[::2]:
+            self._check_key(key)
+
+    def _set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set_items([key, value])
+
+    def _check_key(self, key) -> None:
+        if isinstance(key, _Tuple):
+            self.key_elements += key.size
+            if self.key_elements > TUPLE_KEYS:
+                raise ValueError(f"tuples of more than {TUPLE_KEYS} elements in all are keys of dictionaries")
+            for item in key.items:
+                self._check_key(item)
+        elif isinstance(key, int) and abs(key) >= LARGEST_KEY or not isinstance(key, (str, int, type(None))):
+            raise ValueError("a key of a dictionary is neither a string, a number below 2 ** 60 nor a tuple of them")
+
+    def _reduce(self) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        if type(function) is not _Global or not isinstance(arguments, _Tuple):
+            raise ValueError("it calls something that is not a global by its name")
+        name, items = function.name, arguments.items
+        if name in self.also:
+            fits = self._moderate(arguments)
+        elif name == "collections.OrderedDict":
+            fits = not items
+        elif name == "builtins.set":
+            fits = len(items) == 1 and isinstance(items[0], _List) and items[0].count == 0
+        elif name == "torch.Size":
+            fits = len(items) == 1 and isinstance(items[0], _Tuple) and all(isinstance(item, int) for item in items[0].items)
+        elif name == "torch.device":
+            fits = all(isinstance(item, (str, int)) for item in items)
+        elif name == "_codecs.encode":  # bytes in protocol 2
+            fits = len(items) == 2 and isinstance(items[0], str) and items[1] == "latin1"
+        else:
+            fits = name in REBUILD
+        if not fits:
+            raise ValueError(f"it calls {name!r} with arguments that no checkpoint has")
+        self.stack.append(_Made(name))
+
+    def _moderate(self, arguments: _Tuple) -> bool:
+        """No integer that could be the size of something huge."""
+        return all(
+            self._moderate(item) if isinstance(item, _Tuple) else not isinstance(item, int) or abs(item) < 1 << 31
+            for item in arguments.items
+        )
+
+    def _new_object(self) -> None:
+        arguments, kind = self.stack.pop(), self.stack.pop()
+        if type(kind) is not _Global or not isinstance(arguments, _Tuple):
+            raise ValueError("it makes an object of something that is not a global by its name")
+        fits = self._moderate(arguments) if kind.name in self.also else kind.name == CONFIG_NODE and not arguments.items
+        if not fits:
+            raise ValueError(f"it makes an object of {kind.name!r} with arguments that no checkpoint has")
+        self.stack.append(_Made(kind.name))
+
+    def _build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        name = target.name if isinstance(target, _Made) else type(target).__name__.strip("_").lower()
+        if name not in self.also and not (name in (CONFIG_NODE, "collections.OrderedDict") and isinstance(state, _Dict)):
+            raise ValueError(f"it sets the state of a {name}")
+
+    def _persistent(self) -> None:
+        identity = self.stack.pop()
+        items = identity.items if isinstance(identity, _Tuple) else []
+        if self.storage is None or len(items) not in (5, 6) or items[0] != "storage" or getattr(items[1], "name", "") not in STORAGES:
+            raise ValueError("a persistent id that is not a storage's")
+        _, kind, key, location, count, *view = items
+        if not isinstance(key, str) or not isinstance(location, str) or not isinstance(count, int) or count < 0:
+            raise ValueError("a persistent id that is not a storage's")
+        self.storage(key, count * STORAGES[kind.name])
+        self.stack.append(_Made("storage"))
+
+
+_PUSH = {
+    *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"),
+    *("SHORT_BINUNICODE", "BINUNICODE8"),
+}
+_FOREIGN = {"SHORT_BINUNICODE", "BINUNICODE8", "MEMOIZE", "FRAME", "STACK_GLOBAL"}  # followed to name what they ask for
+_HANDLERS: dict[str, Callable[[_Pickle], None]] = {
+    "MARK": _Pickle._mark,
+    "EMPTY_TUPLE": lambda self: self._tuple(0),
+    "TUPLE": _Pickle._tuple,
+    "TUPLE1": lambda self: self._tuple(1),
+    "TUPLE2": lambda self: self._tuple(2),
+    "TUPLE3": lambda self: self._tuple(3),
+    "EMPTY_LIST": lambda self: self.stack.append(_List()),
+    "APPEND": lambda self: self._append([self.stack.pop()]),
+    "APPENDS": lambda self: self._append(self._pop_mark()),
+    "EMPTY_DICT": lambda self: self.stack.append(_Dict()),
+    "EMPTY_SET": lambda self: self.stack.append(None),
+    "SETITEM": _Pickle._set_item,
+    "SETITEMS": lambda self: self._set_items(self._pop_mark()),
+    "REDUCE": _Pickle._reduce,
+    "NEWOBJ": _Pickle._new_object,
+    "BUILD": _Pickle._build,
+    "BINPERSID": _Pickle._persistent,
+}
