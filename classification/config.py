@@ -37,7 +37,7 @@ _C.MODEL.DROP_RATE = 0.0  # dropout of projections and head
 _C.MODEL.DROP_PATH_RATE = 0.2  # stochastic depth of the last block
 _C.MODEL.LABEL_SMOOTHING = 0.1
 _C.MODEL.RESUME = ""  # checkpoint to go on from: weights, optimizer, epoch; --resume
-_C.MODEL.PRETRAINED = ""  # checkpoint of which only the weights are taken; --pretrained
+_C.MODEL.PRETRAINED = ""  # of which only the weights are taken: a file, a URL or a name of the model zoo; --pretrained
 _C.MODEL.OFFSET_LR_MULTI = 0.01  # learning rate of DTM's offset convolutions over the others'
 _C.MODEL.LIT = CN()
 _C.MODEL.LIT.PATCH_SIZE = 4
@@ -175,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--cache-mode", dest="DATA.CACHE_MODE", choices=("no", "full", "part"), help="what a zip data set keeps in memory")
     add("--workers", dest="DATA.NUM_WORKERS", type=int, metavar="N", help="loader processes per training process")
     add("--resume", dest="MODEL.RESUME", metavar="FILE", help="go on from this checkpoint (or, with --eval, evaluate it)")
-    add("--pretrained", dest="MODEL.PRETRAINED", metavar="FILE", help="start from the weights of this checkpoint")
+    add("--pretrained", dest="MODEL.PRETRAINED", metavar="FILE", help="start from these weights: file, URL or name in the zoo (litv2_small)")
     add("--accumulation-steps", dest="TRAIN.ACCUMULATION_STEPS", type=int, metavar="N", help="batches per optimizer step")
     add("--use-checkpoint", dest="TRAIN.USE_CHECKPOINT", action="store_const", const=True, help="recompute activations")
     add("--ema-decay", dest="TRAIN.EMA_DECAY", type=float, metavar="D", help="moving average of the weights, e.g. 0.9999")

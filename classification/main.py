@@ -3,8 +3,8 @@
     python main.py --cfg configs/litv2-digits.yaml                                  # embedded data set, a few minutes on a CPU
     python main.py --cfg configs/litv2-small.yaml --data-path DIR                   # DIR/train/CLASS/IMAGE, DIR/val/CLASS/IMAGE
     torchrun --nproc-per-node 8 main.py --cfg configs/litv2-small.yaml --data-path DIR --batch-size 128 --amp bf16
-    python main.py --cfg configs/litv2-small.yaml --data-path DIR --resume litv2_s.pth --eval
-    python main.py --cfg configs/litv2-small.yaml --data-path DIR --pretrained litv2_s.pth --opts TRAIN.EPOCHS 30
+    python main.py --cfg configs/litv2-small.yaml --data-path DIR --pretrained litv2_small --eval
+    python main.py --cfg configs/litv2-small.yaml --data-path DIR --pretrained litv2_small --opts TRAIN.EPOCHS 30
     python main.py --cfg configs/litv2-small.yaml --throughput --batch-size 64
 
 Results go to OUTPUT/MODEL.NAME/TAG; running the same command again goes on from there. ``config.py`` lists every key.
@@ -30,7 +30,7 @@ from data import build_loaders
 from data.loader import BadFiles, Loaders
 from data.sources import DataError
 from litv2 import LITv2
-from litv2.checkpoint import find_weights, load_weights, read_checkpoint
+from litv2.checkpoint import fetch, find_weights, load_weights, read_checkpoint
 from logger import Logger
 from training import Training, seed_everything
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         device = distributed.pick_device(config.DEVICE)
         distributed.init(device)
         return throughput(config, device) if config.THROUGHPUT_MODE else run(config, device)
-    except (ValueError, FileNotFoundError, engine.NonFiniteLoss) as error:  # DataError is a ValueError
+    except (ValueError, OSError, engine.NonFiniteLoss) as error:  # DataError is a ValueError
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
@@ -109,7 +109,7 @@ def run(config: CfgNode, device: torch.device) -> int:
     # The layout that convolutions compute gradients in, else DDP copies them. Names, shapes and values stay.
     model = build_model(config, num_classes).to(device, memory_format=torch.channels_last)
     if config.MODEL.PRETRAINED:
-        weights = find_weights(read_checkpoint(config.MODEL.PRETRAINED))
+        weights = find_weights(read_checkpoint(fetch(config.MODEL.PRETRAINED)))
         for note in load_weights(model, weights, new_heads=() if config.EVAL_MODE else ("head",)):
             log(f"{config.MODEL.PRETRAINED}: {note}")
     precision = engine.Precision(device, config.AMP)
@@ -121,7 +121,7 @@ def run(config: CfgNode, device: torch.device) -> int:
         if resumed is not None:
             load_weights(model, find_weights(resumed))
         elif not config.MODEL.PRETRAINED:
-            raise ValueError("--eval needs the weights to evaluate: --resume FILE or --pretrained FILE")
+            raise ValueError("--eval needs the weights to evaluate: --resume FILE or --pretrained FILE_OR_NAME")
         result = engine.evaluate(model, loaders.val, precision, expected=loaders.val_size, bad_files=bad_files, log=log)
         log(f"Acc@1 {result['top1']:.3f}  Acc@5 {result['top5']:.3f}  loss {result['loss']:.4f}  images {result['images']}")
         log.close()
@@ -150,7 +150,7 @@ def _find_checkpoint(config: CfgNode, folder: Path, log: Logger) -> dict | None:
     """What --resume names, else the newest of the output folder (unless only weights or an evaluation are asked for)."""
     if config.MODEL.RESUME:
         log(f"resuming from {config.MODEL.RESUME}")
-        return read_checkpoint(config.MODEL.RESUME)
+        return read_checkpoint(fetch(config.MODEL.RESUME))
     if config.EVAL_MODE or not config.TRAIN.AUTO_RESUME:
         return None
     path, state = checkpoint.find_latest(folder, log) or (None, None)

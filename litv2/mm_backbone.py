@@ -40,9 +40,10 @@ class LITv2Backbone(LITv2, BaseModule):
             mergings and norms. What is frozen gets no gradients and stays in evaluation mode.
         norm_eval: keep all batch norms in evaluation mode.
         with_cp: recompute blocks in the backward pass to save memory (gradient checkpointing).
-        init_cfg: ``dict(type="Pretrained", checkpoint=PATH_OR_URL)``: weights of a classifier, detector or segmenter, the release's
-            files or ours. They are read without running the file's code and must fit: only the ``out_norms`` may be missing
-            from the file and only the classifier's ``norm`` and ``head`` may be left over.
+        init_cfg: ``dict(type="Pretrained", checkpoint=SOURCE)``: weights of a classifier, detector or segmenter, the release's
+            files or ours: a path, a URL or a name of the model zoo (:mod:`litv2.zoo`). They are read without running the file's
+            code and must fit: only the ``out_norms`` may be missing from the file and only the classifier's ``norm`` and ``head``
+            may be left over.
         model: the arguments of :class:`litv2.LITv2`, without ``num_classes``. The defaults are those of LITv2-S.
 
     Raises:
@@ -70,7 +71,7 @@ class LITv2Backbone(LITv2, BaseModule):
         if not -1 <= frozen_stages <= stages:
             raise ValueError(f"LITv2: {frozen_stages=} must be -1 (none), 0 (the patch embedding) or a number of stages up to {stages}")
         if init_cfg is not None and (init_cfg.get("type") != "Pretrained" or init_cfg.keys() != {"type", "checkpoint"}):
-            raise ValueError(f"LITv2: {init_cfg=} must be None or dict(type='Pretrained', checkpoint=PATH_OR_URL)")
+            raise ValueError(f"LITv2: {init_cfg=} must be None or dict(type='Pretrained', checkpoint=PATH_URL_OR_NAME)")
 
         self.out_indices = tuple(out_indices)
         self.out_norms = tuple(out_norms)

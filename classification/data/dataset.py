@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
+
+from litv2.preprocess import decode
 
 from .sources import DataError, ListSource
 
@@ -74,21 +75,6 @@ class StreamingDataset(IterableDataset):
     def __iter__(self) -> Iterator[Sample]:
         for image, target in self.dataset:
             yield Sample(self.transform(image), target, self.name, ())
-
-
-def decode(file: BinaryIO | Image.Image, mode: str) -> Image.Image:
-    """An encoded image (or a PIL image) of any mode -> PIL image of ``mode``, RGB or L, with 8 bits per channel."""
-    image = file if isinstance(file, Image.Image) else Image.open(file)
-    image.load()
-    if image.mode.startswith("I"):  # 16 bits per pixel: PIL's own conversion would clip at 255 and leave a white picture
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("images of floating-point pixels have no defined range; save it with 8 or 16 bits")
-    elif image.mode == "P":
-        image = image.convert("RGBA")  # resolves the palette and its transparency
-    if not isinstance(file, Image.Image):
-        file.close()
-    return image.convert(mode)
 
 
 @contextmanager

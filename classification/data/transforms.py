@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import create_transform
 from yacs.config import CfgNode
+
+from litv2.preprocess import evaluation_transform, normalisation
 
 
 def build_transform(config: CfgNode, training: bool) -> Callable:
     """PIL image -> normalised tensor (IN_CHANS, size, size)."""
-    mean, std = normalisation(config)
-    common = dict(mean=mean, std=std, interpolation=config.DATA.INTERPOLATION)
+    channels, interpolation = config.MODEL.LIT.IN_CHANS, config.DATA.INTERPOLATION
     if training:
         aug = config.AUG
+        mean, std = normalisation(channels)
         return create_transform(
             config.DATA.IMG_SIZE,
             is_training=True,
@@ -26,24 +28,15 @@ def build_transform(config: CfgNode, training: bool) -> Callable:
             re_prob=aug.REPROB,
             re_mode=aug.REMODE,
             re_count=aug.RECOUNT,
-            **common,
+            mean=mean,
+            std=std,
+            interpolation=interpolation,
         )
-    if common["interpolation"] == "random":
-        common["interpolation"] = "bicubic"
     size = config.TEST.IMG_SIZE or config.DATA.IMG_SIZE
-    if config.TEST.CROP:
-        return create_transform(size, crop_pct=224 / 256, **common)
-    return create_transform(size, crop_pct=1.0, crop_mode="squash", **common)
-
-
-def normalisation(config: CfgNode) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel, ImageNet's; for grey images their average."""
-    if config.MODEL.LIT.IN_CHANS == 3:
-        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    return (sum(IMAGENET_DEFAULT_MEAN) / 3,), (sum(IMAGENET_DEFAULT_STD) / 3,)
+    return evaluation_transform(size, config.TEST.CROP, channels, "bicubic" if interpolation == "random" else interpolation)
 
 
 def denormalise(images: torch.Tensor, config: CfgNode) -> torch.Tensor:
     """(B, C, H, W) as the model sees them -> the same in [0, 1], to be looked at."""
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in normalisation(config))
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in normalisation(config.MODEL.LIT.IN_CHANS))
     return (images.cpu() * std + mean).clamp(0, 1)

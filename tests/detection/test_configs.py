@@ -8,6 +8,7 @@ from helpers import ROOT
 from litv2.mm_config import load_config
 from litv2.mm_flops import count_flops
 from litv2.mm_tools import build_model
+from litv2.zoo import ZOO
 from mm_helpers import VARIANTS, as_published, backbone_settings, config_files, learning_rates, parameter_groups, run_tool
 
 # (parameters in M, published GFLOPs at 800 x 1280)
@@ -52,7 +53,7 @@ def test_config(path):
     assert backbone_settings(model) == VARIANTS[variant] | dict(
         windows=[0, 0, 4, 1] if path.stem.endswith("ws_4") else [0, 0, 2, 1], alpha={0.9}, norms=[1, 2, 3], checkpointing={variant == "b"}
     )
-    assert released == dict(type="Pretrained", checkpoint=f"https://github.com/ziplab/LITv2/releases/download/v1.0/litv2_{variant}.pth")
+    assert released["type"] == "Pretrained" and ZOO[released["checkpoint"]].file == f"litv2_{variant}.pth"
     neck, preprocessor = model.neck, model.data_preprocessor
     if detector == "retinanet":
         assert (neck.start_level, neck.add_extra_convs, neck.num_outs) == (1, "on_input", 5)

@@ -7,6 +7,7 @@ import pytest
 from litv2.mm_config import load_config
 from litv2.mm_flops import count_flops
 from litv2.mm_tools import build_model
+from litv2.zoo import ZOO
 from mm_helpers import VARIANTS, as_published, backbone_settings, config_files, learning_rates, parameter_groups
 
 # (parameters in M, published GFLOPs at 512 x 512)
@@ -35,7 +36,7 @@ def test_config(path):
     assert backbone_settings(model) == VARIANTS[variant] | dict(
         windows=[0, 0, 2, 1], alpha={0.9}, norms=[0, 1, 2, 3], checkpointing={False}
     )
-    assert released == dict(type="Pretrained", checkpoint=f"https://github.com/ziplab/LITv2/releases/download/v1.0/litv2_{variant}.pth")
+    assert released["type"] == "Pretrained" and ZOO[released["checkpoint"]].file == f"litv2_{variant}.pth"
     head = model.decode_head
     assert model.neck.out_channels == 256 and model.neck.num_outs == 4
     assert (head.channels, head.num_classes, head.dropout_ratio, norm_types) == (128, 150, 0.1, {"SyncBN"})

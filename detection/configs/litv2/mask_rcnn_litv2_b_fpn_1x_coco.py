@@ -8,7 +8,7 @@ model = dict(
         num_heads=(4, 8, 16, 32),
         drop_path_rate=0.3,
         with_cp=True,  # gradient checkpointing
-        init_cfg=dict(checkpoint="https://github.com/ziplab/LITv2/releases/download/v1.0/litv2_b.pth"),
+        init_cfg=dict(checkpoint="litv2_base"),
     ),
     neck=dict(in_channels=[128, 256, 512, 1024]),
 )

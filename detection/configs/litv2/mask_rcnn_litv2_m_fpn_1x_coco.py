@@ -4,6 +4,6 @@ _base_ = "./mask_rcnn_litv2_s_fpn_1x_coco.py"
 model = dict(
     backbone=dict(
         depths=(2, 2, 18, 2),
-        init_cfg=dict(checkpoint="https://github.com/ziplab/LITv2/releases/download/v1.0/litv2_m.pth"),
+        init_cfg=dict(checkpoint="litv2_medium"),
     ),
 )

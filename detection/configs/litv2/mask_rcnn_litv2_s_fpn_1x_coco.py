@@ -8,7 +8,7 @@ model = dict(
         type="LITv2",
         drop_path_rate=0.2,
         out_norms=(1, 2, 3),  # the published detectors read stage 1 without a norm
-        init_cfg=dict(type="Pretrained", checkpoint="https://github.com/ziplab/LITv2/releases/download/v1.0/litv2_s.pth"),
+        init_cfg=dict(type="Pretrained", checkpoint="litv2_small"),
     ),
     neck=dict(in_channels=[96, 192, 384, 768]),
 )

@@ -7,7 +7,7 @@ model = dict(
         depths=(2, 2, 18, 2),
         num_heads=(4, 8, 16, 32),
         drop_path_rate=0.3,
-        init_cfg=dict(checkpoint="https://github.com/ziplab/LITv2/releases/download/v1.0/litv2_b.pth"),
+        init_cfg=dict(checkpoint="litv2_base"),
     ),
     neck=dict(in_channels=[128, 256, 512, 1024]),
 )

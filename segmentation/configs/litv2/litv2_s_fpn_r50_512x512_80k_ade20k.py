@@ -14,7 +14,7 @@ model = dict(
         _delete_=True,
         type="LITv2",
         drop_path_rate=0.2,
-        init_cfg=dict(type="Pretrained", checkpoint="https://github.com/ziplab/LITv2/releases/download/v1.0/litv2_s.pth"),
+        init_cfg=dict(type="Pretrained", checkpoint="litv2_small"),
     ),
     neck=dict(in_channels=[96, 192, 384, 768]),
     decode_head=dict(num_classes=150),
