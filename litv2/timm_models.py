@@ -1,0 +1,140 @@
+"""The classifiers of the zoo as models of timm. ``import litv2`` registers them (see lazy_timm.py); timm is needed only here.
+
+    model = timm.create_model("litv2_small", pretrained=True, num_classes=10)
+    backbone = timm.create_model("litv2_small", features_only=True, out_indices=(1, 2, 3), drop_path_rate=0.2)
+
+The released files hold a pickled configuration, which timm's own loader refuses: weights that timm would read from a file or a
+URL are read by :mod:`litv2.checkpoint` and handed to timm, which adapts them to ``in_chans`` and ``num_classes``. A file
+of any format that is known there, ours or the release's:
+
+    timm.create_model("litv2_small", pretrained=True, pretrained_cfg_overlay=dict(file="best.pth"))
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_module,
+    resolve_pretrained_cfg,
+)
+from torch import Tensor, nn
+
+from hilo import HiLo
+from mm_modules.DCN import DeformConv2dPack
+
+from .checkpoint import find_weights, read_checkpoint
+from .download import fetch
+from .layers import DropPath, PatchEmbed
+from .zoo import VARIANTS, ZOO, Entry
+
+__all__: list[str] = []  # timm adds each model's name
+
+# timm's ``checkpoint_path=`` reads the file itself, with torch.load(weights_only=True): this lets it take the release's
+# configuration for the dictionary that it is. No class of yacs is imported and no code of the file is run.
+torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
+
+for module in (PatchEmbed, HiLo, DropPath, DeformConv2dPack):  # they look at sizes, which torch.fx does not know
+    register_notrace_module(module)
+
+
+def _default_cfg(entry: Entry) -> dict:
+    cropped = entry.image_size == (224, 224)  # the images of 384 pixels are evaluated whole
+    return dict(
+        url=entry.url,
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        min_input_size=(3, 32, 32),
+        crop_pct=224 / 256 if cropped else 1.0,
+        crop_mode="center" if cropped else "squash",
+        interpolation="bicubic",
+        num_classes=1000,
+        classifier="head",
+        first_conv="patch_embed.proj",
+        license="apache-2.0",
+        origin_url="https://github.com/ziplab/LITv2",
+        paper_name="Fast Vision Transformers with HiLo Attention",
+        paper_ids="arXiv:2205.13213",
+        **_sizes(entry.image_size),
+    )
+
+
+def _sizes(img_size: int | tuple[int, int]) -> dict:
+    """The entries of a configuration that follow from the image size (pixels; one number for squares)."""
+    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(size) != 2 or not all(isinstance(side, int) and side >= 32 for side in size):
+        raise ValueError(f"LITv2: {img_size=} must be a side, or (height, width), in pixels; each at least 32")
+    H, W = size
+    return dict(input_size=(3, H, W), pool_size=(-(-H // 4) // 8, -(-W // 4) // 8))  # patches are padded, mergings floor
+
+
+def _fitting(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """timm loads without strictness once the number of classes differs; only the head may then be missing or left over."""
+    wrong = sorted(key for key in weights.keys() ^ model.state_dict().keys() if not key.startswith("head."))
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"the weights are not of this model; is it another variant? In one of them only: {', '.join(wrong[:5])}{more}")
+    return weights
+
+
+def _create(
+    entry: Entry,
+    pretrained: bool = False,
+    pretrained_cfg: str | dict | None = None,
+    pretrained_cfg_overlay: dict | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    out_indices: int | tuple[int, ...] = (0, 1, 2, 3),
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    cache_dir: str | None = None,
+    **kwargs,
+) -> nn.Module:
+    """What ``timm.create_model`` calls. Keyword arguments are timm's and those of :class:`litv2.LITv2`.
+
+    Every model takes every image size; ``img_size`` sets the one that timm's data pipeline makes.
+    """
+    overlay = dict(pretrained_cfg_overlay or {})
+    if img_size is not None:
+        overlay.update(_sizes(img_size))
+    cfg = resolve_pretrained_cfg(entry.name, pretrained_cfg, overlay)
+    source = cfg.file or cfg.url
+    if pretrained and source and not cfg.state_dict and not cfg.source:  # a source is another place that timm knows
+        if cache_dir is not None:
+            raise ValueError(f"LITv2: {cache_dir=}: the files are kept in torch.hub's folder; torch.hub.set_dir or $TORCH_HOME moves it")
+        overlay["state_dict"] = find_weights(read_checkpoint(fetch(source)))
+    model = build_model_with_cfg(
+        partial(VARIANTS[entry.variant], **{"alpha": entry.alpha, "local_ws": entry.window}),
+        entry.name,
+        pretrained,
+        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg_overlay=overlay,
+        pretrained_filter_fn=_fitting,
+        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+        cache_dir=cache_dir,
+        **kwargs,
+    )
+    for part in model.modules():
+        if hasattr(part, "pretrained_cfg"):
+            part.pretrained_cfg.pop("state_dict", None)  # they are in the model now
+    return model.to(device=device, dtype=dtype)
+
+
+def _entry_point(entry: Entry) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, **kwargs) -> nn.Module:
+        return _create(entry, pretrained, **kwargs)
+
+    create.__name__ = create.__qualname__ = entry.name
+    return create
+
+
+_CLASSIFIERS = [entry for entry in ZOO.values() if entry.task == "classification"]
+default_cfgs = generate_default_cfgs({entry.name: _default_cfg(entry) for entry in _CLASSIFIERS})  # register_model reads it
+for entry in _CLASSIFIERS:
+    globals()[entry.name] = register_model(_entry_point(entry))
