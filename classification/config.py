@@ -175,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--cache-mode", dest="DATA.CACHE_MODE", choices=("no", "full", "part"), help="what a zip data set keeps in memory")
     add("--workers", dest="DATA.NUM_WORKERS", type=int, metavar="N", help="loader processes per training process")
     add("--resume", dest="MODEL.RESUME", metavar="FILE", help="go on from this checkpoint (or, with --eval, evaluate it)")
-    add("--pretrained", dest="MODEL.PRETRAINED", metavar="FILE", help="start from these weights: file, URL or name in the zoo (litv2_small)")
+    add("--pretrained", dest="MODEL.PRETRAINED", metavar="FILE", help="start from these weights: file, URL or zoo name (litv2_small)")
     add("--accumulation-steps", dest="TRAIN.ACCUMULATION_STEPS", type=int, metavar="N", help="batches per optimizer step")
     add("--use-checkpoint", dest="TRAIN.USE_CHECKPOINT", action="store_const", const=True, help="recompute activations")
     add("--ema-decay", dest="TRAIN.EMA_DECAY", type=float, metavar="D", help="moving average of the weights, e.g. 0.9999")

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from .download import fetch
 from .safe_pickle import CONFIG_NODE, check_format, check_pickles
 
-__all__ = ["fetch", "find_weights", "infer_arguments", "load_weights", "read_checkpoint"]
+__all__ = ["described", "fetch", "find_weights", "infer_arguments", "load_weights", "read_checkpoint"]
 
 _EMA = ("ema", "state_dict_ema", "model_ema")  # ours, timm's today and before
 _PLAIN = ("model", "state_dict")
-_PREFIXES = ("module.", "_orig_mod.", "backbone.")  # DDP and moving averages, torch.compile, detectors
+_PREFIXES = ("module.", "_orig_mod.", "backbone.")  # of DDP and averages, of torch.compile, of a backbone in a detector
 _DEEPEST_WRAPPING = 10
 ALPHAS = (0.9, 0.5, 0.0, 1.0, 0.2, 0.4, 0.7)  # the published ones
 
@@ -122,7 +122,7 @@ def _made_plain(content):
     return root[0]
 
 
-def find_weights(checkpoint: dict, which: str | None = None) -> dict[str, Tensor]:
+def find_weights(checkpoint: dict, which: str | None = None, backbone_only: bool = True) -> dict[str, Tensor]:
     """The model's state dict in any known format: ours, the release's, timm's, mmengine's, or a bare one.
 
     Prefixes that wrappers leave (DDP, compile, a detector's ``backbone.``) are removed, in any order; of a detector's file only the
@@ -130,6 +130,7 @@ def find_weights(checkpoint: dict, which: str | None = None) -> dict[str, Tensor
 
     Args:
         which: "ema" for the moving average, "model" for the weights it was taken of, None for the average where there is one.
+        backbone_only: False keeps a detector's neck and heads, and the prefix ``backbone.`` of its backbone.
 
     Raises:
         ValueError: there are no weights, or not those that are asked for.
@@ -152,8 +153,9 @@ def find_weights(checkpoint: dict, which: str | None = None) -> dict[str, Tensor
     weights = {key: value for key, value in checkpoint.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not weights:
         raise ValueError(f"no weights found; the checkpoint's entries are {_names(checkpoint)}")
+    prefixes = _PREFIXES if backbone_only else _PREFIXES[:-1]
     for _ in range(_DEEPEST_WRAPPING):
-        prefix = next((prefix for prefix in _PREFIXES if any(key.startswith(prefix) for key in weights)), None)
+        prefix = next((prefix for prefix in prefixes if any(key.startswith(prefix) for key in weights)), None)
         if prefix is None:
             return weights
         weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
@@ -234,7 +236,7 @@ def infer_arguments(weights: dict[str, Tensor], config: dict | None = None) -> d
     except (KeyError, ValueError) as error:
         raise ValueError(f"these are not the weights of a LITv2 ({error}); their names begin {sorted(weights)[:5]}") from error
 
-    lit = _described(config, embed_dim, depths)
+    lit = described(config, embed_dim, depths)
     dims = [embed_dim * 2**i for i in range(len(depths))]
     if lit is None and embed_dim % 32:
         raise ValueError(f"the heads of a model of {embed_dim} channels are not known: the checkpoint has no configuration that says")
@@ -270,11 +272,11 @@ def infer_arguments(weights: dict[str, Tensor], config: dict | None = None) -> d
     )
 
 
-def _described(config: dict | None, embed_dim: int, depths: list[int]) -> dict | None:
+def described(config: dict | None, embed_dim: int, depths: Sequence[int]) -> dict | None:
     """The section MODEL.LIT of a trainer's configuration, if it is of a network of these widths and depths."""
     try:
         lit = config["MODEL"]["LIT"]
-        same = lit["EMBED_DIM"] == embed_dim and list(lit["DEPTHS"]) == depths
+        same = lit["EMBED_DIM"] == embed_dim and list(lit["DEPTHS"]) == list(depths)
         return lit if same and len(lit["NUM_HEADS"]) == len(lit["LOCAL_WS"]) == len(depths) else None
     except (KeyError, TypeError):
         return None

@@ -101,8 +101,8 @@ def _download(url: str, path: Path) -> None:
                     raise
                 print(f"the connection broke after {arrived} bytes ({_reason(error)}); going on from there", file=sys.stderr)
     except (OSError, http.client.HTTPException) as error:
-        kept = f" {part.stat().st_size} bytes of it are kept and the same command goes on from there;" if part.exists() else ""
-        raise OSError(f"{url} cannot be downloaded ({_reason(error)});{kept} or fetch it by other means and put it at {path}") from error
+        kept = f"; {part.stat().st_size} bytes are kept, the same command goes on from there" if part.exists() else ""
+        raise OSError(f"{url} cannot be downloaded ({_reason(error)}){kept}. To do it by hand, put the file at {path}") from error
     try:
         _verify(url, part, path)
     except ValueError:

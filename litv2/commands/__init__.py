@@ -1,0 +1,29 @@
+"""The commands of ``python -m litv2``, one per file, and what they share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..checkpoint import fetch, read_checkpoint
+
+__all__ = ["print_table", "read"]
+
+
+def read(source: str) -> tuple[Path, dict]:
+    """Path and content of a checkpoint given as a file, a URL or a name of the zoo; also one of mmengine's training runs."""
+    path = fetch(source)
+    try:
+        return path, read_checkpoint(path)
+    except ValueError as error:
+        if "mmengine." not in str(error):
+            raise
+        from ..mm_runner import MMENGINE_CLASSES  # the history of losses, for which mmengine must be installed
+
+        return path, read_checkpoint(path, also=MMENGINE_CLASSES)
+
+
+def print_table(rows: list[tuple]) -> None:
+    """Columns as wide as they need to be."""
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(f"{str(cell):{width}}" for cell, width in zip(row, widths)).rstrip())

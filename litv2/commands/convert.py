@@ -1,0 +1,102 @@
+"""python -m litv2 convert IN OUT: the weights alone, between .pth and .safetensors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import find_weights, read_checkpoint
+from . import read
+
+KEPT = ("class_names", "epoch", "max_accuracy", "config")  # entries beside the weights
+LARGEST_ENTRY = 1 << 20  # characters; a hostile file's may be endless when written out
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="IN", help="checkpoint of any format: a file, a URL or a name of the zoo")
+    parser.add_argument("target", metavar="OUT", type=Path, help="NAME.pth or NAME.safetensors")
+    parser.add_argument("--weights", choices=("ema", "model"), help="the moving average or the plain weights; default: the former, if any")
+    parser.add_argument("--head", choices=("keep", "drop"), default="keep", help="drop: without the classifier; of a detector the backbone")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT")
+
+
+def run(args: argparse.Namespace) -> None:
+    target = args.target
+    if target.suffix not in (".pth", ".pt", ".safetensors"):
+        raise ValueError(f"{target} must end in .pth, .pt or .safetensors, which is the format it gets")
+    if target.exists() and not args.force:
+        raise ValueError(f"{target} exists already; --force overwrites it")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {target.parent}")
+    path, content = read(args.source)
+    weights = find_weights(content, args.weights, backbone_only=args.head == "drop")
+    if args.head == "drop":
+        weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
+    weights = {key: value.clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
+    entries, notes = _entries(content)
+
+    temporary = target.with_name(target.name + ".tmp")
+    try:
+        if target.suffix == ".safetensors":
+            _write_safetensors(temporary, weights, entries)
+        else:
+            # OpenMMLab's programs look for a detector's weights under this name.
+            key = "state_dict" if any(name.startswith("backbone.") for name in weights) else "model"
+            torch.save({key: weights, "meta": {}, **entries} if key == "state_dict" else {key: weights, **entries}, temporary)
+        _compare(find_weights(read_checkpoint(temporary), backbone_only=False), weights)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    values = sum(value.numel() for value in weights.values())
+    print(f"{path} -> {target}: {len(weights)} tensors, {values / 1e6:.3f} M values, {target.stat().st_size / 1e6:.1f} MB")
+    print(f"kept beside the weights: {', '.join(entries) or 'nothing'}")
+    for note in notes:
+        print(note)
+
+
+def _entries(content: dict) -> tuple[dict, list[str]]:
+    """The entries to keep, and what to say of those that cannot be."""
+    meta = content["meta"] if isinstance(content.get("meta"), dict) else {}
+    described = meta.get("dataset_meta") if isinstance(meta.get("dataset_meta"), dict) else meta
+    names = next((described[key] for key in ("classes", "CLASSES") if key in described), None)
+    found = {"class_names": names, "epoch": meta.get("epoch"), **content}
+    kept, notes = {}, []
+    for key in KEPT:
+        if found.get(key) is None:
+            continue
+        try:
+            kept[key] = json.loads(_json(found[key]))
+        except (TypeError, ValueError, RecursionError) as error:
+            notes.append(f"not kept: {key} ({error})")
+    return kept, notes
+
+
+def _json(value) -> str:
+    text, length = [], 0
+    for part in json.JSONEncoder().iterencode(value):
+        text.append(part)
+        length += len(part)
+        if length > LARGEST_ENTRY:
+            raise ValueError(f"longer than {LARGEST_ENTRY} characters")
+    return "".join(text)
+
+
+def _write_safetensors(path: Path, weights: dict[str, Tensor], entries: dict) -> None:
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise ImportError("writing .safetensors needs the package safetensors: pip install safetensors") from error
+    save_file(weights, path, metadata={"format": "pt", **{key: json.dumps(value) for key, value in entries.items()}})
+
+
+def _compare(written: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    for key, value in weights.items():
+        again = written.get(key)
+        same = again is not None and (again.shape, again.dtype) == (value.shape, value.dtype)
+        if not same or not torch.equal(again.flatten().view(torch.uint8), value.flatten().view(torch.uint8)):
+            raise OSError(f"{key} is not the same when it is read back from the disk")

@@ -1,0 +1,25 @@
+"""python -m litv2 download NAME...: files of the zoo into torch.hub's folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ..download import fetch
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="+", metavar="NAME", help="a name of `python -m litv2 list`, or a URL")
+
+
+def run(args: argparse.Namespace) -> int:
+    failed = False
+    for name in args.names:
+        try:
+            path = fetch(name)
+        except (OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed = True
+        else:
+            print(f"{name}  {path.stat().st_size / 1e6:.1f} MB  {path}")
+    return int(failed)

@@ -1,0 +1,110 @@
+"""python -m litv2 info FILE: what a checkpoint holds, from its content alone."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import described, find_weights, infer_arguments
+from ..safe_pickle import check_format
+from ..zoo import VARIANTS, ZOO, Entry
+from . import print_table, read
+
+FORMATS = {"zip": "torch.save", "legacy": "torch.save, before torch 1.6", "safetensors": "safetensors"}
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+HEADS = {  # a weight that only this model has
+    "bbox_head.retina_cls.weight": "RetinaNet",
+    "roi_head.mask_head.conv_logits.weight": "Mask R-CNN",
+    "decode_head.conv_seg.weight": "Semantic FPN",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="FILE", help="a file, a URL or a name of the zoo")
+
+
+def run(args: argparse.Namespace) -> None:
+    path, content = read(args.source)
+    everything = find_weights(content, backbone_only=False)
+    weights = find_weights(content)
+    parameters = sum(value.numel() for key, value in everything.items() if not key.endswith(BUFFERS))
+    rows = [
+        ("file", f"{path}, {path.stat().st_size / 1e6:.1f} MB"),
+        ("format", FORMATS[check_format(path)]),
+        ("entries", ", ".join(sorted(str(key)[:50] for key in content)[:20])),
+    ]
+    meta = content["meta"] if isinstance(content.get("meta"), dict) else {}
+    for key, value in (("epoch", content.get("epoch", meta.get("epoch"))), ("accuracy", content.get("max_accuracy"))):
+        if isinstance(value, (int, float)):
+            rows.append((key, value))
+    if isinstance(content.get("class_names"), list):
+        names = [str(name)[:30] for name in content["class_names"][:5]]
+        rows.append(("classes", f"{len(content['class_names'])}: {', '.join(names)}" + (" ..." if len(names) == 5 else "")))
+    rows += [
+        ("weights", f"{len(everything)} tensors, {_which(content)}"),
+        ("parameters", f"{parameters / 1e6:.3f} M"),
+        ("dtype", ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in everything.values()}))),
+        *_model(path, content, everything, weights),
+    ]
+    print_table(rows)
+
+
+def _which(content: dict) -> str:
+    """Which of the weights these are, where there are two kinds."""
+    try:
+        find_weights(content, "ema")
+    except ValueError:
+        return "plain"
+    try:
+        find_weights(content, "model")
+    except ValueError:
+        return "the moving average alone"
+    return "the moving average (convert --weights model takes the plain ones)"
+
+
+def _model(path: Path, content: dict, everything: dict[str, Tensor], weights: dict[str, Tensor]) -> list[tuple]:
+    try:
+        arguments = infer_arguments(weights, content.get("config"))
+    except ValueError as error:
+        return [("model", f"unknown: {error}")]
+    head = next((name for key, name in HEADS.items() if key in everything), None)
+    variant = _variant(arguments)
+    shape = f"{arguments['embed_dim']} channels, blocks {' '.join(map(str, arguments['depths']))}"
+    entries = [entry for entry in ZOO.values() if _fits(entry, arguments, variant, everything)]
+    named = [entry for entry in entries if entry.file == path.name]
+    windows, told = arguments["local_ws"], "the default: shapes do not tell"
+    if named:
+        windows, told = named[0].window, "of the published file"
+    elif described(content.get("config"), arguments["embed_dim"], arguments["depths"]):
+        told = "by the file's configuration"
+    rows = [
+        ("model", f"LITv2-{variant[0].upper()} ({shape})" if variant else f"a LITv2 of its own ({shape})"),
+        ("heads", f"{' '.join(map(str, arguments['num_heads']))}; alpha {arguments['alpha']:.3g}"),
+        ("windows", f"{' '.join(map(str, windows))} ({told})"),
+        ("image", "RGB" if arguments["in_chans"] == 3 else f"{arguments['in_chans']} channels"),
+        ("classifier", f"{arguments['num_classes']} classes" if arguments["num_classes"] else head or "none"),
+    ]
+    for entry in named or entries:
+        figures = ", ".join(f"{metric} {figure}" for metric, figure in entry.figures.items())
+        rows.append(("published" if named else "shaped like", f"{entry.name}: {figures} at {'x'.join(map(str, entry.image_size))}"))
+    return rows
+
+
+def _variant(arguments: dict) -> str | None:
+    with torch.device("meta"):  # shapes alone
+        shapes = {name: infer_arguments(make().state_dict()) for name, make in VARIANTS.items()}
+    same = ("embed_dim", "depths", "num_heads")
+    return next((name for name, shape in shapes.items() if all(shape[key] == arguments[key] for key in same)), None)
+
+
+def _fits(entry: Entry, arguments: dict, variant: str | None, everything: dict[str, Tensor]) -> bool:
+    if entry.variant != variant or int(arguments["num_heads"][2] * entry.alpha) != int(arguments["num_heads"][2] * arguments["alpha"]):
+        return False
+    if entry.task == "classification":
+        return arguments["num_classes"] == 1000
+    heads = {"retinanet": "RetinaNet", "mask_rcnn": "Mask R-CNN"}
+    head = next((name for start, name in heads.items() if entry.name.startswith(start)), "Semantic FPN")
+    return any(key in everything for key, name in HEADS.items() if name == head)

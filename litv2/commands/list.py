@@ -1,0 +1,28 @@
+"""python -m litv2 list: the model zoo as a table."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..download import cache_folder
+from ..zoo import ZOO
+from . import print_table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", choices=("classification", "detection", "segmentation"), help="only these")
+    parser.add_argument("--urls", action="store_true", help="with the address of each file")
+
+
+def run(args: argparse.Namespace) -> None:
+    entries = [entry for entry in ZOO.values() if args.task in (None, entry.task)]
+    rows = [("name", "task", "variant", "alpha", "windows", "image", "published", "here", "url" if args.urls else "file")]
+    for entry in entries:
+        figures = ", ".join(f"{metric} {figure}" for metric, figure in entry.figures.items())
+        image, windows = "x".join(map(str, entry.image_size)), " ".join(map(str, entry.window))
+        here = "yes" if (cache_folder() / entry.file).exists() else ""
+        address = entry.url if args.urls else entry.file
+        rows.append((entry.name, entry.task, entry.variant, entry.alpha, windows, image, figures, here, address))
+    print_table(rows)
+    print(f"\n{len(entries)} files. Names stand for files in every command, in --pretrained and in init_cfg; they are downloaded to")
+    print(f"{cache_folder()}. alpha: share of Lo-Fi heads; windows: side per stage, 0 = no attention; image: height x width.")

@@ -1,0 +1,160 @@
+"""python -m litv2 predict IMAGE... --checkpoint FILE: the five likeliest classes of each image, printed and drawn."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..checkpoint import find_weights, infer_arguments, load_weights
+from ..model import LITv2
+from ..preprocess import decode, evaluation_transform
+from ..zoo import ZOO, Entry, create_model, lookup
+from . import read
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+TOP = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path)
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="weights: a file, a URL or a name of the zoo")
+    parser.add_argument("--model", metavar="NAME", help="name in the zoo; default: what the weights' shapes say")
+    parser.add_argument("--img-size", type=int, metavar="N", help="side in pixels; default: the checkpoint's, else 224")
+    parser.add_argument(
+        "--out", default=Path("predictions"), type=Path, metavar="DIR", help="of the annotated pictures; default: predictions"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run(args: argparse.Namespace) -> int:
+    model, names, content, entry = _load(args.checkpoint, args.model)
+    size, crop = _image_size(content, entry)
+    if args.img_size is not None:
+        smallest = model.feature_info[-1]["reduction"]
+        if args.img_size < smallest:
+            raise ValueError(f"--img-size {args.img_size}: at least {smallest} is needed")
+        size = args.img_size
+    transform = evaluation_transform(size, crop, model.in_chans)
+    model.to(args.device).eval()
+    args.out.mkdir(parents=True, exist_ok=True)
+    failed, used = False, set()
+    for path in args.images:
+        try:
+            with open(path, "rb") as file:
+                image = decode(file, "RGB" if model.in_chans == 3 else "L")
+        except Exception as error:  # decoders of damaged files raise anything
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            print(f"error: {path} cannot be read as an image: {reason}", file=sys.stderr)
+            failed = True
+            continue
+        with torch.inference_mode():
+            confidence = model(transform(image)[None].to(args.device))[0].float().softmax(dim=0).cpu()
+        best = [(names[i], confidence[i].item()) for i in confidence.argsort(descending=True)[:TOP].tolist()]
+        target = _free_name(args.out, path.stem, used)
+        _write(_annotated(image, best), target)
+        print(f"{path} -> {target}")
+        for name, share in best:
+            print(f"  {share:7.2%}  {name}")
+    return int(failed)
+
+
+def _load(source: str, name: str | None) -> tuple[LITv2, list[str], dict, Entry | None]:
+    """The model with its weights, the names of its classes, the checkpoint and the entry of the zoo that it is, if known."""
+    entry = lookup(name, task="classification") if name else ZOO.get(source)
+    path, content = read(source)
+    entry = entry or next((entry for entry in ZOO.values() if entry.file == path.name), None)
+    weights = find_weights(content)
+    classes = len(weights["head.weight"]) if "head.weight" in weights else 0
+    if not classes:
+        raise ValueError(f"{path} has no classifier to predict with; detectors and segmenters draw with detection/demo.py")
+    model = create_model(name, num_classes=classes) if name else LITv2(**infer_arguments(weights, content.get("config")))
+    try:
+        load_weights(model, weights)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return model, _class_names(content, classes), content, entry
+
+
+def _class_names(content: dict, classes: int) -> list[str]:
+    """Of the checkpoint, else ImageNet's where there are 1000, else numbers. WordNet's identifiers are made readable."""
+    names = content.get("class_names")
+    if names is not None and (not isinstance(names, list) or len(names) != classes):
+        raise ValueError(
+            f"the checkpoint names {len(names) if isinstance(names, list) else 'no list of'} classes, its classifier has {classes}"
+        )
+    if names is None and classes != 1000:
+        return [f"class {i}" for i in range(classes)]
+    names = names and [str(name) for name in names]
+    if names and not all(re.fullmatch(r"n\d{8}", name) for name in names):
+        return names
+    from timm.data import ImageNetInfo
+
+    imagenet = ImageNetInfo()
+    descriptions = {imagenet.index_to_label_name(i): imagenet.index_to_description(i) for i in range(1000)}
+    return [descriptions.get(name, name) for name in names] if names else list(descriptions.values())
+
+
+def _image_size(content: dict, entry: Entry | None) -> tuple[int, bool]:
+    """Side of the evaluation image, and whether it is a crop of a larger one: the recipe's, else the checkpoint's."""
+    if entry is not None:
+        return entry.image_size[0], entry.image_size[0] < 384
+    try:
+        config = content["config"]
+        size = config["TEST"].get("IMG_SIZE") or config["DATA"]["IMG_SIZE"]
+        return int(size), bool(config["TEST"]["CROP"])
+    except (KeyError, TypeError, AttributeError):
+        return 224, True
+
+
+def _free_name(folder: Path, stem: str, used: set[Path]) -> Path:
+    """One picture per image, also for images of one name from several folders."""
+    target, number = folder / f"{stem}.png", 2
+    while target in used:
+        target, number = folder / f"{stem}-{number}.png", number + 1
+    used.add(target)
+    return target
+
+
+def _annotated(image: Image.Image, best: list[tuple[str, float]]) -> Image.Image:
+    """The image, and to its right a bar per class with name and confidence."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, panel, margin, row = 360, 420, 16, 64
+    picture = image.convert("RGB").resize((min(960, max(1, round(image.width * height / image.height))), height))
+    canvas = Image.new("RGB", (picture.width + panel, height), "white")
+    canvas.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(18)
+    left, width = picture.width + margin, panel - 2 * margin
+    top = (height - row * len(best)) // 2
+    for i, (name, share) in enumerate(best):
+        y, figure = top + row * i, f"{share:.1%}"
+        figure_width = draw.textlength(figure, font=font)
+        draw.text((left, y), _shortened(name, lambda text: draw.textlength(text, font=font), width - figure_width - 12), "black", font)
+        draw.text((left + width - figure_width, y), figure, "black", font)
+        draw.rectangle((left, y + 28, left + width, y + 40), fill="#e6e6e6")
+        draw.rectangle((left, y + 28, left + max(1, round(width * share)), y + 40), fill="#2a7de1" if i == 0 else "#8fb8ec")
+    return canvas
+
+
+def _shortened(text: str, length, room: float) -> str:
+    text = " ".join(text.split())
+    if length(text) <= room:
+        return text
+    while text and length(text + "...") > room:
+        text = text[:-1]
+    return text.rstrip(" ,") + "..."
+
+
+def _write(picture: Image.Image, target: Path) -> None:
+    temporary = target.with_name(target.name + ".tmp")
+    picture.save(temporary, format="PNG")
+    os.replace(temporary, target)
