@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .download import fetch
-from .safe_pickle import CONFIG_NODE, check_format, check_pickles
+from .safe_file import check_format, check_pickles
+from .safe_pickle import CONFIG_NODE
 
 __all__ = ["described", "fetch", "find_weights", "infer_arguments", "load_weights", "read_checkpoint"]
 
@@ -19,6 +20,7 @@ _EMA = ("ema", "state_dict_ema", "model_ema")  # ours, timm's today and before
 _PLAIN = ("model", "state_dict")
 _PREFIXES = ("module.", "_orig_mod.", "backbone.")  # of DDP and averages, of torch.compile, of a backbone in a detector
 _DEEPEST_WRAPPING = 10
+LISTED = 8  # keys of each kind in an error; another variant differs in hundreds
 ALPHAS = (0.9, 0.5, 0.0, 1.0, 0.2, 0.4, 0.7)  # the published ones
 
 
@@ -26,7 +28,7 @@ def read_checkpoint(path: str | Path, also: Sequence = ()) -> dict:
     """The content of a checkpoint file, on the CPU: tensors and builtins only, no code of the file is run.
 
     Files of torch.save, old and new, and of safetensors are told apart by their content. The release's pickled configuration is
-    a plain dictionary. What the file claims is checked before torch reads it (:mod:`litv2.safe_pickle`).
+    a plain dictionary. What the file claims is checked before torch reads it (:mod:`litv2.safe_file`).
 
     Args:
         also: other classes that the file may hold, as for ``torch.serialization.safe_globals``.
@@ -185,7 +187,7 @@ def load_weights(
         Lines that say what was not taken from the file; empty when everything was.
 
     Raises:
-        ValueError: keys missing, unexpected or of another shape; the message lists them.
+        ValueError: keys missing, unexpected or of another shape; the message lists the first of them.
     """
     notes = []
     own = model.state_dict()
@@ -212,10 +214,14 @@ def load_weights(
     ]
     if missing or unexpected or shapes:
         parts = (("missing", missing), ("unexpected", unexpected), ("of another shape", sorted(shapes)))
-        report = "".join(f"\n  {what} ({len(keys)}): {', '.join(keys)}" for what, keys in parts if keys)
+        report = "".join(f"\n  {what} ({len(keys)}): {_some(keys)}" for what, keys in parts if keys)
         raise ValueError(f"the weights do not fit this {type(model).__name__}; is it another variant?{report}")
     model.load_state_dict(weights, strict=True)
     return notes
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:LISTED]) + (f" ... and {len(keys) - LISTED} more" if len(keys) > LISTED else "")
 
 
 def infer_arguments(weights: dict[str, Tensor], config: dict | None = None) -> dict:

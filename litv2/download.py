@@ -22,7 +22,7 @@ from urllib.request import Request, urlopen
 
 import torch
 
-from .safe_pickle import check_format
+from .safe_file import check_format
 
 __all__ = ["cache_folder", "fetch"]
 

@@ -1,7 +1,7 @@
-"""What is checked in a checkpoint file before torch reads it, so that a hostile one ends in an error at once.
+"""A pickle is followed before torch reads it, so that a hostile one ends in an error at once.
 
 ``torch.load(weights_only=True)`` runs no code of the file, but a small file can make it work for ever or ask for all memory.
-Here the file's structure is checked and its pickles are followed opcode by opcode with stand-ins for what they would make:
+Here its pickle is followed opcode by opcode with stand-ins for what it would make:
 
 * globals outside a short list are refused by their name, and so are calls of them with arguments that no checkpoint has;
 * nothing may grow: storages are as large as the file says, tuples have a size when written out, keys are cheap to hash.
@@ -9,19 +9,13 @@ Here the file's structure is checked and its pickles are followed opcode by opco
 
 from __future__ import annotations
 
-import mmap
 import pickletools
-import struct
-import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections import Counter
 from collections.abc import Callable, Collection
-from pathlib import Path
 
-__all__ = ["CONFIG_NODE", "check_format", "check_pickles"]
+__all__ = ["CONFIG_NODE", "MadeList", "PickleCheck"]
 
 CONFIG_NODE = "yacs.config.CfgNode"  # the class of the release's configurations
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save wrote it before torch 1.6
 
 _ITEM_SIZES = dict(Double=8, Float=4, Half=2, BFloat16=2, Long=8, Int=4, Short=2, Char=1, Byte=1, Bool=1, ComplexDouble=16, ComplexFloat=8)
 STORAGES = {f"{module}.{kind}Storage": size for kind, size in _ITEM_SIZES.items() for module in ("torch", "torch.cuda")}
@@ -40,113 +34,6 @@ TUPLE_KEYS = 10_000  # elements of all tuples that are keys: hashes of tuples ca
 LARGEST_KEY = 1 << 60  # integers beyond it can be made to collide too
 
 
-def check_format(path: Path) -> str:
-    """``zip`` (torch.save of today), ``legacy`` (before torch 1.6) or ``safetensors``, by the content.
-
-    Raises:
-        ValueError: it is something else, truncated, or a zip archive as torch writes none.
-    """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(64)
-    if not start:
-        raise ValueError("the file is empty")
-    if start.startswith(b"PK\x03\x04"):
-        _check_zip(path, size)
-        return "zip"
-    if start[8:9] == b"{":
-        (header,) = struct.unpack("<Q", start[:8])
-        if header > size - 8:
-            raise ValueError(f"truncated: a safetensors header of {header} bytes in a file of {size}")
-        return "safetensors"
-    if start.startswith(b"\x80\x02\x8a\x0a" + LEGACY_MAGIC.to_bytes(10, "little")):
-        return "legacy"
-    if start.startswith(b"\x80"):
-        raise ValueError("it is a pickle, but none of torch.save")
-    if start.lstrip()[:1] == b"<":
-        raise ValueError(f"it is a web page, not a checkpoint: it begins with {start[:20]!r}")
-    if start.startswith(b"version https://git-lfs"):
-        raise ValueError("it is a Git LFS pointer, not the file itself: run `git lfs pull`")
-    raise ValueError(f"it begins with {start[:8]!r}: neither a file of torch.save nor of safetensors")
-
-
-def check_pickles(path: Path, kind: str, also: Collection[str] = ()) -> None:
-    """Follows every pickle of a file of this format.
-
-    Args:
-        also: names of other globals that the file may hold, "module.name".
-
-    Raises:
-        ValueError: a pickle is damaged, asks for another global, or would make something too large.
-    """
-    try:
-        if kind == "zip":
-            with zipfile.ZipFile(path) as archive:
-                records = {entry.filename.partition("/")[2]: entry.file_size for entry in archive.infolist()}
-                folder = archive.namelist()[0].partition("/")[0]
-                with archive.open(f"{folder}/data.pkl") as stream:
-                    data = stream.read()
-            _Pickle(also, lambda key, size: _check_record(records, key, size)).follow(data)
-        else:
-            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
-                _check_legacy(stream, also)
-    except (IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, zipfile.BadZipFile, struct.error) as error:
-        raise ValueError(f"the pickle is damaged ({type(error).__name__}: {error})") from error
-
-
-def _check_zip(path: Path, size: int) -> None:
-    with open(path, "rb") as file:
-        file.seek(max(0, size - 22))
-        end = file.read()
-    if not end.startswith(b"PK\x05\x06"):
-        raise ValueError("truncated: the zip archive has no directory at its end")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, OverflowError, struct.error, OSError) as error:
-        raise ValueError(f"the zip archive is damaged: {error}") from error
-    names = [entry.filename for entry in entries]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise ValueError(f"the zip archive holds {twice[0]} more than once")
-    for entry in entries:
-        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.compress_size != entry.file_size:
-            raise ValueError(f"{entry.filename} in the zip archive is compressed or encrypted; torch.save stores it as it is")
-        if entry.header_offset + 30 + entry.file_size > size:
-            raise ValueError(f"{entry.filename} in the zip archive reaches beyond the end of the file")
-    if sum(entry.file_size for entry in entries) > size:
-        raise ValueError("the entries of the zip archive overlap: together they are larger than the file")
-    if len({name.partition("/")[0] for name in names}) != 1:
-        raise ValueError("the zip archive is not torch.save's: it holds more than one folder")
-    contents = {name.partition("/")[2] for name in names}
-    if "constants.pkl" in contents:
-        raise ValueError("it is a TorchScript program, not a checkpoint")
-    if "data.pkl" not in contents:
-        raise ValueError("the zip archive is not torch.save's: it holds no data.pkl")
-
-
-def _check_record(records: dict[str, int], key: str, size: int) -> None:
-    if records.get(f"data/{key}", -1) != size:
-        raise ValueError(f"storage {key!r} is said to have {size} bytes, in the file it has {records.get(f'data/{key}', 'none')}")
-
-
-def _check_legacy(stream: mmap.mmap, also: Collection[str]) -> None:
-    """Five pickles, then the storages: magic, version, system, content, keys of the storages in the file."""
-    if stream[257:262] == b"ustar":
-        raise ValueError("it is a tar archive as well, which torch would try to unpack")
-    sizes: dict[str, int] = {}
-
-    def storage(key: str, size: int) -> None:
-        if sizes.setdefault(key, size) != size or sum(sizes.values()) > len(stream):
-            raise ValueError(f"storage {key!r} is said to have {size} bytes, more than there are in the file")
-
-    for number in range(5):
-        result = _Pickle(also if number == 3 else (), storage if number == 3 else None).follow(stream)
-    if not isinstance(result, _List) or result.count != len(sizes):
-        raise ValueError(f"the content has {len(sizes)} storages, the file another number")
-    if len(stream) - stream.tell() < sum(sizes.values()):
-        raise ValueError("truncated: the storages are incomplete")
-
-
 # What a pickle makes is followed with these in its place. Strings and integers stand for themselves, None for any other atom.
 class _Tuple:
     def __init__(self, items: list):
@@ -160,7 +47,7 @@ class _Tuple:
             raise ValueError(f"a tuple holds a {CONFIG_NODE}")
 
 
-class _List:
+class MadeList:
     count = 0
 
 
@@ -177,19 +64,29 @@ class _Made(_Global):
     """What a call of the global of this name returned."""
 
 
-class _Pickle:
-    """One pickle, followed with torch's rules for its stack; see ``torch/_weights_only_unpickler.py``."""
+class PickleCheck:
+    """One pickle, followed with torch's rules for its stack; see ``torch/_weights_only_unpickler.py``.
 
-    def __init__(self, also: Collection[str], storage: Callable[[str, int], None] | None):
+    Args:
+        also: names of other globals that it may hold, "module.name".
+        storage: called with key and size in bytes of each storage, to check them; None where there may be none.
+    """
+
+    def __init__(self, also: Collection[str] = (), storage: Callable[[str, int], None] | None = None):
         self.also = also
-        self.storage = storage  # checks key and size in bytes of a storage; None where there may be none
+        self.storage = storage
         self.stack: list = []
         self.outer: list[list] = []  # the stacks below each mark
         self.memo: dict[int, object] = {}
         self.key_elements = 0
 
     def follow(self, pickle):
-        """To its STOP; returns the stand-in of what it makes."""
+        """From its beginning to its STOP, in bytes or in a file; returns the stand-in of what it makes.
+
+        Raises:
+            ValueError: it asks for another global, or would make something too large or unusual.
+            Exception: IndexError, KeyError and others of their kind: it is damaged.
+        """
         foreign = None
         for opcode, argument, position in pickletools.genops(pickle):
             name = opcode.name
@@ -244,7 +141,7 @@ class _Pickle:
         self.stack.append(_Tuple(items))
 
     def _append(self, items: list) -> None:
-        if not isinstance(self.stack[-1], _List):
+        if not isinstance(self.stack[-1], MadeList):
             raise ValueError("something is appended to what is not a list")
         self.stack[-1].count += len(items)
 
@@ -281,7 +178,7 @@ class _Pickle:
         elif name == "collections.OrderedDict":
             fits = not items
         elif name == "builtins.set":
-            fits = len(items) == 1 and isinstance(items[0], _List) and items[0].count == 0
+            fits = len(items) == 1 and isinstance(items[0], MadeList) and items[0].count == 0
         elif name == "torch.Size":
             fits = len(items) == 1 and isinstance(items[0], _Tuple) and all(isinstance(item, int) for item in items[0].items)
         elif name == "torch.device":
@@ -333,22 +230,22 @@ _PUSH = {
     *("SHORT_BINUNICODE", "BINUNICODE8"),
 }
 _FOREIGN = {"SHORT_BINUNICODE", "BINUNICODE8", "MEMOIZE", "FRAME", "STACK_GLOBAL"}  # followed to name what they ask for
-_HANDLERS: dict[str, Callable[[_Pickle], None]] = {
-    "MARK": _Pickle._mark,
+_HANDLERS: dict[str, Callable[[PickleCheck], None]] = {
+    "MARK": PickleCheck._mark,
     "EMPTY_TUPLE": lambda self: self._tuple(0),
-    "TUPLE": _Pickle._tuple,
+    "TUPLE": PickleCheck._tuple,
     "TUPLE1": lambda self: self._tuple(1),
     "TUPLE2": lambda self: self._tuple(2),
     "TUPLE3": lambda self: self._tuple(3),
-    "EMPTY_LIST": lambda self: self.stack.append(_List()),
+    "EMPTY_LIST": lambda self: self.stack.append(MadeList()),
     "APPEND": lambda self: self._append([self.stack.pop()]),
     "APPENDS": lambda self: self._append(self._pop_mark()),
     "EMPTY_DICT": lambda self: self.stack.append(_Dict()),
     "EMPTY_SET": lambda self: self.stack.append(None),
-    "SETITEM": _Pickle._set_item,
+    "SETITEM": PickleCheck._set_item,
     "SETITEMS": lambda self: self._set_items(self._pop_mark()),
-    "REDUCE": _Pickle._reduce,
-    "NEWOBJ": _Pickle._new_object,
-    "BUILD": _Pickle._build,
-    "BINPERSID": _Pickle._persistent,
+    "REDUCE": PickleCheck._reduce,
+    "NEWOBJ": PickleCheck._new_object,
+    "BUILD": PickleCheck._build,
+    "BINPERSID": PickleCheck._persistent,
 }

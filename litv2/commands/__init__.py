@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoint import fetch, read_checkpoint
+from ..checkpoint import fetch, find_weights, read_checkpoint
 
-__all__ = ["print_table", "read"]
+__all__ = ["print_table", "read", "which_weights"]
 
 
 def read(source: str) -> tuple[Path, dict]:
@@ -20,6 +20,18 @@ def read(source: str) -> tuple[Path, dict]:
         from ..mm_runner import MMENGINE_CLASSES  # the history of losses, for which mmengine must be installed
 
         return path, read_checkpoint(path, also=MMENGINE_CLASSES)
+
+
+def which_weights(content: dict) -> str:
+    """In words, which weights :func:`find_weights` takes of a checkpoint that may have two kinds."""
+    found = []
+    for which in ("ema", "model"):
+        try:
+            find_weights(content, which)
+            found.append(which)
+        except ValueError:
+            pass
+    return {"ema": "the moving average alone", "model": "plain"}.get("".join(found), "the moving average (--weights model: the plain ones)")
 
 
 def print_table(rows: list[tuple]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import find_weights, read_checkpoint
-from . import read
+from . import read, which_weights
 
 KEPT = ("class_names", "epoch", "max_accuracy", "config")  # entries beside the weights
 LARGEST_ENTRY = 1 << 20  # characters; a hostile file's may be endless when written out
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
         temporary.unlink(missing_ok=True)
     values = sum(value.numel() for value in weights.values())
     print(f"{path} -> {target}: {len(weights)} tensors, {values / 1e6:.3f} M values, {target.stat().st_size / 1e6:.1f} MB")
-    print(f"kept beside the weights: {', '.join(entries) or 'nothing'}")
+    print(f"weights: {which_weights(content) if args.weights is None else args.weights}; beside them: {', '.join(entries) or 'nothing'}")
     for note in notes:
         print(note)
 

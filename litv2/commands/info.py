@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import described, find_weights, infer_arguments
-from ..safe_pickle import check_format
+from ..safe_file import check_format
 from ..zoo import VARIANTS, ZOO, Entry
-from . import print_table, read
+from . import print_table, read, which_weights
 
 FORMATS = {"zip": "torch.save", "legacy": "torch.save, before torch 1.6", "safetensors": "safetensors"}
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -44,25 +44,12 @@ def run(args: argparse.Namespace) -> None:
         names = [str(name)[:30] for name in content["class_names"][:5]]
         rows.append(("classes", f"{len(content['class_names'])}: {', '.join(names)}" + (" ..." if len(names) == 5 else "")))
     rows += [
-        ("weights", f"{len(everything)} tensors, {_which(content)}"),
+        ("weights", f"{len(everything)} tensors, {which_weights(content)}"),
         ("parameters", f"{parameters / 1e6:.3f} M"),
         ("dtype", ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in everything.values()}))),
         *_model(path, content, everything, weights),
     ]
     print_table(rows)
-
-
-def _which(content: dict) -> str:
-    """Which of the weights these are, where there are two kinds."""
-    try:
-        find_weights(content, "ema")
-    except ValueError:
-        return "plain"
-    try:
-        find_weights(content, "model")
-    except ValueError:
-        return "the moving average alone"
-    return "the moving average (convert --weights model takes the plain ones)"
 
 
 def _model(path: Path, content: dict, everything: dict[str, Tensor], weights: dict[str, Tensor]) -> list[tuple]:

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
             with open(path, "rb") as file:
                 image = decode(file, "RGB" if model.in_chans == 3 else "L")
         except Exception as error:  # decoders of damaged files raise anything
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            reason = getattr(error, "strerror", None) or re.sub(r" <.*>", "", str(error))  # PIL names the object that it read from
             print(f"error: {path} cannot be read as an image: {reason}", file=sys.stderr)
             failed = True
             continue

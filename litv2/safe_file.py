@@ -1,0 +1,127 @@
+"""Which kind of checkpoint a file is, and whether it is what it claims to be, before torch reads it.
+
+A zip archive of torch.save stores what it holds as it is, once, within the file. Its pickles are followed in
+:mod:`litv2.safe_pickle`, and the storages that they name must be in the file, of that size.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import zipfile
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+
+from .safe_pickle import MadeList, PickleCheck
+
+__all__ = ["check_format", "check_pickles"]
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save wrote it before torch 1.6
+
+
+def check_format(path: Path) -> str:
+    """``zip`` (torch.save of today), ``legacy`` (before torch 1.6) or ``safetensors``, by the content.
+
+    Raises:
+        ValueError: it is something else, truncated, or a zip archive as torch writes none.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if not start:
+        raise ValueError("the file is empty")
+    if start.startswith(b"PK\x03\x04"):
+        _check_zip(path, size)
+        return "zip"
+    if start[8:9] == b"{":
+        (header,) = struct.unpack("<Q", start[:8])
+        if header > size - 8:
+            raise ValueError(f"truncated: a safetensors header of {header} bytes in a file of {size}")
+        return "safetensors"
+    if start.startswith(b"\x80\x02\x8a\x0a" + LEGACY_MAGIC.to_bytes(10, "little")):
+        return "legacy"
+    if start.startswith(b"\x80"):
+        raise ValueError("it is a pickle, but none of torch.save")
+    if start.lstrip()[:1] == b"<":
+        raise ValueError(f"it is a web page, not a checkpoint: it begins with {start[:20]!r}")
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError("it is a Git LFS pointer, not the file itself: run `git lfs pull`")
+    raise ValueError(f"it begins with {start[:8]!r}: neither a file of torch.save nor of safetensors")
+
+
+def check_pickles(path: Path, kind: str, also: Collection[str] = ()) -> None:
+    """Follows every pickle of a file of this format.
+
+    Args:
+        also: names of other globals that the file may hold, "module.name".
+
+    Raises:
+        ValueError: a pickle is damaged, asks for another global, or would make something too large.
+    """
+    try:
+        if kind == "zip":
+            with zipfile.ZipFile(path) as archive:
+                records = {entry.filename.partition("/")[2]: entry.file_size for entry in archive.infolist()}
+                folder = archive.namelist()[0].partition("/")[0]
+                with archive.open(f"{folder}/data.pkl") as stream:
+                    data = stream.read()
+            PickleCheck(also, lambda key, size: _check_record(records, key, size)).follow(data)
+        else:
+            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
+                _check_legacy(stream, also)
+    except (IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, zipfile.BadZipFile, struct.error) as error:
+        raise ValueError(f"the pickle is damaged ({type(error).__name__}: {error})") from error
+
+
+def _check_zip(path: Path, size: int) -> None:
+    with open(path, "rb") as file:
+        file.seek(max(0, size - 22))
+        end = file.read()
+    if not end.startswith(b"PK\x05\x06"):
+        raise ValueError("truncated: the zip archive has no directory at its end")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, OverflowError, struct.error, OSError) as error:
+        raise ValueError(f"the zip archive is damaged: {error}") from error
+    names = [entry.filename for entry in entries]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"the zip archive holds {twice[0]} more than once")
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.compress_size != entry.file_size:
+            raise ValueError(f"{entry.filename} in the zip archive is compressed or encrypted; torch.save stores it as it is")
+        if entry.header_offset + 30 + entry.file_size > size:
+            raise ValueError(f"{entry.filename} in the zip archive reaches beyond the end of the file")
+    if sum(entry.file_size for entry in entries) > size:
+        raise ValueError("the entries of the zip archive overlap: together they are larger than the file")
+    if len({name.partition("/")[0] for name in names}) != 1:
+        raise ValueError("the zip archive is not torch.save's: it holds more than one folder")
+    contents = {name.partition("/")[2] for name in names}
+    if "constants.pkl" in contents:
+        raise ValueError("it is a TorchScript program, not a checkpoint")
+    if "data.pkl" not in contents:
+        raise ValueError("the zip archive is not torch.save's: it holds no data.pkl")
+
+
+def _check_record(records: dict[str, int], key: str, size: int) -> None:
+    if records.get(f"data/{key}", -1) != size:
+        raise ValueError(f"storage {key!r} is said to have {size} bytes, in the file it has {records.get(f'data/{key}', 'none')}")
+
+
+def _check_legacy(stream: mmap.mmap, also: Collection[str]) -> None:
+    """Five pickles, then the storages: magic, version, system, content, keys of the storages in the file."""
+    if stream[257:262] == b"ustar":
+        raise ValueError("it is a tar archive as well, which torch would try to unpack")
+    sizes: dict[str, int] = {}
+
+    def storage(key: str, size: int) -> None:
+        if sizes.setdefault(key, size) != size or sum(sizes.values()) > len(stream):
+            raise ValueError(f"storage {key!r} is said to have {size} bytes, more than there are in the file")
+
+    for number in range(5):
+        result = (PickleCheck(also, storage) if number == 3 else PickleCheck()).follow(stream)
+    if not isinstance(result, MadeList) or result.count != len(sizes):
+        raise ValueError(f"the content has {len(sizes)} storages, the file another number")
+    if len(stream) - stream.tell() < sum(sizes.values()):
+        raise ValueError("truncated: the storages are incomplete")
