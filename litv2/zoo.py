@@ -13,11 +13,11 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import find_weights, load_weights, read_checkpoint
+from .checkpoint import find_weights, infer_arguments, load_weights, read_checkpoint
 from .download import fetch
 from .model import LITv2, litv2_base, litv2_medium, litv2_small
 
-__all__ = ["ZOO", "Entry", "create_model", "lookup"]
+__all__ = ["ZOO", "Entry", "create_model", "load_model", "lookup"]
 
 RELEASES = "https://github.com/ziplab/LITv2/releases/download"
 VARIANTS = {"small": litv2_small, "medium": litv2_medium, "base": litv2_base}
@@ -119,3 +119,27 @@ def create_model(name: str, pretrained: bool | str | Path | None = None, **kwarg
         if "newly" in note:
             warnings.warn(f"{source}: {note}", stacklevel=2)
     return model
+
+
+def load_model(source: str | Path, name: str | None = None) -> tuple[LITv2, dict]:
+    """The classifier in a file, of the architecture and the classes that the file has, and the content of the checkpoint.
+
+    Args:
+        source: a path, a URL or a name of the zoo.
+        name: the model's name in the zoo; None for what the weights' shapes and the checkpoint's configuration say.
+
+    Raises:
+        ValueError: no weights of a classifier, or weights of another model.
+        OSError: the weights cannot be found or downloaded.
+    """
+    content = read_checkpoint(fetch(source))
+    weights = find_weights(content)
+    classes = len(weights["head.weight"]) if "head.weight" in weights else 0
+    if not classes:
+        raise ValueError(f"{source} has no classifier: detectors and segmenters are used through their configurations")
+    model = create_model(name, num_classes=classes) if name else LITv2(**infer_arguments(weights, content.get("config")))
+    try:
+        load_weights(model, weights)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    return model, content

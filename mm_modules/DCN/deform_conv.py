@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from . import backend_compiled, backend_torch, backend_torchvision
+from . import backend_compiled, backend_onnx, backend_torch, backend_torchvision
 
 __all__ = ["DeformConv2dPack", "choose_backend", "deform_conv2d"]
 
@@ -38,11 +38,14 @@ def choose_backend(input: Tensor) -> Callable[..., Tensor]:
     without large temporaries, where it is installed. Else the PyTorch version: on the CPU it is faster than torchvision's
     serial operator at every shape of LITv2 (``benchmarks/deform_conv.py``). ``torch.export`` and tracing always get it, so
     that an exported program is made of plain tensor operations that need nothing of ours; ``torch.compile`` gets it rather
-    than torchvision, to fuse. LITV2_DCN_BACKEND forces one, whatever the case.
+    than torchvision, to fuse. LITV2_DCN_BACKEND forces one, whatever the case but ``deform_conv_nodes()``, inside which an
+    ONNX graph gets the operator as one node.
 
     Raises:
         RuntimeError: the forced backend cannot compute this input.
     """
+    if backend_onnx.active:
+        return backend_onnx.deform_conv2d
     if backend != "auto":
         if not BACKENDS[backend].supports(input):
             problem = BACKENDS[backend].problem or f"has no kernel for {input.dtype} on {input.device.type}"

@@ -1,0 +1,85 @@
+"""LITv2 in other programs: one function per format, and a proof of the numbers with each file.
+
+    from litv2 import create_model
+    from litv2.export import Settings, classifier, export
+    export(classifier(create_model("litv2_small", pretrained=True)), "onnx", "litv2_s.onnx", Settings(image_size=(224, 224)))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from .networks import classifier, pyramid
+from .parity import ParityError, compare, print_report, write_report
+from .settings import Network, Settings
+
+__all__ = ["FORMATS", "Network", "ParityError", "Settings", "classifier", "export", "load", "pyramid", "suffix"]
+
+# The module of each format and its function that writes a file. Imported when asked for: each needs packages of its own.
+FORMATS = {
+    "torch-export": ("torch_program", "write"),
+    "onnx": ("onnx_graph", "write"),
+    "onnx-standard": ("onnx_graph", "write_standard"),
+    "openvino": ("openvino_ir", "write"),
+    "tensorrt": ("tensorrt", "write"),
+    "executorch": ("executorch_program", "write"),
+}
+
+
+def export(network: Network, format: str, path: str | Path, settings: Settings | None = None) -> dict:
+    """Writes a file that other programs run, after its results were compared with the model's; returns the report.
+
+    The report is printed and written to ``path`` + ``.parity.json``. Files appear whole or, when anything fails, not at all.
+
+    Raises:
+        ValueError: a format, dtype, size or suffix that is not supported, or a graph that does not use the image.
+        ParityError: results beyond the tolerance; the message says which and by how much, and the report stays.
+        ImportError: a package is missing; the message names the extra.
+    """
+    settings = settings or Settings()
+    module = _module(format)
+    if settings.dynamic is None:
+        settings = dataclasses.replace(settings, dynamic=module.DYNAMIC)
+    path = Path(path)
+    if settings.dtype not in module.DTYPES:
+        raise ValueError(f"export: {format} has {', '.join(module.DTYPES)}, not dtype={settings.dtype!r}")
+    if not set(settings.dynamic) <= set(module.DYNAMIC):
+        raise ValueError(f"export: {format} fixes its sizes: dynamic={settings.dynamic} must be some of {module.DYNAMIC}")
+    smallest = network.smallest * (module.CELLS if "size" in settings.dynamic else 1)
+    if min(settings.image_size) < smallest:
+        raise ValueError(f"export: image_size={settings.image_size}: each side must be at least {smallest}")
+    if path.suffix != module.SUFFIX:
+        raise ValueError(f"export: {path}: files of {format} end in {module.SUFFIX}")
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
+        draft = Path(folder) / path.name
+        getattr(module, FORMATS[format][1])(network, draft, settings)
+        report = dict(format=format, file=path.name, bytes=draft.stat().st_size, image_size=list(settings.image_size))
+        report |= compare(network, module.load(draft), settings, smallest)
+        print_report(report)
+        write_report(report, path.with_name(path.name + ".parity.json"))
+        for file in sorted(Path(folder).iterdir()):
+            os.replace(file, path.parent / file.name)
+    return report
+
+
+def suffix(format: str) -> str:
+    """What files of a format end in."""
+    return _module(format).SUFFIX
+
+
+def load(format: str, path: str | Path) -> Callable:
+    """The exported file in its runtime on the CPU, as a function: images (B, C, H, W) -> tuple of tensors."""
+    return _module(format).load(Path(path))
+
+
+def _module(format: str):
+    if format not in FORMATS:
+        raise ValueError(f"export: format={format!r} must be one of {', '.join(FORMATS)}")
+    return importlib.import_module(f".{FORMATS[format][0]}", __package__)

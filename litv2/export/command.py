@@ -1,0 +1,72 @@
+"""python -m litv2 export MODEL --format FORMAT: a model for another runtime, with the proof of its numbers."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..zoo import ZOO, load_model
+from . import FORMATS, classifier, export, pyramid, suffix
+from .settings import DYNAMIC, Network, Settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a name of `python -m litv2 list`, a classifier's checkpoint, or a configuration of detection/ or segmentation/",
+    )
+    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights: a file, a URL or a name of the zoo; default: MODEL's own")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: MODEL's name, with the format's suffix, in this folder")
+    parser.add_argument(
+        "--img-size", type=int, nargs="+", metavar="N", help="side, or height and width, in pixels; default: the published one"
+    )
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="where the batch is not dynamic; default: 1")
+    parser.add_argument(
+        "--dynamic",
+        nargs="*",
+        choices=DYNAMIC,
+        metavar="WHAT",
+        help="what is left open: batch, size, both, or nothing; default: all that the format can",
+    )
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16", "int8"))
+    parser.add_argument("--images", type=Path, metavar="DIR", help="real images: to compare on, and to calibrate int8 with")
+    parser.add_argument("--backbone", action="store_true", help="only the maps of the pyramid, at the strides 4 to 32")
+
+
+def run(args: argparse.Namespace) -> None:
+    network, size = _network(args.model, args.checkpoint, args.backbone)
+    if args.img_size is not None:
+        if len(args.img_size) > 2:
+            raise ValueError(f"--img-size {args.img_size}: one number, or height and width")
+        size = (args.img_size[0], args.img_size[-1])
+    settings = Settings(size, args.batch_size, args.dynamic, args.dtype, args.images)
+    out = args.out or Path(Path(args.model).stem + ("_backbone" if args.backbone else "") + suffix(args.format))
+    export(network, args.format, out, settings)
+    print(f"written to {out}, the report to {out}.parity.json")
+
+
+def _network(model: str, checkpoint: str | None, backbone: bool) -> tuple[Network, tuple[int, int]]:
+    """The network, and the size of its published images."""
+    entry = ZOO.get(model)
+    if model.endswith(".py") or (entry is not None and entry.config is not None):
+        from .dense import from_config
+
+        return from_config(model, checkpoint, backbone)
+    if entry is not None:
+        network, _ = load_model(checkpoint or model, name=model)
+        size = entry.image_size
+    else:
+        if checkpoint is not None:
+            raise ValueError(f"--checkpoint goes with a name of the zoo or a configuration; {model!r} is neither (python -m litv2 list)")
+        network, content = load_model(model)
+        size = _trained_size(content)
+    return (pyramid if backbone else classifier)(network), size
+
+
+def _trained_size(content: dict) -> tuple[int, int]:
+    """Of the evaluation images in the checkpoint's configuration, else 224."""
+    config = content.get("config") or {}
+    side = (config.get("TEST") or {}).get("IMG_SIZE") or (config.get("DATA") or {}).get("IMG_SIZE") or 224
+    return side, side

@@ -1,0 +1,86 @@
+"""Detectors and segmenters for export, from their configurations: mmdet's and mmseg's packages are needed to trace them.
+
+Images are the network's: normalised, RGB, as the configuration's data preprocessor leaves them.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..download import fetch
+from ..fused import fuse
+from ..zoo import ZOO
+from .networks import pyramid
+from .settings import Network
+
+__all__ = ["from_config", "network_of"]
+
+
+def from_config(name: str, checkpoint: str | None, backbone: bool) -> tuple[Network, tuple[int, int]]:
+    """The network of a configuration (its path, or its name in the zoo) and the size of its published images.
+
+    Args:
+        checkpoint: a file, a URL or a name of the zoo; None for the published weights.
+        backbone: the maps of the backbone alone.
+
+    Raises:
+        ImportError: OpenMMLab's packages are not installed.
+        ValueError: a model of another kind, or weights that do not fit.
+    """
+    try:
+        from ..mm_tools import build_model, config_of, load_config
+    except SystemExit as error:  # it ends the tools of detection/ and segmentation/ so
+        raise ImportError(str(error).removeprefix("error: ")) from error
+    path = name if name.endswith(".py") else config_of(name)
+    stem = Path(path).stem
+    if checkpoint is None and stem not in ZOO:
+        raise ValueError(f"{path} has no published weights: say which with --checkpoint")
+    model = build_model(load_config(path), str(fetch(checkpoint or stem)))
+    size = (512, 512) if stem not in ZOO else tuple(side - side % 32 for side in ZOO[stem].image_size)
+    return (pyramid(model.backbone) if backbone else network_of(model)), size
+
+
+def network_of(model: nn.Module) -> Network:
+    """What of a model of mmdet or mmseg can be exported.
+
+    A segmenter gives ``logits`` (B, classes, H, W), scaled to the image; a one-stage detector the raw ``class{i}``
+    (B, anchors * classes, h, w) and ``box{i}`` (B, anchors * 4, h, w) of each level, before boxes are decoded.
+
+    Raises:
+        ValueError: a two-stage detector, whose second stage depends on the boxes of the first.
+    """
+    if hasattr(model, "decode_head"):
+        module, outputs, classes = _Segmenter, ("logits",), ("logits",)
+    elif hasattr(model, "bbox_head"):
+        levels = range(len(model.bbox_head.prior_generator.strides))
+        outputs = (*(f"class{i}" for i in levels), *(f"box{i}" for i in levels))
+        module, classes = _OneStage, ()
+    else:
+        raise ValueError(f"export: a {type(model).__name__} cannot be exported as one graph; its backbone can, with --backbone")
+    inference = copy.deepcopy(model)
+    inference.backbone = fuse(model.backbone)
+    return Network(module(inference), module(model), outputs, model.backbone.in_chans, 32, classes)
+
+
+class _Segmenter(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.backbone, self.neck, self.decode_head = model.backbone, model.neck, model.decode_head
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.decode_head(self.neck(self.backbone(images)))
+        return F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=self.decode_head.align_corners)
+
+
+class _OneStage(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.backbone, self.neck, self.bbox_head = model.backbone, model.neck, model.bbox_head
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        classes, boxes = self.bbox_head(self.neck(self.backbone(images)))
+        return (*classes, *boxes)

@@ -1,0 +1,37 @@
+"""ExecuTorch's programs (.pte) for phones and small devices, with XNNPACK on the CPU. Their memory is planned ahead: sizes are fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from .settings import Network, Settings
+from .torch_program import program
+
+try:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+except ImportError as error:
+    raise ImportError(f"{error}; this format needs: pip install 'litv2[executorch]'") from error
+
+SUFFIX = ".pte"
+DTYPES = ("float32",)
+DYNAMIC = ()
+CELLS = 1
+
+
+def write(network: Network, path: Path, settings: Settings) -> None:
+    lowered = to_edge_transform_and_lower(program(network, settings), partitioner=[XnnpackPartitioner()])
+    path.write_bytes(lowered.to_executorch().buffer)
+
+
+def load(path: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    method = Runtime.get().load_program(path).load_method("forward")
+
+    def run(images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(out.clone() for out in method.execute([images.contiguous()]))
+
+    return run

@@ -1,0 +1,156 @@
+"""ONNX graphs: with the deformable convolution as one node, or of operators that every runtime has."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mm_modules.DCN import deform_conv_nodes
+
+from .settings import Network, Settings, example_input
+
+try:
+    import numpy as np
+    import onnx
+    import onnxruntime
+    import onnxscript  # noqa: F401 (torch.onnx needs it)
+    from onnx import helper, numpy_helper
+except ImportError as error:
+    raise ImportError(f"{error}; exports to ONNX need: pip install 'litv2[onnx]'") from error
+
+SUFFIX = ".onnx"
+DTYPES = ("float32", "float16", "int8")
+DYNAMIC = ("batch", "size")
+CELLS = 1
+INPUT = "images"
+NODE_OPSET, TRACED_OPSET, STANDARD_OPSET = 19, 18, 17  # DeformConv is of 19, torch's exporter writes no less than 18
+
+
+def write(network: Network, path: Path, settings: Settings) -> None:
+    """With ``DeformConv`` nodes, opset 19."""
+    with deform_conv_nodes():
+        model = _trace(network, settings, NODE_OPSET)
+    _save(model, path, settings)
+
+
+def write_standard(network: Network, path: Path, settings: Settings) -> None:
+    """The deformable convolution as Gather and MatMul, opset 17."""
+    _save(lower_opset(_trace(network, settings, TRACED_OPSET)), path, settings)
+
+
+def _trace(network: Network, settings: Settings, opset: int) -> onnx.ModelProto:
+    # Quantization starts from float32.
+    dtype = torch.float32 if settings.dtype == "int8" else getattr(torch, settings.dtype)
+    dynamic = {}
+    if "batch" in settings.dynamic:
+        dynamic[0] = "batch"
+    if "size" in settings.dynamic:
+        dynamic |= {2: "height", 3: "width"}
+    network = network.in_dtype(dtype)
+    with torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            network,
+            (example_input(network, settings, dtype),),
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=(dynamic,),
+            input_names=[INPUT],
+            output_names=list(network.outputs),
+            verbose=False,
+        )
+    return program.model_proto
+
+
+@contextlib.contextmanager
+def _quiet():
+    """The exporter logs what it does at the level of warnings."""
+    import logging
+    import warnings
+
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _save(model: onnx.ModelProto, path: Path, settings: Settings) -> None:
+    check_inputs_used(model)
+    onnx.checker.check_model(model, full_check=True)
+    if settings.dtype == "int8":
+        from .quantize import quantize
+
+        quantize(model, path, settings)
+    else:
+        onnx.save(model, path)
+
+
+def check_inputs_used(model: onnx.ModelProto) -> None:
+    """Raises ValueError where an input does not reach any result: the release's graph lost its image so."""
+    producers = {output: node for node in model.graph.node for output in node.output}
+    seen, front = set(), [output.name for output in model.graph.output]
+    while front:
+        name = front.pop()
+        if name not in seen:
+            seen.add(name)
+            front += producers[name].input if name in producers else []
+    unused = [value.name for value in model.graph.input if value.name not in seen]
+    if unused:
+        raise ValueError(f"export: the graph does not use its inputs {unused}: its results would not depend on the image")
+
+
+def lower_opset(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Opset 18 -> 17, for the operators of a LITv2: onnx's own converter has no way down for Pad and ReduceMean.
+
+    Raises:
+        ValueError: an operator that opset 18 changed in another way than is known here.
+    """
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Pad" and len(node.input) < 4:
+            pass  # axes, the new input, are not given
+        elif node.op_type.startswith("Reduce") and node.op_type != "ReduceSum":  # axes were an attribute
+            if len(node.input) > 1:
+                node.attribute.append(helper.make_attribute("axes", numpy_helper.to_array(constants[node.input.pop()]).tolist()))
+            for attribute in [a for a in node.attribute if a.name == "noop_with_empty_axes"]:
+                node.attribute.remove(attribute)
+        elif node.op_type == "Split":  # num_outputs is new; without it and without sizes, parts are equal
+            for attribute in [a for a in node.attribute if a.name == "num_outputs"]:
+                node.attribute.remove(attribute)
+        elif node.op_type == "Resize" and not any(a.name in ("antialias", "axes", "keep_aspect_ratio_policy") for a in node.attribute):
+            pass  # the new attributes are not given
+        elif onnx.defs.get_schema(node.op_type, TRACED_OPSET, node.domain).since_version == TRACED_OPSET:
+            raise ValueError(f"export: {node.op_type} of opset {TRACED_OPSET} has no known form in opset {STANDARD_OPSET}")
+    used = {name for node in model.graph.node for name in node.input}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    for opset in model.opset_import:
+        if opset.domain == "":
+            opset.version = STANDARD_OPSET
+    model.ir_version = 8  # of opset 17's time, for runtimes of that age
+    return model
+
+
+def load(path: Path, threads: int | None = None) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """The graph in onnxruntime, on the CPU."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    half = session.get_inputs()[0].type == "tensor(float16)"
+
+    def run(images: Tensor) -> tuple[Tensor, ...]:
+        array = images.numpy().astype(np.float16) if half else images.numpy()
+        return tuple(torch.from_numpy(out) for out in session.run(None, {INPUT: array}))
+
+    return run

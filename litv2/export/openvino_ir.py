@@ -1,0 +1,43 @@
+"""OpenVINO's intermediate representation (.xml and .bin), by way of the ONNX graph of standard operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import onnx_graph
+from .settings import Network, Settings
+
+try:
+    import openvino
+except ImportError as error:
+    raise ImportError(f"{error}; this format needs: pip install 'litv2[openvino]'") from error
+
+SUFFIX = ".xml"
+DTYPES = ("float32", "float16", "int8")  # float16: of the weights in the file
+DYNAMIC = ("batch", "size")
+CELLS = 1
+
+
+def write(network: Network, path: Path, settings: Settings) -> None:
+    graph = path.with_suffix(".onnx")
+    half = settings.dtype == "float16"
+    onnx_graph.write_standard(network, graph, replace(settings, dtype="float32") if half else settings)
+    openvino.save_model(openvino.convert_model(graph), path, compress_to_fp16=half)
+    graph.unlink()
+
+
+def load(path: Path, threads: int | None = None, precision: str = "f32") -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """The model on the CPU. Without ``precision`` OpenVINO would choose bfloat16 where the processor has it."""
+    options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads or torch.get_num_threads()}
+    compiled = openvino.Core().compile_model(path, "CPU", options)
+
+    def run(images: Tensor) -> tuple[Tensor, ...]:
+        results = compiled(images.numpy())
+        return tuple(torch.from_numpy(results[output].copy()) for output in compiled.outputs)
+
+    return run

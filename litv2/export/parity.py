@@ -1,0 +1,132 @@
+"""The proof of an export: its results against the model's own, on random and on real images, as a report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .images import read_images
+from .settings import Network, Settings
+
+__all__ = ["TOLERANCES", "ParityError", "compare", "print_report", "write_report"]
+
+# What is allowed: of floats for the largest error, in units of the largest absolute value (and at least of 1); of int8 for
+# the mean error in units of the mean absolute value, since single values may be far off in eight bits.
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, "int8": 0.25}
+REAL_IMAGES = 8
+
+
+class ParityError(ValueError):
+    """An export whose results differ from the model's by more than its tolerance."""
+
+
+def compare(network: Network, run: Callable[[Tensor], tuple[Tensor, ...]], settings: Settings, smallest: int) -> dict:
+    """The report: for each batch and output its errors, and the share of equal decisions where the output has classes.
+
+    ``smallest`` is the least side that the export takes, in pixels.
+
+    Raises:
+        ParityError: another number of outputs, or another shape.
+    """
+    rows = []
+    for name, images in _inputs(network, settings, smallest):
+        expected, actual = network.reference(images), run(images)
+        if [out.shape for out in actual] != [out.shape for out in expected]:
+            shapes = [[tuple(out.shape) for out in outs] for outs in (actual, expected)]
+            raise ParityError(f"export: on {name} images the results have the shapes {shapes[0]}, the model's {shapes[1]}")
+        for output, exact, other in zip(network.outputs, expected, actual):
+            rows.append(_row(name, output, exact, other.float(), settings.dtype, output in network.classes))
+    return dict(
+        dtype=settings.dtype,
+        dynamic=list(settings.dynamic),
+        tolerance=TOLERANCES[settings.dtype],
+        passed=all(row["passed"] for row in rows),
+        torch=str(torch.__version__),
+        machine=f"{platform.system()} {platform.machine()}",
+        rows=rows,
+    )
+
+
+def _inputs(network: Network, settings: Settings, smallest: int) -> list[tuple[str, Tensor]]:
+    """Batches of 1, 3, 5 and an odd size besides, where the graph is open for them."""
+    H, W = settings.image_size
+    sizes = [(H, W)]
+    if "size" in settings.dynamic:  # odd, and another aspect
+        sizes += [(max(smallest, H // 2) | 1, max(smallest, 3 * W // 4) | 1)]
+    batches = [1, 3, 5] if "batch" in settings.dynamic else [settings.batch_size]
+    inputs = []
+    generator = torch.Generator().manual_seed(0)
+    for size in sizes:
+        real = _real_images(settings, size) if network.channels == 3 else torch.empty(0)
+        large = size[0] * size[1] > 400 * 400  # a detector's image, tried once
+        # What int8 knows of its ranges comes from real images: noise lies outside of them.
+        for batch in () if settings.dtype == "int8" else batches[:1] if large else batches:
+            images = torch.randn(batch, network.channels, *size, generator=generator)
+            inputs.append((f"{batch} random {size[0]} x {size[1]}", images))
+        for images in real.split(1 if large and "batch" in settings.dynamic else batches[-1])[: 1 if large else None]:
+            if "batch" in settings.dynamic or len(images) == settings.batch_size:
+                inputs.append((f"{len(images)} real {size[0]} x {size[1]}", images))
+    if not inputs:
+        raise ValueError(f"export: {settings.images} has too few images to compare {settings.dtype} on: {settings.batch_size} are needed")
+    return inputs
+
+
+def _real_images(settings: Settings, size: tuple[int, int]) -> Tensor:
+    """Of the folder in the settings; without one, the two photographs that scikit-learn has, where it is installed."""
+    folder = settings.images
+    if folder is None:
+        try:
+            from sklearn.datasets import _base
+        except ImportError:
+            return torch.empty(0)
+        folder = Path(_base.__file__).parent / "images"
+    return read_images(folder, size, REAL_IMAGES, shift=0.5)
+
+
+def _row(inputs: str, output: str, exact: Tensor, other: Tensor, dtype: str, has_classes: bool) -> dict:
+    error = (other.double() - exact.double()).abs()
+    size = exact.double().abs()
+    measured = (error.mean() / size.mean() if dtype == "int8" else error.max() / size.max().clamp(min=1)).item()
+    return dict(
+        inputs=inputs,
+        output=output,
+        max_error=error.max().item(),
+        mean_error=error.mean().item(),
+        largest=size.max().item(),
+        relative_error=measured,
+        agreement=(exact.argmax(1) == other.argmax(1)).double().mean().item() if has_classes else None,
+        passed=measured <= TOLERANCES[dtype],  # false for NaN
+    )
+
+
+def print_report(report: dict) -> None:
+    widths = [max(len(str(row[key])) for row in (*report["rows"], {key: key})) for key in ("inputs", "output")]
+    print(f"{'inputs':{widths[0]}}  {'output':{widths[1]}}  max error  mean error   largest  relative  top-1 agreement")
+    for row in report["rows"]:
+        agreement = "" if row["agreement"] is None else f"{100 * row['agreement']:.1f} %"
+        print(
+            f"{row['inputs']:{widths[0]}}  {row['output']:{widths[1]}}  {row['max_error']:9.2e}  {row['mean_error']:10.2e}  "
+            f"{row['largest']:8.3g}  {row['relative_error']:8.1e}  {agreement}{'' if row['passed'] else '  <- too large'}"
+        )
+    if not any("real" in row["inputs"] for row in report["rows"]):
+        print("no real images were compared: give a folder with --images")
+
+
+def write_report(report: dict, path: Path) -> None:
+    """Writes the report as JSON, and raises ParityError where it has not passed."""
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(draft, path)
+    failed = [row for row in report["rows"] if not row["passed"]]
+    if failed:
+        worst = max(failed, key=lambda row: row["relative_error"] if row["relative_error"] == row["relative_error"] else float("inf"))
+        raise ParityError(
+            f"export: output {worst['output']!r} on {worst['inputs']} images differs from the model's by {worst['relative_error']:.1e} "
+            f"(largest error {worst['max_error']:.1e}), allowed are {report['tolerance']:.0e} for {report['dtype']}; the report is {path}"
+        )

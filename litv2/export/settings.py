@@ -1,0 +1,92 @@
+"""What an export is asked for, and the network that is exported."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Network", "Settings", "example_input"]
+
+DYNAMIC = ("batch", "size")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Args:
+    image_size: (H, W) of the image, in pixels; of a dynamic size the one that is traced and checked first.
+    batch_size: images of a batch, where it is not dynamic.
+    dynamic: what is left open until the graph runs: any of "batch" and "size"; None for all that the format can.
+    dtype: of the computation: float32, float16, bfloat16 or int8; not every format has each.
+    images: folder of real images, for the comparison and for int8's calibration; None for random images alone.
+
+    Raises:
+        ValueError: a value that is not one of these.
+    """
+
+    image_size: tuple[int, int] = (224, 224)
+    batch_size: int = 1
+    dynamic: tuple[str, ...] | None = None
+    dtype: str = "float32"
+    images: Path | None = None
+
+    def __post_init__(self):
+        if not set(self.dynamic or ()) <= set(DYNAMIC):
+            raise ValueError(f"export: dynamic={self.dynamic} must be some of {DYNAMIC}")
+        if min(self.image_size) < 1 or self.batch_size < 1:
+            raise ValueError(f"export: image_size={self.image_size} and batch_size={self.batch_size} must be positive")
+
+
+class Network(nn.Module):
+    """What is exported: images (B, channels, H, W) -> a tuple of tensors, with a name each.
+
+    Args:
+        module: the inference form; returns a tensor or a tuple of them.
+        reference: the model itself, which the export is compared with; returns the same.
+        outputs: names of the results.
+        channels: of the image.
+        smallest: the least side of an image in pixels.
+        classes: names of those outputs whose axis 1 is the class, for the agreement of decisions.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        reference: nn.Module,
+        outputs: tuple[str, ...],
+        channels: int = 3,
+        smallest: int = 32,
+        classes: tuple[str, ...] = (),
+    ):
+        super().__init__()
+        self.module = module.eval()
+        self.outputs, self.channels, self.smallest, self.classes = outputs, channels, smallest, classes
+        self._reference = [reference.eval()]  # in a list: not a part of what is exported
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return as_tuple(self.module(images))
+
+    def in_dtype(self, dtype: torch.dtype) -> Network:
+        """The same with its module in another dtype; this one stays as it is."""
+        if dtype == torch.float32:
+            return self
+        module = copy.deepcopy(self.module).to(dtype)
+        return Network(module, self._reference[0], self.outputs, self.channels, self.smallest, self.classes)
+
+    @torch.no_grad()
+    def reference(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(out.float() for out in as_tuple(self._reference[0](images)))
+
+
+def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def example_input(network: Network, settings: Settings, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The image batch that is traced. What is dynamic is larger than 1, down to the last map: a size of 1 is taken for a constant."""
+    batch = 2 if "batch" in settings.dynamic else settings.batch_size
+    least = 2 * network.smallest if "size" in settings.dynamic else 1
+    return torch.zeros(batch, network.channels, *(max(side, least) for side in settings.image_size), dtype=dtype)

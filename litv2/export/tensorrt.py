@@ -1,0 +1,96 @@
+"""For TensorRT: the ONNX graph of standard operators, a trtexec script that builds the engine, and a calibration cache.
+
+TensorRT itself needs a GPU and is not run here: the graph is checked against its published operators and compared with the
+model in onnxruntime. Up to TensorRT 10 the script takes ``fp16`` and ``int8`` (with the cache); TensorRT 11 builds what the
+graph says, so export with ``float16`` or ``int8`` for it.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import onnx
+
+from . import onnx_graph
+from .onnx_graph import load
+from .quantize import activation_ranges
+from .settings import Network, Settings
+
+__all__ = ["load", "unsupported_operators", "write", "write_calibration_cache"]
+
+SUFFIX = ".onnx"
+DTYPES = ("float32", "float16", "int8")
+DYNAMIC = ("batch", "size")
+CELLS = 1
+
+# Of the operators that github.com/onnx/onnx-tensorrt lists as supported (docs/operators.md of 8.5, LayerNormalization since
+# 8.6), those that a graph of LITv2 can come to have.
+OPERATORS = set(
+    """
+    Abs Add And AveragePool BatchNormalization Cast Ceil Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos
+    DepthToSpace DequantizeLinear Div Dropout Einsum Elu Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND
+    Gemm GlobalAveragePool Greater GreaterOrEqual GridSample Identity If IsNaN LayerNormalization Less LessOrEqual Log MatMul
+    Max MaxPool Mean Min Mod Mul Neg Not Or Pad Pow QuantizeLinear Range Reciprocal ReduceMax ReduceMean ReduceMin
+    ReduceProd ReduceSum Relu Reshape Resize Round Shape Sigmoid Sign Size Slice Softmax SpaceToDepth Split Sqrt Squeeze
+    Sub Sum Tanh Tile TopK Transpose Unsqueeze Where Xor
+    """.split()
+)
+LARGEST_BATCH = 64
+
+
+def write(network: Network, path: Path, settings: Settings) -> None:
+    """``path``; beside it ``build_engine.sh`` and, with images and a float32 graph, ``calibration.cache``."""
+    onnx_graph.write_standard(network, path, settings)
+    missing = unsupported_operators(onnx.load(path))
+    if missing:
+        raise ValueError(f"export: TensorRT does not list these operators of the graph as supported: {', '.join(missing)}")
+    script = path.with_name(f"{path.stem}.build_engine.sh")
+    script.write_text(_script(network, path.name, settings))
+    script.chmod(0o755)
+    if settings.images is not None and settings.dtype == "float32":
+        write_calibration_cache(path, path.with_name(f"{path.stem}.calibration.cache"), settings)
+
+
+def unsupported_operators(model: onnx.ModelProto) -> list[str]:
+    return sorted({node.op_type for node in model.graph.node} - OPERATORS)
+
+
+def write_calibration_cache(graph: Path, cache: Path, settings: Settings, version: str = "8601") -> None:
+    """The ranges of all activations on real images, in the text format of TensorRT's calibrators.
+
+    A header with TensorRT's version, then a line per tensor: its name and its scale, largest absolute value / 127, as the
+    hexadecimal digits of a big-endian float32. ``trtexec --int8 --calib=FILE`` and IInt8Calibrator.read_calibration_cache read it.
+    """
+    ranges = activation_ranges(graph, settings)
+    lines = [f"{name}: {struct.pack('>f', largest / 127).hex()}" for name, largest in ranges.items()]
+    cache.write_text("\n".join([f"TRT-{version}-MinMaxCalibration", *lines]) + "\n")
+
+
+def _script(network: Network, graph: str, settings: Settings) -> str:
+    H, W = settings.image_size
+    batches = (1, 8, LARGEST_BATCH) if "batch" in settings.dynamic else (settings.batch_size,) * 3
+    sizes = ((H, W),) * 3
+    if "size" in settings.dynamic:
+        least = network.smallest
+        sizes = ((min(H, max(least, H // 2)), min(W, max(least, W // 2))), (H, W), (2 * H, 2 * W))
+    names = ("minShapes", "optShapes", "maxShapes")
+    shapes = [f"--{name}=images:{b}x{network.channels}x{h}x{w}" for name, b, (h, w) in zip(names, batches, sizes)]
+    shapes = shapes if settings.dynamic else []
+    stem = graph.removesuffix(".onnx")
+    return f"""#!/usr/bin/env bash
+# Builds {stem}.engine with TensorRT's trtexec (8.6 or newer) on the GPU that will run it. Usage: {stem}.build_engine.sh [fp32|fp16|int8]
+# The graph is in {settings.dtype}. fp16 and int8 lower a float32 graph, up to TensorRT 10; TensorRT 11 builds the graph as it is.
+set -euo pipefail
+cd "$(dirname "$0")"
+precision=${{1:-fp32}}
+flags=({" ".join(shapes)})
+case $precision in
+  fp32) {"flags+=(--int8)" if settings.dtype == "int8" else ":"} ;;
+  fp16) flags+=(--fp16) ;;
+  int8) [ -f {stem}.calibration.cache ] || {{ echo "{stem}.calibration.cache is missing: export with --images DIR" >&2; exit 1; }}
+        flags+=(--int8 --fp16 --calib={stem}.calibration.cache) ;;
+  *) echo "usage: $0 [fp32|fp16|int8]" >&2; exit 1 ;;
+esac
+trtexec --onnx={graph} --saveEngine={stem}.engine "${{flags[@]}}"
+"""

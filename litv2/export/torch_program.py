@@ -1,0 +1,57 @@
+"""torch.export's programs (.pt2): for torch itself, AOTInductor and ExecuTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+from .settings import Network, Settings, example_input
+
+SUFFIX = ".pt2"
+DTYPES = ("float32", "bfloat16", "float16")
+DYNAMIC = ("batch", "size")
+CELLS = 2  # of a side of the last map, at least, where sizes are dynamic: a program is not open for maps of one row
+
+
+def write(network: Network, path: Path, settings: Settings) -> None:
+    torch.export.save(program(network, settings), path)
+
+
+def program(network: Network, settings: Settings) -> ExportedProgram:
+    """The traced network, made of plain tensor operations only.
+
+    Raises:
+        ValueError: the image is not used.
+    """
+    dtype = getattr(torch, settings.dtype)
+    dynamic = {}
+    if "batch" in settings.dynamic:
+        dynamic[0] = Dim.DYNAMIC
+    if "size" in settings.dynamic:
+        dynamic |= {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    network = network.in_dtype(dtype)
+    with torch.no_grad():
+        traced = torch.export.export(network, (example_input(network, settings, dtype),), dynamic_shapes=(dynamic,))
+    used = {node for node in traced.graph.nodes if node.op == "output"}
+    for node in reversed(traced.graph.nodes):
+        if node in used:
+            used.update(node.all_input_nodes)
+    for name in traced.graph_signature.user_inputs:
+        if not any(node.name == name for node in used):
+            raise ValueError(f"export: the graph does not use its input {name!r}: its results would not depend on the image")
+    return traced
+
+
+def load(path: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    module = torch.export.load(path).module()
+    dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
+
+    @torch.no_grad()
+    def run(images: Tensor) -> tuple[Tensor, ...]:
+        return module(images.to(dtype))
+
+    return run

@@ -1,0 +1,166 @@
+"""The inference form of LITv2: the same numbers from fewer operations. Exports and ``torch.compile`` start from it.
+
+What is folded, each exactly (up to rounding):
+
+* the batch norm of each token merging into its deformable convolution;
+* the scale and shift of ``norm1`` into HiLo's projections, those of ``norm2`` into ``fc1``;
+* HiLo's products of the same tokens into one: Hi-Fi's q, k, v and Lo-Fi's q, and with a window of 1 Lo-Fi's k, v too;
+* the factor on attention logits into the queries' weights.
+
+Norms whose output is itself a result (of the patch embedding, the final one, those of a pyramid) stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hilo import HiLo
+
+from .layers import Block, DeformableTokenMerging
+from .model import LITv2
+
+__all__ = ["FusedHiLo", "fuse"]
+
+
+@torch.no_grad()
+def fuse(model: LITv2) -> LITv2:
+    """A copy of the model (classifier or backbone) for inference: evaluation mode, no gradients, numbers within 1e-4.
+
+    The copy has other parameters: save, load and train the model itself.
+
+    Raises:
+        TypeError: the model is not a LITv2.
+        ValueError: it has been fused already.
+    """
+    if not isinstance(model, LITv2):
+        raise TypeError(f"fuse: expected a LITv2, not {type(model).__name__}; of a detector or segmenter fuse the backbone")
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    for stage in model.layers:
+        stage.grad_checkpointing = False
+        for block in stage.blocks:
+            _fuse_block(block)
+        if stage.downsample is not None:
+            _fuse_merging(stage.downsample)
+    return model
+
+
+def _fuse_block(block: Block) -> None:
+    if isinstance(block.attn, FusedHiLo) or not block.norm2.elementwise_affine:
+        raise ValueError("fuse: the model is fused already")
+    if block.attn is not None:
+        block.attn = FusedHiLo(block.attn, block.norm1)
+        block.norm1 = _without_affine(block.norm1)
+    weight, bias, shift = _after_norm(block.mlp.fc1, block.norm2)
+    block.mlp.fc1 = _linear(weight, bias + shift)
+    block.norm2 = _without_affine(block.norm2)
+
+
+def _fuse_merging(merging: DeformableTokenMerging) -> None:
+    conv, norm = merging.dconv, merging.norm_layer
+    factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    conv.weight.mul_(factor.view(-1, 1, 1, 1))
+    conv.bias.copy_((conv.bias - norm.running_mean) * factor + norm.bias)
+    merging.norm_layer = nn.Identity()
+
+
+def _after_norm(linear: nn.Linear, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """W, b, t with ``linear(norm(x)) = W n + b + t``, where n is x normalised without scale and shift."""
+    bias = torch.zeros_like(linear.weight[:, 0]) if linear.bias is None else linear.bias
+    return linear.weight * norm.weight, bias, linear.weight @ norm.bias
+
+
+def _without_affine(norm: nn.LayerNorm) -> nn.LayerNorm:
+    return nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight, linear.bias = (nn.Parameter(tensor.contiguous(), requires_grad=False) for tensor in (weight, bias))
+    return linear
+
+
+class FusedHiLo(nn.Module):
+    """HiLo with the LayerNorm before it folded in: normalised tokens without scale and shift (B, H * W, dim) -> (B, H * W, dim).
+
+    HiLo pads its map with zeros *after* the norm's shift. Here a padded cell is 0 before it, so it gets what a zero gives
+    in HiLo in another way: Hi-Fi's projections are padded with their biases, and the shift of Lo-Fi's keys and values is
+    weighted with the share of each pooled cell that lies inside the map.
+    """
+
+    def __init__(self, attn: HiLo, norm: nn.LayerNorm):
+        super().__init__()
+        self.window_size, self.head_dim = attn.window_size, attn.head_dim
+        self.h_heads, self.l_heads = attn.h_heads, attn.l_heads
+        parts = []  # of the one product: (weight, bias, shift) each
+        if attn.h_heads:
+            weight, bias, shift = (part.clone() for part in _after_norm(attn.h_qkv, norm))
+            for part in (weight, bias, shift):
+                part[: attn.h_dim] *= attn.scale  # the queries
+            parts.append((weight, bias, shift))
+            self.register_buffer("h_bias", bias)
+            self.h_proj = attn.h_proj
+        if attn.l_heads:
+            parts.append(tuple(part * attn.scale for part in _after_norm(attn.l_q, norm)))
+            weight, bias, shift = _after_norm(attn.l_kv, norm)
+            if self.window_size == 1:
+                parts.append((weight, bias, shift))
+            else:
+                self.l_kv = _linear(weight, bias)
+                self.register_buffer("l_shift", shift)
+            self.l_proj = attn.l_proj
+        weights, biases, shifts = zip(*parts)
+        self.sizes = [len(bias) for bias in biases]
+        self.proj = _linear(torch.cat(weights), torch.cat(biases) + torch.cat(shifts))
+
+    def forward(self, x: Tensor, H: int, W: int) -> Tensor:
+        x = x.unflatten(1, (H, W))  # (B, H, W, dim)
+        parts = list(self.proj(x).split(self.sizes, dim=-1))
+        out = []
+        if self.h_heads:
+            out.append(self._hifi(parts.pop(0)))
+        if self.l_heads:
+            out.append(self._lofi(parts.pop(0), parts.pop(0) if parts else self._pooled_kv(x)))
+        return torch.cat(out, dim=-1).flatten(1, 2)
+
+    def _hifi(self, qkv: Tensor) -> Tensor:
+        """(B, H, W, 3 * h_dim) -> (B, H, W, h_dim)."""
+        s, heads, d = self.window_size, self.h_heads, self.head_dim
+        B, H, W, _ = qkv.shape
+        nh, nw, padded = _windows(H, W, s)
+        if padded:
+            qkv = F.pad(qkv - self.h_bias, (0, 0, 0, nw * s - W, 0, nh * s - H)) + self.h_bias
+        qkv = qkv.reshape(B, nh, s, nw, s, 3, heads, d).permute(5, 0, 1, 3, 6, 2, 4, 7)
+        y = F.scaled_dot_product_attention(*qkv.reshape(3, B * nh * nw, heads, s * s, d).unbind(0), scale=1.0)
+        y = y.reshape(B, nh, nw, heads, s, s, d).permute(0, 1, 4, 2, 5, 3, 6).reshape(B, nh * s, nw * s, heads * d)
+        return self.h_proj(y[:, :H, :W] if padded else y)
+
+    def _lofi(self, q: Tensor, kv: Tensor) -> Tensor:
+        """Queries (B, H, W, l_dim), keys and values of the pooled map (B, nh, nw, 2 * l_dim) -> (B, H, W, l_dim)."""
+        heads, d = self.l_heads, self.head_dim
+        k, v = kv.flatten(1, 2).unflatten(-1, (2, heads, d)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, M, d)
+        y = F.scaled_dot_product_attention(q.flatten(1, 2).unflatten(-1, (heads, d)).transpose(1, 2), k, v, scale=1.0)
+        return self.l_proj(y.transpose(1, 2).reshape(q.shape))
+
+    def _pooled_kv(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> keys and values (B, nh, nw, 2 * l_dim) of the s x s average-pooled map."""
+        s, (H, W) = self.window_size, x.shape[1:3]
+        nh, nw, padded = _windows(H, W, s)
+        inside = 1.0
+        if padded:
+            x = F.pad(x, (0, 0, 0, nw * s - W, 0, nh * s - H))
+            rows = (H - s * torch.arange(nh, device=x.device)).clamp(max=s) / s
+            cols = (W - s * torch.arange(nw, device=x.device)).clamp(max=s) / s
+            inside = (rows.view(nh, 1, 1) * cols.view(nw, 1)).to(x.dtype)
+        x = F.avg_pool2d(x.permute(0, 3, 1, 2), s).permute(0, 2, 3, 1)
+        return self.l_kv(x) + self.l_shift * inside
+
+
+def _windows(H: int, W: int, s: int) -> tuple[int, int, bool]:
+    """Windows in a column and in a row, and whether the map must be padded to them: always where its size is a symbol."""
+    nh, nw = (H + s - 1) // s, (W + s - 1) // s
+    symbolic = isinstance(H, torch.SymInt) or isinstance(W, torch.SymInt)
+    return nh, nw, s > 1 and (symbolic or (nh * s, nw * s) != (H, W))

@@ -1,0 +1,42 @@
+"""Deformable convolution as one node of an ONNX graph: ``DeformConv`` of opset 19. It computes nothing here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+active = False  # whether a graph is being made whose deformable convolutions should be nodes
+
+
+@contextmanager
+def deform_conv_nodes() -> Iterator[None]:
+    """Inside, ``torch.onnx.export`` writes each deformable convolution as a DeformConv node (torch 2.8 or newer)."""
+    global active
+    active = True
+    try:
+        yield
+    finally:
+        active = False
+
+
+def deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask) -> Tensor:
+    """See ``mm_modules.DCN.deform_conv2d``. The node has one dtype for all: that of the offsets, never below float32."""
+    (B, _, Ho, Wo), (O, C_per_group, kh, kw) = offset.shape, weight.shape
+    dtype = offset.dtype
+    inputs = [input.to(dtype), weight.to(dtype), offset]
+    if bias is not None or mask is not None:
+        inputs.append(torch.zeros(O, dtype=dtype) if bias is None else bias.to(dtype))
+    if mask is not None:
+        inputs.append(mask)
+    attributes = dict(
+        kernel_shape=[kh, kw],
+        strides=list(stride),
+        pads=[*padding, *padding],
+        dilations=list(dilation),
+        group=input.shape[1] // C_per_group,
+        offset_group=offset.shape[1] // (2 * kh * kw),
+    )
+    return torch.onnx.ops.symbolic("DeformConv", inputs, attributes, dtype=dtype, shape=(B, O, Ho, Wo), version=19).to(input.dtype)
