@@ -31,6 +31,7 @@ CALLABLE = {*REBUILD, CONFIG_NODE, "collections.OrderedDict", "torch.Size", "tor
 LARGEST_TUPLE = 1_000_000  # elements when written out: torch would hash, compare or print them all
 DEEPEST_TUPLE = 100
 TUPLE_KEYS = 10_000  # elements of all tuples that are keys: hashes of tuples can be made to collide
+MOST_OPCODES = 4_000_000  # each may be a byte in the file and 64 in memory; a checkpoint of a thousand processes has 1.3 million
 LARGEST_KEY = 1 << 60  # integers beyond it can be made to collide too
 
 
@@ -88,8 +89,10 @@ class PickleCheck:
             Exception: IndexError, KeyError and others of their kind: it is damaged.
         """
         foreign = None
-        for opcode, argument, position in pickletools.genops(pickle):
+        for number, (opcode, argument, position) in enumerate(pickletools.genops(pickle)):
             name = opcode.name
+            if number > MOST_OPCODES:
+                raise ValueError(f"a pickle of more than {MOST_OPCODES} opcodes")
             if name == "STOP":
                 break
             if name in _PUSH:
