@@ -86,10 +86,7 @@ def tensor(store: bytes, shape: tuple[int, ...], stride: tuple[int, ...]) -> byt
 
 def doubled_tuple(depth: int) -> bytes:
     """A tuple of two references to a tuple of two references to ...: 2 ** depth elements when written out."""
-    body = b")q\x00"
-    for _ in range(depth):
-        body += b"h\x00h\x00\x86q\x00"
-    return body
+    return b")" + b"q\x00h\x00\x86" * depth
 
 
 # Pickles that run a command when they are unpickled without care; a test below shows that they do.
