@@ -8,11 +8,12 @@ URL are read by :mod:`litv2.checkpoint` and handed to timm, which adapts them to
 of any format that is known there, ours or the release's:
 
     timm.create_model("litv2_small", pretrained=True, pretrained_cfg_overlay=dict(file="best.pth"))
+
+``checkpoint_path=`` is read by timm alone: it takes safetensors and our files (their ``model``, not the average), not the release's.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 
@@ -36,10 +37,6 @@ from .layers import DropPath, PatchEmbed
 from .zoo import VARIANTS, ZOO, Entry
 
 __all__: list[str] = []  # timm adds each model's name
-
-# timm's ``checkpoint_path=`` reads the file itself, with torch.load(weights_only=True): this lets it take the release's
-# configuration for the dictionary that it is. No class of yacs is imported and no code of the file is run.
-torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
 
 for module in (PatchEmbed, HiLo, DropPath, DeformConv2dPack):  # they look at sizes, which torch.fx does not know
     register_notrace_module(module)
@@ -91,6 +88,7 @@ def _create(
     pretrained_cfg_overlay: dict | None = None,
     img_size: int | tuple[int, int] | None = None,
     out_indices: int | tuple[int, ...] = (0, 1, 2, 3),
+    feature_cls: str = "getter",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     cache_dir: str | None = None,
@@ -100,6 +98,8 @@ def _create(
 
     Every model takes every image size; ``img_size`` sets the one that timm's data pipeline makes.
     """
+    if feature_cls not in ("getter", "hook"):
+        raise ValueError(f"LITv2: {feature_cls=} must be 'getter' or 'hook': the other wrappers of timm do not see the maps before merging")
     overlay = dict(pretrained_cfg_overlay or {})
     if img_size is not None:
         overlay.update(_sizes(img_size))
@@ -116,7 +116,7 @@ def _create(
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=_fitting,
-        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+        feature_cfg=dict(out_indices=out_indices, feature_cls=feature_cls),
         cache_dir=cache_dir,
         **kwargs,
     )

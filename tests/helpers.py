@@ -76,6 +76,13 @@ def tiny_model(**kwargs) -> LITv2:
     return fill(LITv2(**{**TINY, **kwargs}))
 
 
+def timm_model(name: str = "litv2_small", **kwargs) -> nn.Module:
+    """A model registered with timm, of TINY's sizes and timm's 1000 classes."""
+    import timm
+
+    return timm.create_model(name, **{**TINY, "num_classes": None, **kwargs})
+
+
 def max_difference(a: Tensor, b: Tensor) -> float:
     assert a.shape == b.shape, (a.shape, b.shape)
     return (a.double() - b.double()).abs().max().item()

@@ -1,0 +1,56 @@
+"""Each example runs as it is from the root, on a CPU, and is short."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from helpers import ROOT
+
+EXAMPLES = {  # by the packages that they need
+    "timm_train.py": ["timm"],
+    "torchvision_detector.py": ["timm", "torchvision"],
+    "timm_backbone.py": ["timm", "mmcv", "mmdet", "mmseg"],
+}
+
+
+def run(name: str) -> str:
+    for package in EXAMPLES[name]:
+        pytest.importorskip(package)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, f"examples/{name}"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"(?<=[: ])(?:\d+\.\d+|nan|inf)", text)]
+
+
+def test_all_are_tested_and_short():
+    files = sorted((ROOT / "examples").glob("*.py"))
+    assert [file.name for file in files] == sorted(EXAMPLES)
+    assert all(len(file.read_text().splitlines()) < 30 for file in files)
+
+
+def test_timm_train():
+    losses = numbers(run("timm_train.py"))
+    assert len(losses) == 3 and losses[0] == pytest.approx(math.log(10), abs=0.2), "ten classes, not yet told apart"
+    assert losses[2] < 0.5 * losses[0]
+
+
+def test_torchvision_detector():
+    losses, prediction = run("torchvision_detector.py").splitlines()
+    assert re.findall(r"'(\w+)'", losses) == ["classification", "bbox_regression"] and all(0 < loss < 10 for loss in numbers(losses))
+    assert re.findall(r"'(\w+)'", prediction) == ["boxes", "scores", "labels"]
+
+
+def test_timm_backbone():
+    detector, segmenter = run("timm_backbone.py").splitlines()
+    assert re.findall(r"'(\w+)'", detector) == ["loss", "loss_cls", "loss_bbox"] and all(0 < loss < 10 for loss in numbers(detector))
+    assert numbers(segmenter)[0] == pytest.approx(math.log(19), abs=0.5), "nineteen classes, not yet told apart"
