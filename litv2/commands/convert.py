@@ -88,10 +88,16 @@ def _json(value) -> str:
 
 def _write_safetensors(path: Path, weights: dict[str, Tensor], entries: dict) -> None:
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError as error:
         raise ImportError("writing .safetensors needs the package safetensors: pip install safetensors") from error
-    save_file(weights, path, metadata={"format": "pt", **{key: json.dumps(value) for key, value in entries.items()}})
+    metadata = {"format": "pt", **{key: json.dumps(value) for key, value in entries.items()}}
+    try:
+        save_file(weights, path, metadata=metadata)
+    except (SafetensorError, KeyError) as error:  # KeyError: of a dtype that it does not know
+        kinds = ", ".join(sorted({str(value.dtype) for value in weights.values()}))
+        raise ValueError(f"safetensors cannot hold these weights, of {kinds}: {error}") from error
 
 
 def _compare(written: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
