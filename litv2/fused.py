@@ -133,10 +133,13 @@ class FusedHiLo(nn.Module):
         nh, nw, padded = _windows(H, W, s)
         if padded:
             qkv = F.pad(qkv - self.h_bias, (0, 0, 0, nw * s - W, 0, nh * s - H)) + self.h_bias
-        qkv = qkv.reshape(B, nh, s, nw, s, 3, heads, d).permute(5, 0, 1, 3, 6, 2, 4, 7)
-        y = F.scaled_dot_product_attention(*qkv.reshape(3, B * nh * nw, heads, s * s, d).unbind(0), scale=1.0)
-        y = y.reshape(B, nh, nw, heads, s, s, d).permute(0, 1, 4, 2, 5, 3, 6).reshape(B, nh * s, nw * s, heads * d)
-        return self.h_proj(y[:, :H, :W] if padded else y)
+        # Into windows and back in steps of at most five dimensions: mobile runtimes have no more.
+        qkv = qkv.reshape(B * nh, s, nw, s * 3 * heads * d).transpose(1, 2).reshape(B * nh * nw, s * s, 3, heads, d)
+        y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0), scale=1.0)  # (B * nh * nw, heads, s * s, d)
+        y = y.transpose(1, 2).reshape(B * nh, nw, s, s * heads * d).transpose(1, 2).reshape(B, nh * s, nw * s, heads * d)
+        if padded:
+            y = F.pad(y, (0, 0, 0, W - nw * s, 0, H - nh * s))  # a negative pad crops, and leaves no strides that a traced graph would fix
+        return self.h_proj(y)
 
     def _lofi(self, q: Tensor, kv: Tensor) -> Tensor:
         """Queries (B, H, W, l_dim), keys and values of the pooled map (B, nh, nw, 2 * l_dim) -> (B, H, W, l_dim)."""

@@ -63,6 +63,11 @@ def network_of(model: nn.Module) -> Network:
         raise ValueError(f"export: a {type(model).__name__} cannot be exported as one graph; its backbone can, with --backbone")
     inference = copy.deepcopy(model)
     inference.backbone = fuse(model.backbone)
+    for parent in list(inference.modules()):
+        for name, child in parent.named_children():
+            if type(child).__name__ == "Upsample" and not isinstance(child, nn.Upsample):
+                # mmseg's computes its size with int(), which a traced graph would keep as a number.
+                parent.add_module(name, nn.Upsample(scale_factor=child.scale_factor, mode=child.mode, align_corners=child.align_corners))
     return Network(module(inference), module(model), outputs, model.backbone.in_chans, 32, classes)
 
 

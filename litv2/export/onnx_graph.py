@@ -116,20 +116,19 @@ def lower_opset(model: onnx.ModelProto) -> onnx.ModelProto:
     model = onnx.ModelProto.FromString(model.SerializeToString())
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
-        if node.op_type == "Pad" and len(node.input) < 4:
-            pass  # axes, the new input, are not given
-        elif node.op_type.startswith("Reduce") and node.op_type != "ReduceSum":  # axes were an attribute
-            if len(node.input) > 1:
-                node.attribute.append(helper.make_attribute("axes", numpy_helper.to_array(constants[node.input.pop()]).tolist()))
-            for attribute in [a for a in node.attribute if a.name == "noop_with_empty_axes"]:
-                node.attribute.remove(attribute)
-        elif node.op_type == "Split":  # num_outputs is new; without it and without sizes, parts are equal
-            for attribute in [a for a in node.attribute if a.name == "num_outputs"]:
-                node.attribute.remove(attribute)
-        elif node.op_type == "Resize" and not any(a.name in ("antialias", "axes", "keep_aspect_ratio_policy") for a in node.attribute):
-            pass  # the new attributes are not given
-        elif onnx.defs.get_schema(node.op_type, TRACED_OPSET, node.domain).since_version == TRACED_OPSET:
-            raise ValueError(f"export: {node.op_type} of opset {TRACED_OPSET} has no known form in opset {STANDARD_OPSET}")
+        now = onnx.defs.get_schema(node.op_type, TRACED_OPSET, node.domain)
+        if now.since_version < TRACED_OPSET:
+            continue
+        if node.op_type.startswith("Reduce") and len(node.input) > 1:  # axes were an attribute
+            axes = numpy_helper.to_array(constants[node.input.pop()]).tolist()
+            node.attribute.append(helper.make_attribute("axes", axes))
+        before = onnx.defs.get_schema(node.op_type, STANDARD_OPSET, node.domain)
+        for attribute in [a for a in node.attribute if a.name not in before.attributes]:
+            default = now.attributes[attribute.name].default_value
+            if node.op_type == "Split" or helper.get_attribute_value(attribute) == helper.get_attribute_value(default):
+                node.attribute.remove(attribute)  # what it says is what opset 17 does: Split's parts are equal without num_outputs
+        if len(node.input) > len(before.inputs) or not {a.name for a in node.attribute} <= before.attributes.keys():
+            raise ValueError(f"export: {node.op_type} of opset {TRACED_OPSET}, as used here, has no form in opset {STANDARD_OPSET}")
     used = {name for node in model.graph.node for name in node.input}
     kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
     del model.graph.initializer[:]

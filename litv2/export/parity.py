@@ -18,8 +18,8 @@ __all__ = ["TOLERANCES", "ParityError", "compare", "print_report", "write_report
 
 # What is allowed: of floats for the largest error, in units of the largest absolute value (and at least of 1); of int8 for
 # the mean error in units of the mean absolute value, since single values may be far off in eight bits.
-TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, "int8": 0.25}
-REAL_IMAGES = 8
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, "int8": 0.15}
+REAL_IMAGES = 32
 
 
 class ParityError(ValueError):
