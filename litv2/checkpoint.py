@@ -97,7 +97,6 @@ def _made_plain(content):
         if type(value) is not Counter:
             return value
         if id(value) not in twins:
-            value.__dict__.clear()  # attributes from the file would hide the methods
             twins[id(value)] = (dict(value), value)  # the original is kept, so that its id stays its own
         return twins[id(value)][0]
 
@@ -110,7 +109,7 @@ def _made_plain(content):
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
                 raise ValueError(f"a tensor of the shape {tuple(value.shape)} is expanded from fewer values in the file")
         elif isinstance(value, OrderedDict):
-            for name in set(vars(value)) - {"_metadata"}:
+            for name in set(vars(value)) - {"_metadata"}:  # any other would hide a method
                 del vars(value)[name]
         if isinstance(value, dict):
             for key, item in value.items():

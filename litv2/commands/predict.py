@@ -11,11 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..checkpoint import find_weights, infer_arguments, load_weights
-from ..model import LITv2
 from ..preprocess import decode, evaluation_transform
-from ..zoo import ZOO, Entry, create_model, lookup
-from . import read
+from ..zoo import ZOO, Entry, load_model, lookup
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,8 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    model, names, content, entry = _load(args.checkpoint, args.model)
-    size, crop = _image_size(content, entry)
+    entry = lookup(args.model, task="classification") if args.model else ZOO.get(args.checkpoint)
+    model, content = load_model(args.checkpoint, args.model)
+    names = _class_names(content, model.num_classes)
+    size, crop = _image_size(content, entry or next((entry for entry in ZOO.values() if entry.file == Path(args.checkpoint).name), None))
     if args.img_size is not None:
         smallest = model.feature_info[-1]["reduction"]
         if args.img_size < smallest:
@@ -64,23 +63,6 @@ def run(args: argparse.Namespace) -> int:
         for name, share in best:
             print(f"  {share:7.2%}  {name}")
     return int(failed)
-
-
-def _load(source: str, name: str | None) -> tuple[LITv2, list[str], dict, Entry | None]:
-    """The model with its weights, the names of its classes, the checkpoint and the entry of the zoo that it is, if known."""
-    entry = lookup(name, task="classification") if name else ZOO.get(source)
-    path, content = read(source)
-    entry = entry or next((entry for entry in ZOO.values() if entry.file == path.name), None)
-    weights = find_weights(content)
-    classes = len(weights["head.weight"]) if "head.weight" in weights else 0
-    if not classes:
-        raise ValueError(f"{path} has no classifier to predict with; detectors and segmenters draw with detection/demo.py")
-    model = create_model(name, num_classes=classes) if name else LITv2(**infer_arguments(weights, content.get("config")))
-    try:
-        load_weights(model, weights)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return model, _class_names(content, classes), content, entry
 
 
 def _class_names(content: dict, classes: int) -> list[str]:

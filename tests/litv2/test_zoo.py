@@ -104,6 +104,9 @@ def test_arguments_of_other_models():
         model = LITv2(embed_dim=32, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), alpha=alpha, local_ws=(0, 2, 2, 2))
         same = LITv2(**infer_arguments(model.state_dict()))
         assert same.state_dict().keys() == model.state_dict().keys()
+    with torch.device("meta"):  # 13 of 23 heads: int(23 * (13 / 23)) is 12
+        state = LITv2(embed_dim=736, depths=(1, 1, 1, 1), num_heads=(23, 46, 92, 184), alpha=0.6, local_ws=(2, 0, 0, 1)).state_dict()
+        assert LITv2(**infer_arguments(state)).layers[0].blocks[0].attn.l_heads == 13
 
 
 @pytest.fixture(scope="module")
