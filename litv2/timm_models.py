@@ -9,7 +9,8 @@ of any format that is known there, ours or the release's:
 
     timm.create_model("litv2_small", pretrained=True, pretrained_cfg_overlay=dict(file="best.pth"))
 
-``checkpoint_path=`` is read by timm alone: it takes safetensors and our files (their ``model``, not the average), not the release's.
+``checkpoint_path=`` is read by timm alone: it takes safetensors and our files (their ``model``, not the average), not the release's;
+old versions of timm (1.0.15 is one) run the code in such a file.
 """
 
 from __future__ import annotations

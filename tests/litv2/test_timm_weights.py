@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import max_difference, normal, shared, timm_model, tiny_model
+from helpers import fill, max_difference, normal, shared, timm_model, tiny_model
 from litv2.zoo import ZOO
 
-pytest.importorskip("timm")
+timm = pytest.importorskip("timm")
+from timm.models._hub import save_for_hf  # noqa: E402
 from timm.models._manipulate import adapt_input_conv  # noqa: E402
 
 OURS = dict(pretrained_cfg_overlay=dict(num_classes=10))  # of the tiny files
@@ -83,6 +84,16 @@ def test_checkpoint_path_is_timms_own(released):
     with pytest.raises(RuntimeError, match="yacs.config.CfgNode"):
         timm_model(checkpoint_path=str(released), num_classes=10)
     assert equal_but(timm_model(pretrained=True, pretrained_cfg_overlay=dict(file=str(released), num_classes=10)), "nothing")
+
+
+def test_folder_of_the_hubs_format(tmp_path):
+    """What timm saves for the Hugging Face Hub, it makes a model of again, size and all."""
+    pytest.importorskip("huggingface_hub")
+    save_for_hf(fill(timm_model(num_classes=10, img_size=96)), str(tmp_path / "saved"))
+    model = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True)
+    assert equal_but(model, "nothing") and model.pretrained_cfg["input_size"] == (3, 96, 96)
+    model = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True, num_classes=2)
+    assert equal_but(model, "head.") and model.num_classes == 2
 
 
 def test_wrong_weights(tmp_path):
