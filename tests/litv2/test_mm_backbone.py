@@ -145,6 +145,16 @@ def test_weights_of_ours(tmp_path):
     assert torch.equal(backbone.patch_embed.proj.weight, tiny_model().patch_embed.proj.weight)
 
 
+def test_weights_by_a_name_of_the_zoo(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    torch.save(dict(model=tiny_model().state_dict()), tmp_path / "hub/checkpoints/litv2_s.pth")
+    backbone = pretrained("litv2_small")
+    assert torch.equal(backbone.patch_embed.proj.weight, tiny_model().patch_embed.proj.weight)
+    with pytest.raises(FileNotFoundError, match="litv2_smal.*litv2_small"):
+        pretrained("litv2_smal")
+
+
 @pytest.mark.parametrize(
     "change",
     [
