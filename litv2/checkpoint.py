@@ -45,7 +45,7 @@ def read_checkpoint(path: str | Path, also: Sequence = ()) -> dict:
         if kind == "safetensors":
             return _read_safetensors(path)
         check_pickles(path, kind, {_global_name(entry) for entry in also})
-        # A Counter stands in for the configuration's class: it takes entries and attributes, and no checkpoint has one.
+        # A Counter stands in for the configuration's class: it takes entries and attributes, and one of its own has none of these.
         with torch.serialization.safe_globals([(Counter, CONFIG_NODE), *also]):
             content = torch.load(path, map_location="cpu", weights_only=True)
         content = _made_plain(content)
@@ -94,7 +94,7 @@ def _made_plain(content):
     pending, seen = [root], set()
 
     def plain(value):
-        if type(value) is not Counter:
+        if type(value) is not Counter or not vars(value):
             return value
         if id(value) not in twins:
             twins[id(value)] = (dict(value), value)  # the original is kept, so that its id stays its own

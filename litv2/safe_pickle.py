@@ -26,11 +26,13 @@ DTYPES = {
     "float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz".split()
 }
 REBUILD = {f"torch._utils.{name}" for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter")}
-CALLABLE = {*REBUILD, CONFIG_NODE, "collections.OrderedDict", "torch.Size", "torch.device", "builtins.set", "_codecs.encode"}
+CALLABLE = {*REBUILD, CONFIG_NODE, "collections.OrderedDict", "collections.Counter", "torch.Size", "torch.device"}
+CALLABLE |= {"builtins.set", "_codecs.encode"}
 
 LARGEST_TUPLE = 1_000_000  # elements when written out: torch would hash, compare or print them all
 DEEPEST_TUPLE = 100
 TUPLE_KEYS = 10_000  # elements of all tuples that are keys: hashes of tuples can be made to collide
+LARGEST_COUNTER = 1000  # entries: it is a copy of a dictionary, which the file may ask for any number of times
 MOST_OPCODES = 4_000_000  # each may be a byte in the file and 64 in memory; a checkpoint of a thousand processes has 1.3 million
 LARGEST_KEY = 1 << 60  # integers beyond it can be made to collide too
 
@@ -53,7 +55,7 @@ class MadeList:
 
 
 class _Dict:
-    pass
+    count = 0
 
 
 class _Global:
@@ -128,7 +130,7 @@ class PickleCheck:
             module, attribute = NAME_MAPPING[module, attribute]
         name = f"{IMPORT_MAPPING.get(module, module)}.{attribute}"
         if name not in CALLABLE and name not in STORAGES and name not in DTYPES and name not in self.also:
-            raise ValueError(f"it asks for the global {name!r}, which no checkpoint needs")
+            raise ValueError(f"it asks for the global {name!r}, which is not allowed in a checkpoint")
         self.stack.append(_Global(name))
 
     def _mark(self) -> None:
@@ -156,6 +158,8 @@ class PickleCheck:
             raise ValueError("a key without a value")
         for key in items[::2]:
             self._check_key(key)
+        if isinstance(target, _Dict):
+            target.count += len(items) // 2
 
     def _set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -180,6 +184,8 @@ class PickleCheck:
             fits = self._moderate(arguments)
         elif name == "collections.OrderedDict":
             fits = not items
+        elif name == "collections.Counter":  # the milestones of torch's and mmengine's schedules
+            fits = len(items) == 1 and isinstance(items[0], _Dict) and items[0].count <= LARGEST_COUNTER
         elif name == "builtins.set":
             fits = len(items) == 1 and isinstance(items[0], MadeList) and items[0].count == 0
         elif name == "torch.Size":
