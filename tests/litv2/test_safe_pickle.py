@@ -186,7 +186,8 @@ def test_hostile_pickles(name, wrap):
     if name in CODE and body.startswith(b"\x80") and "global" in message:
         assert any(repr(asked) in message for asked in ASKED), message
     if name in ("quadratic codec", "bytearray", "tensor of any size", "ever copied dictionary"):
-        assert "not allowed in a checkpoint" in message or "no checkpoint has" in message  # refused by name or arguments, not by what the call led to
+        # refused by name or arguments, not by what the call led to
+        assert "not allowed in a checkpoint" in message or "no checkpoint has" in message
     if name in CODE and (name == "os.system" or name.startswith("global of")):
         assert "'os.system'" in message
 
