@@ -53,6 +53,10 @@ def export(network: Network, format: str, path: str | Path, settings: Settings |
     smallest = network.smallest * (module.CELLS if "size" in settings.dynamic else 1)
     if min(settings.image_size) < smallest:
         raise ValueError(f"export: image_size={settings.image_size}: each side must be at least {smallest}")
+    if settings.images is not None and not Path(settings.images).is_dir():
+        raise ValueError(f"export: --images {settings.images}: there is no such folder")
+    if settings.dtype == "int8" and settings.images is None:
+        raise ValueError("export: int8 needs real images to find the ranges of activations: give a folder with --images")
     if path.suffix != module.SUFFIX:
         raise ValueError(f"export: {path}: files of {format} end in {module.SUFFIX}")
 

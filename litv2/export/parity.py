@@ -35,13 +35,17 @@ def compare(network: Network, run: Callable[[Tensor], tuple[Tensor, ...]], setti
         ParityError: another number of outputs, or another shape.
     """
     rows = []
-    for name, images in _inputs(network, settings, smallest):
-        expected, actual = network.reference(images), run(images)
-        if [out.shape for out in actual] != [out.shape for out in expected]:
-            shapes = [[tuple(out.shape) for out in outs] for outs in (actual, expected)]
-            raise ParityError(f"export: on {name} images the results have the shapes {shapes[0]}, the model's {shapes[1]}")
-        for output, exact, other in zip(network.outputs, expected, actual):
-            rows.append(_row(name, output, exact, other.float(), settings.dtype, output in network.classes))
+    for name, batches in _inputs(network, settings, smallest):
+        pairs = []
+        for images in batches:
+            expected, actual = network.reference(images), run(images)
+            if [out.shape for out in actual] != [out.shape for out in expected]:
+                shapes = [[tuple(out.shape) for out in outs] for outs in (actual, expected)]
+                raise ParityError(f"export: on {name} images the results have the shapes {shapes[0]}, the model's {shapes[1]}")
+            pairs.append((expected, actual))
+        for i, output in enumerate(network.outputs):
+            exact, other = (torch.cat([pair[side][i].float() for pair in pairs]) for side in (0, 1))
+            rows.append(_row(name, output, exact, other, settings.dtype, output in network.classes))
     return dict(
         dtype=settings.dtype,
         dynamic=list(settings.dynamic),
@@ -53,31 +57,33 @@ def compare(network: Network, run: Callable[[Tensor], tuple[Tensor, ...]], setti
     )
 
 
-def _inputs(network: Network, settings: Settings, smallest: int) -> list[tuple[str, Tensor]]:
-    """Batches of 1, 3, 5 and an odd size besides, where the graph is open for them."""
+def _inputs(network: Network, settings: Settings, smallest: int) -> list[tuple[str, list[Tensor]]]:
+    """Random batches of 1, 3 and 5, and real images, of the size asked for and of an odd one, as far as the graph is open for them."""
     H, W = settings.image_size
     sizes = [(H, W)]
     if "size" in settings.dynamic:  # odd, and another aspect
         sizes += [(max(smallest, H // 2) | 1, max(smallest, 3 * W // 4) | 1)]
-    batches = [1, 3, 5] if "batch" in settings.dynamic else [settings.batch_size]
+    sizes_of_batches = (1, 3, 5) if "batch" in settings.dynamic else (settings.batch_size,)
     inputs = []
     generator = torch.Generator().manual_seed(0)
     for size in sizes:
-        real = _real_images(settings, size) if network.channels == 3 else torch.empty(0)
-        large = size[0] * size[1] > 400 * 400  # a detector's image, tried once
+        large = size[0] * size[1] > 400 * 400  # a detector's image: fewer are tried
         # What int8 knows of its ranges comes from real images: noise lies outside of them.
-        for batch in () if settings.dtype == "int8" else batches[:1] if large else batches:
+        for batch in () if settings.dtype == "int8" else sizes_of_batches[:1] if large else sizes_of_batches:
             images = torch.randn(batch, network.channels, *size, generator=generator)
-            inputs.append((f"{batch} random {size[0]} x {size[1]}", images))
-        for images in real.split(1 if large and "batch" in settings.dynamic else batches[-1])[: 1 if large else None]:
-            if "batch" in settings.dynamic or len(images) == settings.batch_size:
-                inputs.append((f"{len(images)} real {size[0]} x {size[1]}", images))
+            inputs.append((f"{batch} random {size[0]} x {size[1]}", [images]))
+        real = _real_images(settings, size, 2 if large else REAL_IMAGES) if network.channels == 3 else torch.empty(0)
+        batches = real.split(sizes_of_batches[0 if large else -1])
+        if "batch" not in settings.dynamic:
+            batches = [images for images in batches if len(images) == settings.batch_size]
+        if count := sum(map(len, batches)):
+            inputs.append((f"{count} real {size[0]} x {size[1]}", list(batches)))
     if not inputs:
-        raise ValueError(f"export: {settings.images} has too few images to compare {settings.dtype} on: {settings.batch_size} are needed")
+        raise ValueError(f"export: {settings.images} has too few images to compare on: a batch of {settings.batch_size} is needed")
     return inputs
 
 
-def _real_images(settings: Settings, size: tuple[int, int]) -> Tensor:
+def _real_images(settings: Settings, size: tuple[int, int], count: int) -> Tensor:
     """Of the folder in the settings; without one, the two photographs that scikit-learn has, where it is installed."""
     folder = settings.images
     if folder is None:
@@ -86,7 +92,7 @@ def _real_images(settings: Settings, size: tuple[int, int]) -> Tensor:
         except ImportError:
             return torch.empty(0)
         folder = Path(_base.__file__).parent / "images"
-    return read_images(folder, size, REAL_IMAGES, shift=0.5)
+    return read_images(folder, size, count, shift=0.5)
 
 
 def _row(inputs: str, output: str, exact: Tensor, other: Tensor, dtype: str, has_classes: bool) -> dict:

@@ -33,8 +33,6 @@ class _Images(CalibrationDataReader):
     """The calibration images one by one, or two by two where the graph is for batches of two, and so on."""
 
     def __init__(self, model: onnx.ModelProto, settings: Settings):
-        if settings.images is None:
-            raise ValueError("export: int8 needs real images to find the ranges of activations: give a folder with --images")
         images = read_images(settings.images, settings.image_size, CALIBRATION_IMAGES)
         size = 1 if "batch" in settings.dynamic else settings.batch_size
         if len(images) < size:
@@ -50,19 +48,23 @@ def quantize(model: onnx.ModelProto, path: Path, settings: Settings) -> None:
     """Writes the quantized form of ``model``.
 
     Raises:
-        ValueError: no images to calibrate with.
+        ValueError: too few images to calibrate with.
     """
+    products = ["Conv", "Gemm", "MatMul"]
+    weights = {tensor.name for tensor in model.graph.initializer}
+    in_float = [node.name for node in model.graph.node if _modules(node) & IN_FLOAT or not weights & set(node.input)]
     quantize_static(
         model,
         str(path),
         _Images(model, settings),
         quant_format=QuantFormat.QDQ,
-        op_types_to_quantize=["Conv", "Gemm", "MatMul"],
-        nodes_to_exclude=[node.name for node in model.graph.node if _modules(node) & IN_FLOAT],
+        op_types_to_quantize=products,
+        nodes_to_exclude=in_float,
         per_channel=True,
         activation_type=QuantType.QInt8,
         weight_type=QuantType.QInt8,
-        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "MatMulConstBOnly": True},
+        # Only what enters a product is rounded: a result that attention, a norm or a residual sum reads is float.
+        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "OpTypesToExcludeOutputQuantization": products},
     )
 
 

@@ -7,15 +7,18 @@ graph says, so export with ``float16`` or ``int8`` for it.
 
 from __future__ import annotations
 
+import shlex
 import struct
 from pathlib import Path
-
-import onnx
+from typing import TYPE_CHECKING
 
 from . import onnx_graph
 from .onnx_graph import load
 from .quantize import activation_ranges
 from .settings import Network, Settings
+
+if TYPE_CHECKING:
+    import onnx
 
 __all__ = ["load", "unsupported_operators", "write", "write_calibration_cache"]
 
@@ -42,7 +45,7 @@ LARGEST_BATCH = 64
 def write(network: Network, path: Path, settings: Settings) -> None:
     """``path``; beside it ``build_engine.sh`` and, with images and a float32 graph, ``calibration.cache``."""
     onnx_graph.write_standard(network, path, settings)
-    missing = unsupported_operators(onnx.load(path))
+    missing = unsupported_operators(onnx_graph.onnx.load(path))
     if missing:
         raise ValueError(f"export: TensorRT does not list these operators of the graph as supported: {', '.join(missing)}")
     script = path.with_name(f"{path.stem}.build_engine.sh")
@@ -76,21 +79,21 @@ def _script(network: Network, graph: str, settings: Settings) -> str:
         sizes = ((min(H, max(least, H // 2)), min(W, max(least, W // 2))), (H, W), (2 * H, 2 * W))
     names = ("minShapes", "optShapes", "maxShapes")
     shapes = [f"--{name}=images:{b}x{network.channels}x{h}x{w}" for name, b, (h, w) in zip(names, batches, sizes)]
-    shapes = shapes if settings.dynamic else []
+    flags = " ".join((shapes if settings.dynamic else []) + (["--int8"] if settings.dtype == "int8" else []))
     stem = graph.removesuffix(".onnx")
+    onnx, engine, cache = (shlex.quote(name) for name in (graph, f"{stem}.engine", f"{stem}.calibration.cache"))
     return f"""#!/usr/bin/env bash
-# Builds {stem}.engine with TensorRT's trtexec (8.6 or newer) on the GPU that will run it. Usage: {stem}.build_engine.sh [fp32|fp16|int8]
+# Builds an engine of {onnx} with TensorRT's trtexec (8.6 or newer), on the GPU that will run it.
 # The graph is in {settings.dtype}. fp16 and int8 lower a float32 graph, up to TensorRT 10; TensorRT 11 builds the graph as it is.
 set -euo pipefail
 cd "$(dirname "$0")"
-precision=${{1:-fp32}}
-flags=({" ".join(shapes)})
-case $precision in
-  fp32) {"flags+=(--int8)" if settings.dtype == "int8" else ":"} ;;
+flags=({flags})
+case ${{1:-}} in
+  "") ;;
   fp16) flags+=(--fp16) ;;
-  int8) [ -f {stem}.calibration.cache ] || {{ echo "{stem}.calibration.cache is missing: export with --images DIR" >&2; exit 1; }}
-        flags+=(--int8 --fp16 --calib={stem}.calibration.cache) ;;
-  *) echo "usage: $0 [fp32|fp16|int8]" >&2; exit 1 ;;
+  int8) [ -f {cache} ] || {{ echo "there is no "{cache}": export float32 with --images DIR" >&2; exit 1; }}
+        flags+=(--int8 --fp16 --calib={cache}) ;;
+  *) echo "usage: $(basename "$0") [fp16|int8]" >&2; exit 1 ;;
 esac
-trtexec --onnx={graph} --saveEngine={stem}.engine "${{flags[@]}}"
+trtexec --onnx={onnx} --saveEngine={engine} "${{flags[@]}}"
 """
