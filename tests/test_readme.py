@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
 import doctest
+import os
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 
 import pytest
 import torch
 
 import litv2
-from helpers import ROOT, run_trainer, write_images
+from helpers import ROOT, TINY, run_trainer, write_images
+from litv2.export.command import add_arguments as add_export_arguments
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
-    line.split("    #")[0].strip()
+    re.split(r"\s\s+#", line)[0].strip()
     for block in re.findall(r"```bash\n(.*?)```", README, re.S)
     for line in block.splitlines()
     if line.strip()
 ]
 TRAINER = [command for command in COMMANDS if "main.py" in command]
+TOOLS = [command for command in COMMANDS if command.startswith("python -m litv2")]
+# Exports of published models take minutes; they are of the same functions as those of FILE.
+QUICK_TOOLS = [command for command in TOOLS if "export litv2_s" not in command]
 
 
 def test_python_sessions():
@@ -55,7 +62,7 @@ def test_all_commands_are_known():
     for command in detection:
         script = command.removeprefix("python ").split()[0]
         assert (ROOT / "detection" / script).is_file() and (ROOT / "segmentation" / script).is_file()
-    others = [command for command in COMMANDS if command not in TRAINER + detection]
+    others = [command for command in COMMANDS if command not in TRAINER + TOOLS + detection]
     assert others == [
         "make demo",
         "make test",
@@ -90,6 +97,38 @@ def test_trainer_commands(command, trained, tmp_path):
     done = run_trainer(*flags, "--output", tmp_path, cfg=cfg, processes=processes, opts=opts + " TRAIN.EPOCHS 3 DATA.IMG_SIZE 32")
     expected = "images_per_second" if "--throughput" in flags else "images 6" if "--eval" in flags else "epoch 3/3"
     assert expected in done.stdout
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A checkpoint for FILE, and the file of litv2_small, of random weights, where a download would put it."""
+    root = tmp_path_factory.mktemp("weights")
+    (root / "hub/checkpoints").mkdir(parents=True)
+    torch.save({"model": litv2.litv2_small().state_dict()}, root / "hub/checkpoints/litv2_s.pth")
+    torch.save({"model": litv2.LITv2(**{**TINY, "depths": (1, 1, 1, 1)}).state_dict()}, root / "mine.pth")
+    return root
+
+
+def test_number_of_tools():
+    assert (len(TOOLS), len(QUICK_TOOLS)) == (10, 7)
+    parser = argparse.ArgumentParser()
+    add_export_arguments(parser)
+    for command in TOOLS:
+        if " export " in command:
+            parser.parse_args(shlex.split(command)[4:])
+
+
+@pytest.mark.parametrize("command", QUICK_TOOLS)
+def test_tools(command, weights, trained, tmp_path):
+    image = trained / "images/val/a/0.png"
+    files = dict(DIR=trained / "images", FILE=weights / "mine.pth", IMAGE=image)
+    words = [sys.executable, *(str(files.get(word, word)) for word in shlex.split(command)[1:])]
+    environment = {**os.environ, "TORCH_HOME": str(weights), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    tool = words[3]
+    expected = {"list": "litv2_small_alpha00", "download": "litv2_s.pth", "info": "parameters", "convert": "weights.safetensors"}
+    assert expected.get(tool, str(image) if tool == "predict" else "written to mine") in done.stdout
 
 
 def test_model_table():
