@@ -1,12 +1,13 @@
 # make demo   sets up and trains a small LITv2 on the embedded data set
 # make mm     sets up detection and segmentation; the first time it compiles mmcv, for about 15 minutes on two cores
 # make test   sets up everything, builds the compiled deformable convolution and runs the checks and the whole test suite
+# make test-core   of the tests those of the core alone: without OpenMMLab's packages and the runtimes of exports
 # All reuse what an earlier call has set up. PYTHON=... chooses the interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo mm test
+.PHONY: demo mm test test-core
 
 demo: .venv/ready
 	cd classification && ../$(BIN)/python main.py --cfg configs/litv2-digits.yaml
@@ -22,6 +23,9 @@ mm: .venv/mm
 test: .venv/ready .venv/dcn .venv/mm
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-core: .venv/ready .venv/dcn
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not extra" --ignore=tests/detection --ignore=tests/segmentation --ignore=tests/litv2/test_mm_backbone.py
 
 .venv/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv

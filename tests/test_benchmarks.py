@@ -16,7 +16,9 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("script", COMMANDS)
+@pytest.mark.parametrize(
+    "script", [pytest.param(script, marks=pytest.mark.extra if script == "runtimes.py" else ()) for script in COMMANDS]
+)
 def test_runs(script):
     command = [sys.executable, f"benchmarks/{script}", *COMMANDS[script].split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -24,6 +26,7 @@ def test_runs(script):
     assert ("times eager" if script == "runtimes.py" else "times as fast") in done.stdout
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize(
     "task, config", [("detection", "retinanet_litv2_s_fpn_1x_coco"), ("segmentation", "litv2_s_fpn_r50_512x512_80k_ade20k")]
 )

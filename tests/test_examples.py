@@ -50,6 +50,7 @@ def test_torchvision_detector():
     assert re.findall(r"'(\w+)'", prediction) == ["boxes", "scores", "labels"]
 
 
+@pytest.mark.extra
 def test_timm_backbone():
     detector, segmenter = run("timm_backbone.py").splitlines()
     assert re.findall(r"'(\w+)'", detector) == ["loss", "loss_cls", "loss_bbox"] and all(0 < loss < 10 for loss in numbers(detector))

@@ -17,6 +17,7 @@ import torch
 import litv2
 from helpers import ROOT, TINY, run_trainer, write_images
 from litv2.export.command import add_arguments as add_export_arguments
+from litv2.zoo import ZOO
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -27,8 +28,7 @@ COMMANDS = [
 ]
 TRAINER = [command for command in COMMANDS if "main.py" in command]
 TOOLS = [command for command in COMMANDS if command.startswith("python -m litv2")]
-# Exports of published models take minutes; they are of the same functions as those of FILE.
-QUICK_TOOLS = [command for command in TOOLS if "export litv2_s" not in command]
+EXPORTS = [command for command in TOOLS if " export " in command]
 
 
 def test_python_sessions():
@@ -56,7 +56,7 @@ def trained(tmp_path_factory):
 
 
 def test_all_commands_are_known():
-    assert len(TRAINER) == 5
+    assert (len(TRAINER), len(TOOLS), len(EXPORTS)) == (5, 10, 5)
     detection = [command for command in COMMANDS if re.match(r"(python )?(tools/|demo\.py)", command)]
     assert len(detection) == 6  # run in detection/test_tools.py
     for command in detection:
@@ -66,6 +66,7 @@ def test_all_commands_are_known():
     assert others == [
         "make demo",
         "make test",
+        "make test-core",
         "pip install -r requirements.txt",
         "pip install -e .",
         "cd classification",
@@ -75,7 +76,7 @@ def test_all_commands_are_known():
         "cd mm_modules/DCN && python setup.py build_ext --inplace",  # run by make test
         "python -m mm_modules.DCN",  # run in mm_modules/test_compiled.py
     ]
-    for target in ("demo", "mm", "test"):
+    for target in ("demo", "mm", "test", "test-core"):
         subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
 
 
@@ -109,26 +110,26 @@ def weights(tmp_path_factory):
     return root
 
 
-def test_number_of_tools():
-    assert (len(TOOLS), len(QUICK_TOOLS)) == (10, 7)
+@pytest.mark.parametrize("command", EXPORTS)
+def test_exports(command):
+    """The words are right; what they do is run in litv2/test_export.py and detection/test_export.py."""
     parser = argparse.ArgumentParser()
     add_export_arguments(parser)
-    for command in TOOLS:
-        if " export " in command:
-            parser.parse_args(shlex.split(command)[4:])
+    args = parser.parse_args(shlex.split(command)[4:])
+    assert args.model == "FILE" or args.model in ZOO
 
 
-@pytest.mark.parametrize("command", QUICK_TOOLS)
+@pytest.mark.parametrize("command", [command for command in TOOLS if command not in EXPORTS])
 def test_tools(command, weights, trained, tmp_path):
     image = trained / "images/val/a/0.png"
-    files = dict(DIR=trained / "images", FILE=weights / "mine.pth", IMAGE=image)
+    files = dict(FILE=weights / "mine.pth", IMAGE=image)
     words = [sys.executable, *(str(files.get(word, word)) for word in shlex.split(command)[1:])]
     environment = {**os.environ, "TORCH_HOME": str(weights), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     tool = words[3]
     expected = {"list": "litv2_small_alpha00", "download": "litv2_s.pth", "info": "parameters", "convert": "weights.safetensors"}
-    assert expected.get(tool, str(image) if tool == "predict" else "written to mine") in done.stdout
+    assert expected.get(tool, str(image)) in done.stdout
 
 
 def test_model_table():

@@ -99,6 +99,7 @@ def test_resume_is_bit_for_bit(processes, number, images, whole, tmp_path):
     assert updates[0] == updates[1], "no row twice, none missing"
 
 
+@pytest.mark.extra
 def test_torchrun_restarts_by_itself(images, tmp_path):
     """A rank that dies without a word is started again by torchrun and goes on from the latest checkpoint.
 

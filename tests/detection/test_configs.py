@@ -11,6 +11,8 @@ from litv2.mm_tools import build_model
 from litv2.zoo import ZOO
 from mm_helpers import VARIANTS, as_published, backbone_settings, config_files, learning_rates, parameter_groups, run_tool
 
+pytestmark = pytest.mark.extra
+
 # (parameters in M, published GFLOPs at 800 x 1280)
 PUBLISHED = {
     "retinanet_litv2_s_fpn_1x_coco": ("38.01", "242.39"),

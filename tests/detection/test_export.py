@@ -14,6 +14,8 @@ from litv2.export import Settings, export, load
 from litv2.export.dense import network_of
 from litv2.mm_tools import build_model, load_config
 
+pytestmark = pytest.mark.extra
+
 TINY_BACKBONE = {
     "model.backbone.embed_dim": 32,
     "model.backbone.depths": (1, 1, 1, 1),

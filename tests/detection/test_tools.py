@@ -18,6 +18,8 @@ from litv2.mm_runner import CarefulRunner, load_checkpoint
 from litv2.mm_tools import config_of
 from mm_helpers import TINY_OPTIONS, config_files, readme_config, run_tool, tiny_config, tiny_dense_model, write_coco
 
+pytestmark = pytest.mark.extra
+
 RETINANET = ROOT / "detection/configs/litv2/retinanet_litv2_s_fpn_1x_coco.py"
 MASK_RCNN = ROOT / "detection/configs/litv2/mask_rcnn_litv2_s_fpn_1x_coco.py"
 SMALL = [
@@ -190,7 +192,6 @@ def test_classifier_given_as_detector(tmp_path):
 
 def test_hostile_checkpoints_run_nothing(tmp_path):
     """Neither code in the file nor the configuration that mmengine keeps in it, which it would execute to resume."""
-
 
     class Hostile:
         def __init__(self, function, *arguments):

@@ -23,6 +23,8 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+pytestmark = pytest.mark.extra
+
 SMALL = dict(depths=(1, 1, 1, 1))
 SIZES = [(1, 64, 96), (3, 65, 111), (5, 80, 72)]  # batch, height, width
 

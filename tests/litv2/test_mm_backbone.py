@@ -16,6 +16,8 @@ from helpers import ROOT, TINY, fill, golden, golden_arrays, manifest, max_diffe
 from litv2 import LITv2
 from litv2.mm_backbone import LITv2Backbone
 
+pytestmark = pytest.mark.extra
+
 BACKBONE = {key: value for key, value in TINY.items() if key != "num_classes"}
 NORMS = {"detection": (1, 2, 3), "segmentation": (0, 1, 2, 3)}
 

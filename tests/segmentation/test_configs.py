@@ -10,6 +10,8 @@ from litv2.mm_tools import build_model
 from litv2.zoo import ZOO
 from mm_helpers import VARIANTS, as_published, backbone_settings, config_files, learning_rates, parameter_groups
 
+pytestmark = pytest.mark.extra
+
 # (parameters in M, published GFLOPs at 512 x 512)
 PUBLISHED = {"s": ("31.45", "41.29"), "m": ("52", "63"), "b": ("90", "93")}
 

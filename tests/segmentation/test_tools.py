@@ -15,6 +15,8 @@ from litv2.mm_config import adapt_to_device
 from litv2.mm_runner import CarefulRunner, load_checkpoint
 from mm_helpers import TINY_OPTIONS, readme_config, run_tool, tiny_config, tiny_dense_model, write_segmentation
 
+pytestmark = pytest.mark.extra
+
 SEMANTIC_FPN = ROOT / "segmentation/configs/litv2/litv2_s_fpn_r50_512x512_80k_ade20k.py"
 SMALL = [
     *TINY_OPTIONS,
