@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -12,18 +13,30 @@ from helpers import ROOT
 COMMANDS = {
     "layout.py": "--batch-size 1 --img-size 64 --rounds 1",
     "deform_conv.py": "--batch-size 1 --rounds 1",
+    "models.py": "--models litv2_small resnet50 --modes eager --batch-size 2 --img-size 64 --rounds 1",
     "runtimes.py": "--batch-sizes 1 --img-size 64 --rounds 1 --only DeformConv",
 }
+
+
+WORDS = {"models.py": "images_per_s", "runtimes.py": "times eager"}  # of their tables
 
 
 @pytest.mark.parametrize(
     "script", [pytest.param(script, marks=pytest.mark.extra if script == "runtimes.py" else ()) for script in COMMANDS]
 )
-def test_runs(script):
-    command = [sys.executable, f"benchmarks/{script}", *COMMANDS[script].split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def test_runs(script, tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / script, *COMMANDS[script].split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert ("times eager" if script == "runtimes.py" else "times as fast") in done.stdout
+    assert WORDS.get(script, "times as fast") in done.stdout
+    if script == "models.py":
+        results = json.loads((tmp_path / "output/benchmarks/models.json").read_text())
+        lit, resnet = (next(row for row in results["rows"] if row["model"] == name) for name in ("LITv2-S", "ResNet-50"))
+        assert lit["parameters_M"] == 27.8 and resnet["parameters_M"] == 25.6
+        assert resnet["GFLOPs"] == pytest.approx(4.09 * (64 / 224) ** 2, rel=0.02)
+        assert results["batch_size"] == 2 and lit["eager_ms"] > 0
+        assert (tmp_path / "output/benchmarks/models.csv").read_text().startswith("model,group,top1")
+        assert (tmp_path / "output/benchmarks/models.png").stat().st_size > 10_000
 
 
 @pytest.mark.extra

@@ -1,0 +1,200 @@
+"""LITv2-S, M and B against the models of their accuracy, measured in one interleaved run.
+
+    python benchmarks/models.py --batch-size 8 --threads 2                     # eager and compiled, float32
+    python benchmarks/models.py --models litv2_small resnet50 --modes eager
+    python benchmarks/models.py --device cuda --dtype float16 --batch-size 64  # the paper's protocol: 50 + 30 forwards
+
+Each model is timed in the memory format that is the faster one for it, eager and compiled (on a CPU with frozen weights). Weights are
+random. Published figures stand beside: top-1 on ImageNet at 224 pixels and, from the release, images/s on an RTX 3090 (batch 64, float16).
+Models that timm does not have are shown with their published figures alone. Writes JSON, CSV and a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+import torch._inductor.config
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from harness import environment, peak_memory, samples, table, write_results
+from litv2 import LITv2, fuse
+
+FORMATS = {"channels-first": torch.contiguous_format, "channels-last": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    name: str
+    timm: str | None  # its name there, if it is there
+    top1: float  # published, percent
+    rtx3090: int | None  # published images/s
+    options: tuple[tuple[str, object], ...] = ()
+    group: str = "paper"
+
+
+CANDIDATES = [
+    Candidate("LITv2-S", "litv2_small", 82.0, 1471, group="ours"),
+    Candidate("LITv2-M", "litv2_medium", 83.3, 812, group="ours"),
+    Candidate("LITv2-B", "litv2_base", 83.6, 602, group="ours"),
+    Candidate("ResNet-50", "resnet50", 80.4, 1279),
+    Candidate("PVT-S", None, 79.8, 1007),
+    Candidate("PVTv2-B2", "pvt_v2_b2", 82.0, 854),
+    Candidate("Twins-PCPVT-S", "twins_pcpvt_small", 81.2, 998),
+    Candidate("Swin-T", "swin_tiny_patch4_window7_224", 81.3, 961),
+    Candidate("TNT-S", "tnt_s_legacy_patch16_224", 81.5, 534),
+    Candidate("CvT-13", None, 81.6, 947),
+    Candidate("CoAtNet-0", "coatnet_0_224", 81.6, 1151),
+    Candidate("CaiT-XS24", "cait_xs24_384", 81.8, 623, (("img_size", 224),)),
+    Candidate("XCiT-S12/16", "xcit_small_12_p16_224", 82.0, 1068),
+    Candidate("ConvNeXt-T", "convnext_tiny", 82.1, 1079),
+    Candidate("Focal-Tiny", None, 82.2, 384),
+    Candidate("FastViT-SA24", "fastvit_sa24", 82.6, None, group="today"),
+    Candidate("RepViT-M1.5", "repvit_m1_5", 82.3, None, group="today"),
+    Candidate("TinyViT-21M", "tiny_vit_21m_224", 83.1, None, group="today"),
+    Candidate("EfficientViT-B3", "efficientvit_b3", 83.5, None, group="today"),
+    Candidate("Hiera-T", "hiera_tiny_224", 82.8, None, group="today"),
+    Candidate("DaViT-T", "davit_tiny", 82.8, None, group="today"),
+    Candidate("ConvNeXtV2-T", "convnextv2_tiny", 82.5, None, group="today"),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [candidate.timm for candidate in CANDIDATES if candidate.timm]
+    parser.add_argument("--models", nargs="+", default=names, choices=names, metavar="NAME", help=f"of {', '.join(names)}")
+    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--img-size", type=int, default=224)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--warm-up", type=int, help="default: 2, on a GPU 50")
+    parser.add_argument("--rounds", type=int, help="default: 11, on a GPU 30")
+    parser.add_argument("--out", type=Path, default=Path("output/benchmarks/models"), metavar="STEM", help="of the files that are written")
+    args = parser.parse_args()
+    on_gpu = args.device != "cpu"
+    warm_up, rounds = args.warm_up or (50 if on_gpu else 2), args.rounds or (30 if on_gpu else 11)
+    torch.set_num_threads(args.threads)
+    torch._inductor.config.freezing = not on_gpu
+    warnings.filterwarnings("ignore", category=UserWarning)
+
+    chosen = [candidate for candidate in CANDIDATES if candidate.timm in args.models]
+    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device, dtype=getattr(torch, args.dtype))
+    functions, facts = {}, {}
+    with torch.inference_mode():
+        for candidate in chosen:
+            functions |= prepare(candidate, images, args.modes, facts)
+        seconds = samples(functions, rounds, warm_up)
+
+    rows = [row(candidate, seconds, facts, args) for candidate in CANDIDATES if candidate in chosen or candidate.timm is None]
+    about = dict(environment=environment(args.device), batch_size=args.batch_size, img_size=args.img_size, dtype=args.dtype)
+    write_results(args.out, rows, **about)
+    plot(rows, args.out.with_suffix(".png"))
+    print(f"{args.dtype}, batch {args.batch_size}, {args.img_size} x {args.img_size}, medians of {rounds} interleaved rounds")
+    print(", ".join(f"{name} {value}" for name, value in about["environment"].items()))
+    print(table(list(rows[0]), [["" if value is None else str(value) for value in row.values()] for row in rows]))
+    print(f"written to {args.out}.json, .csv and .png")
+
+
+def prepare(candidate: Candidate, images: Tensor, modes: list[str], facts: dict) -> dict[str, Callable[[], object]]:
+    """What is timed of a model, by "name, mode"; its parameters, FLOPs and peak memory go into ``facts``."""
+    model = timm.create_model(candidate.timm, **dict(candidate.options)).eval().requires_grad_(False).to(images.device, images.dtype)
+    with FlopCounterMode(display=False) as counter:
+        model(images[:1])
+    flops = model.flops(*images.shape[2:]) if isinstance(model, LITv2) else counter.get_total_flops() / 2
+    layouts = {name: images.to(memory_format=layout) for name, layout in FORMATS.items()}
+    trials = {}
+    for name, layout in FORMATS.items():
+        trials[name] = partial(_synchronised, model.to(memory_format=layout), layouts[name])
+        trials[name] = statistics.median(samples({name: trials[name]}, 3, 1)[name])
+    best = min(trials, key=trials.get)
+    model, own = model.to(memory_format=FORMATS[best]), layouts[best]
+    facts[candidate.name] = dict(
+        parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+        gflops=flops / 1e9,
+        layout=best,
+        memory=_peak(partial(model, own), images.device) / 2**20,
+    )
+    functions = {}
+    if "eager" in modes:
+        functions[f"{candidate.name}, eager"] = partial(_synchronised, model, own)
+    if "compiled" in modes:
+        last = layouts["channels-last"]
+        compiled = torch.compile(fuse(model) if isinstance(model, LITv2) else model.to(memory_format=torch.channels_last))
+        compiled(last)
+        functions[f"{candidate.name}, compiled"] = partial(_synchronised, compiled, last)
+    return functions
+
+
+def _synchronised(model: nn.Module, images: Tensor) -> None:
+    model(images)
+    if images.is_cuda:
+        torch.cuda.synchronize()
+
+
+def _peak(function: Callable[[], object], device: torch.device) -> int:
+    if device.type == "cpu":
+        return peak_memory(function)
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    return torch.cuda.max_memory_allocated(device)
+
+
+def row(candidate: Candidate, seconds: dict[str, list[float]], facts: dict, args: argparse.Namespace) -> dict:
+    """A line of the table; times are in ms, p10 and p90 of the faster mode beside its median."""
+    own = facts.get(candidate.name, {})
+    result = dict(model=candidate.name, group=candidate.group, top1=candidate.top1, parameters_M=_rounded(own.get("parameters"), 1))
+    result |= dict(GFLOPs=_rounded(own.get("gflops"), 2), memory_MiB=_rounded(own.get("memory"), 0), layout=own.get("layout"))
+    times = {mode: seconds.get(f"{candidate.name}, {mode}") for mode in args.modes}
+    medians = {mode: statistics.median(values) for mode, values in times.items() if values}
+    result |= {f"{mode}_ms": _rounded(1e3 * medians[mode] if mode in medians else None, 1) for mode in args.modes}
+    best = min(medians, key=medians.get, default=None)
+    ordered = sorted(times[best]) if best else []
+    result |= dict(
+        p10_ms=_rounded(1e3 * ordered[len(ordered) // 10], 1) if best else None,
+        p90_ms=_rounded(1e3 * ordered[(9 * len(ordered)) // 10], 1) if best else None,
+        images_per_s=_rounded(args.batch_size / medians[best], 1) if best else None,
+    )
+    return result | dict(published_RTX3090=candidate.rtx3090)
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits or None)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Published accuracy against measured speed, a point per model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colours = {"ours": "#d1495b", "paper": "#30638e", "today": "#8d96a3"}
+    labels = {"ours": "LITv2", "paper": "models of the paper's table", "today": "newer models"}
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for group, colour in colours.items():
+        points = [row for row in rows if row["group"] == group and row["images_per_s"]]
+        axes.scatter([row["images_per_s"] for row in points], [row["top1"] for row in points], color=colour, label=labels[group], zorder=3)
+        for row in points:
+            place = (row["images_per_s"], row["top1"])
+            shift = (5, 4) if group != "ours" else (5, -11)
+            axes.annotate(row["model"], place, xytext=shift, textcoords="offset points", fontsize=8, color=colour)
+    axes.set(xlabel="images/s, the faster of eager and compiled", ylabel="top-1 on ImageNet, published (%)")
+    axes.margins(x=0.15)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower left")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
