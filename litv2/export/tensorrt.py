@@ -62,12 +62,13 @@ def unsupported_operators(model: onnx.ModelProto) -> list[str]:
 def write_calibration_cache(graph: Path, cache: Path, settings: Settings, version: str = "8601") -> None:
     """The ranges of all activations on real images, in the text format of TensorRT's calibrators.
 
-    A header with TensorRT's version, then a line per tensor: its name and its scale, largest absolute value / 127, as the
-    hexadecimal digits of a big-endian float32. ``trtexec --int8 --calib=FILE`` and IInt8Calibrator.read_calibration_cache read it.
+    A header with TensorRT's version and the algorithm that trtexec's calibrator is of (it refuses others), then a line per tensor:
+    its name and its scale, largest absolute value / 127, as the hexadecimal digits of a big-endian float32.
+    ``trtexec --int8 --calib=FILE`` and IInt8EntropyCalibrator2.read_calibration_cache read it.
     """
     ranges = activation_ranges(graph, settings)
     lines = [f"{name}: {struct.pack('>f', largest / 127).hex()}" for name, largest in ranges.items()]
-    cache.write_text("\n".join([f"TRT-{version}-MinMaxCalibration", *lines]) + "\n")
+    cache.write_text("\n".join([f"TRT-{version}-EntropyCalibration2", *lines]) + "\n")
 
 
 def _script(network: Network, graph: str, settings: Settings) -> str:
@@ -79,20 +80,23 @@ def _script(network: Network, graph: str, settings: Settings) -> str:
         sizes = ((min(H, max(least, H // 2)), min(W, max(least, W // 2))), (H, W), (2 * H, 2 * W))
     names = ("minShapes", "optShapes", "maxShapes")
     shapes = [f"--{name}=images:{b}x{network.channels}x{h}x{w}" for name, b, (h, w) in zip(names, batches, sizes)]
-    flags = " ".join((shapes if settings.dynamic else []) + (["--int8"] if settings.dtype == "int8" else []))
+    flags = " ".join(shapes if settings.dynamic else [])
     stem = graph.removesuffix(".onnx")
     onnx, engine, cache = (shlex.quote(name) for name in (graph, f"{stem}.engine", f"{stem}.calibration.cache"))
+    to_int8 = "flags+=(--int8 --fp16)"  # the graph's own ranges
+    if settings.dtype != "int8":
+        to_int8 = f"""[ -f {cache} ] || {{ echo "there is no "{cache}": export float32 with --images DIR" >&2; exit 1; }}
+        flags+=(--int8 --fp16 --calib={cache})"""
     return f"""#!/usr/bin/env bash
 # Builds an engine of {onnx} with TensorRT's trtexec (8.6 or newer), on the GPU that will run it.
-# The graph is in {settings.dtype}. fp16 and int8 lower a float32 graph, up to TensorRT 10; TensorRT 11 builds the graph as it is.
+# The graph is in {settings.dtype}. Up to TensorRT 10 the words fp16 and int8 allow these precisions; TensorRT 11 builds what the graph says.
 set -euo pipefail
 cd "$(dirname "$0")"
 flags=({flags})
 case ${{1:-}} in
   "") ;;
   fp16) flags+=(--fp16) ;;
-  int8) [ -f {cache} ] || {{ echo "there is no "{cache}": export float32 with --images DIR" >&2; exit 1; }}
-        flags+=(--int8 --fp16 --calib={cache}) ;;
+  int8) {to_int8} ;;
   *) echo "usage: $(basename "$0") [fp16|int8]" >&2; exit 1 ;;
 esac
 trtexec --onnx={onnx} --saveEngine={engine} "${{flags[@]}}"
