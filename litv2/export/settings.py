@@ -16,12 +16,14 @@ DYNAMIC = ("batch", "size")
 
 @dataclass(frozen=True)
 class Settings:
-    """Args:
-    image_size: (H, W) of the image, in pixels; of a dynamic size the one that is traced and checked first.
-    batch_size: images of a batch, where it is not dynamic.
-    dynamic: what is left open until the graph runs: any of "batch" and "size"; None for all that the format can.
-    dtype: of the computation: float32, float16, bfloat16 or int8; not every format has each.
-    images: folder of real images, for the comparison and for int8's calibration; None for random images alone.
+    """How to export.
+
+    Args:
+        image_size: (H, W) of the image, in pixels; of a dynamic size the one that is traced and checked first.
+        batch_size: images of a batch, where it is not dynamic.
+        dynamic: what is left open until the graph runs: any of "batch" and "size"; None for all that the format can.
+        dtype: of the computation: float32, float16, bfloat16 or int8; not every format has each.
+        images: folder of real images, for the comparison and for int8's calibration; None for those that scikit-learn brings.
 
     Raises:
         ValueError: a value that is not one of these.

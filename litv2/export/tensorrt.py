@@ -89,7 +89,7 @@ def _script(network: Network, graph: str, settings: Settings) -> str:
         flags+=(--int8 --fp16 --calib={cache})"""
     return f"""#!/usr/bin/env bash
 # Builds an engine of {onnx} with TensorRT's trtexec (8.6 or newer), on the GPU that will run it.
-# The graph is in {settings.dtype}. Up to TensorRT 10 the words fp16 and int8 allow these precisions; TensorRT 11 builds what the graph says.
+# The graph is in {settings.dtype}. Up to TensorRT 10 the words fp16 and int8 allow these; TensorRT 11 builds what the graph says.
 set -euo pipefail
 cd "$(dirname "$0")"
 flags=({flags})
