@@ -38,12 +38,14 @@ def test_all_are_tested_and_short():
     assert all(len(file.read_text().splitlines()) < 30 for file in files)
 
 
+@pytest.mark.extra
 def test_timm_train():
     losses = numbers(run("timm_train.py"))
     assert len(losses) == 3 and losses[0] == pytest.approx(math.log(10), abs=0.2), "ten classes, not yet told apart"
     assert losses[2] < 0.5 * losses[0]
 
 
+@pytest.mark.extra
 def test_torchvision_detector():
     losses, prediction = run("torchvision_detector.py").splitlines()
     assert re.findall(r"'(\w+)'", losses) == ["classification", "bbox_regression"] and all(0 < loss < 10 for loss in numbers(losses))
