@@ -49,7 +49,7 @@ def export(network: Network, format: str, path: str | Path, settings: Settings |
     if settings.dtype not in module.DTYPES:
         raise ValueError(f"export: {format} has {', '.join(module.DTYPES)}, not dtype={settings.dtype!r}")
     if not set(settings.dynamic) <= set(module.DYNAMIC):
-        raise ValueError(f"export: {format} fixes its sizes: dynamic={settings.dynamic} must be some of {module.DYNAMIC}")
+        raise ValueError(f"export: {format} fixes its sizes: dynamic={tuple(settings.dynamic)} must be left out, or be empty")
     smallest = network.smallest * (module.CELLS if "size" in settings.dynamic else 1)
     if min(settings.image_size) < smallest:
         raise ValueError(f"export: image_size={settings.image_size}: each side must be at least {smallest}")

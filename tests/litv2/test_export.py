@@ -143,6 +143,8 @@ def test_tensorrt(folder):
 
 def test_executorch(tmp_path):
     pytest.importorskip("executorch.runtime")
+    with pytest.raises(ValueError, match=r"executorch fixes its sizes: dynamic=\('batch',\) must be left out"):
+        export(classifier(tiny_model(**SMALL)), "executorch", tmp_path / "tiny.pte", Settings((64, 96), dynamic=("batch",)))
     report = export(classifier(tiny_model(**SMALL)), "executorch", tmp_path / "tiny.pte", Settings((64, 96)))
     assert report["passed"] and report["dynamic"] == []
 
