@@ -24,9 +24,21 @@ def pick_device(name: str) -> torch.device:
 
 
 def init(device: torch.device) -> None:
-    """Joins the other processes when a launcher has set RANK and WORLD_SIZE: NCCL for CUDA, gloo otherwise."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    """Joins the other processes when a launcher has set RANK and WORLD_SIZE: NCCL for CUDA, gloo otherwise.
+
+    torchrun (2.14) gives the processes of a restart the store of those that died, addresses included, and they wait for the
+    dead. On one node each restart therefore gets a part of the store of its own. On several nodes the count of restarts
+    differs from node to node: there torchrun itself must be told, by TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if restarts and os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        dist.init_process_group(backend, store=dist.PrefixStore(f"restart {restarts}", store), rank=rank, world_size=world_size)
+    else:
+        dist.init_process_group(backend)
 
 
 def shutdown() -> None:

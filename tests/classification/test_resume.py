@@ -101,41 +101,23 @@ def test_resume_is_bit_for_bit(processes, number, images, whole, tmp_path):
 
 @pytest.mark.extra
 def test_torchrun_restarts_by_itself(images, tmp_path):
-    """A rank that dies without a word is started again by torchrun and goes on from the latest checkpoint.
-
-    Seen with torch 2.14: now and then the restarted processes wait for ever in ``init_process_group``, before any code of
-    ours has run. Such an attempt is given up and the next one counts.
-    """
-    for attempt in range(4):
-        out = tmp_path / str(attempt)
-        output = kill_one_rank(out, images)
-        if output is not None:
-            assert re.search(r"resumed at epoch 0, step [1-9]", output), output[-3000:]
-            assert checkpoint_of(out)["progress"]["epoch"] == 1
-            return
-    pytest.fail("torchrun never got past init_process_group after a restart")
-
-
-def kill_one_rank(out, images) -> str | None:
-    """What a run of two processes printed, one of which was killed at its first checkpoint; None if it never ended."""
+    """A rank that dies without a word is started again by torchrun and goes on from the latest checkpoint."""
     process = start_trainer(
-        *("--data-path", images, "--batch-size", 2, "--workers", 0, "--output", out),
+        *("--data-path", images, "--batch-size", 2, "--workers", 0, "--output", tmp_path),
         opts="SAVE_STEPS 5 TRAIN.EPOCHS 1 DATA.DATASET folder",
         processes=2,
         launcher=("--max-restarts=2",),
     )
     try:
         deadline = time.monotonic() + 120
-        while not (out / "litv2_digits/default/latest.pth").is_file():
+        while not (tmp_path / "litv2_digits/default/latest.pth").is_file():
             assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
             time.sleep(0.02)
-        workers = children_of(process.pid)
-        subprocess.run(["kill", "-9", workers[-1]], check=True)
-        output, _ = process.communicate(timeout=75)
+        subprocess.run(["kill", "-9", children_of(process.pid)[-1]], check=True)
+        output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output[-3000:]
-        return output
-    except subprocess.TimeoutExpired:
-        return None
+        assert re.search(r"resumed at epoch 0, step [1-9]", output), output[-3000:]
+        assert checkpoint_of(tmp_path)["progress"]["epoch"] == 1
     finally:
         left = children_of(process.pid)
         process.kill()
