@@ -1,14 +1,17 @@
-"""Timing that survives a noisy machine (the functions take turns, medians and ratios are compared), and peak memory."""
+"""What the benchmarks share: timing that survives a noisy machine (the functions take turns, medians and ratios are compared),
+peak memory, the record of the machine, and the JSON, CSV, plot and Markdown table that each of them writes."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import csv
 import json
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -52,6 +55,12 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
+def gemm_rate(dtype: torch.dtype = torch.float32, n: int = 2048) -> float:
+    """Multiply-adds per second of an n x n x n product: what the device's arithmetic can give."""
+    a, b = torch.randn(2, n, n).to(dtype)
+    return n**3 / interleaved({"product": lambda: a @ b}, rounds=7)["product"]
+
+
 def environment(device: str = "cpu") -> dict:
     """What figures depend on, for the record beside them."""
     processor = platform.processor() or platform.machine()
@@ -69,11 +78,53 @@ def environment(device: str = "cpu") -> dict:
     )
 
 
-def write_results(stem: Path, rows: list[dict], **about) -> None:
-    """STEM.json, with the environment and what is told of the run, and STEM.csv."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(dict(about, rows=rows), indent=2) + "\n")
-    with open(stem.with_suffix(".csv"), "w", newline="") as file:
+def parser(doc: str, stem: str, threads: bool = True) -> argparse.ArgumentParser:
+    """A benchmark's command line: its docstring is the help; --out, and --threads and --rounds for those that time something."""
+    result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out = Path("output/benchmarks") / stem
+    result.add_argument("--out", type=Path, default=out, metavar="STEM", help=f"of the files that are written (default: {out})")
+    if threads:
+        result.add_argument("--threads", type=int, default=torch.get_num_threads())
+        result.add_argument("--rounds", type=int, default=11, help="in which each function runs once after the other; medians are printed")
+    return result
+
+
+def publish(rows: list[dict], out: Path, title: str, draw: Callable[[list[dict], Path], None], **about) -> None:
+    """Writes OUT.json (with the environment and ``about``), OUT.csv and OUT.png, and prints the Markdown table.
+
+    Rows are flat and have the same keys; None is an empty cell. ``draw(rows, path)`` draws the plot (see ``figure``).
+    """
+    about = dict(title=title, environment=environment(about.get("device", "cpu")), **about)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(dict(about, rows=rows), indent=2) + "\n")
+    with open(out.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+    draw(rows, out.with_suffix(".png"))
+    print(title)
+    print(", ".join(f"{name} {value}" for name, value in about["environment"].items()))
+    print(table(list(rows[0]), [["" if value is None else str(value) for value in row.values()] for row in rows]))
+    print(f"written to {out}.json, .csv and .png")
+
+
+COLOURS = dict(ours="#d1495b", paper="#30638e", today="#8d96a3", second="#edae49", third="#3caea3")
+
+
+@contextlib.contextmanager
+def figure(path: Path, columns: int = 1, size: tuple[float, float] = (8, 5)) -> Iterator:
+    """One row of axes in the style of all plots here, saved to ``path`` at the end: ``with figure(path) as axes: axes.plot(...)``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context({"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
+        drawing, axes = pyplot.subplots(1, columns, figsize=size, layout="constrained")
+        yield axes
+        drawing.savefig(path, dpi=150)
+        pyplot.close(drawing)
+
+
+def rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits or None)

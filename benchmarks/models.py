@@ -2,7 +2,7 @@
 
     python benchmarks/models.py --batch-size 8 --threads 2                     # eager and compiled, float32
     python benchmarks/models.py --models litv2_small resnet50 --modes eager
-    python benchmarks/models.py --device cuda --dtype float16 --batch-size 64  # the paper's protocol: 50 + 30 forwards
+    python benchmarks/models.py --device cuda --dtype float16 --batch-size 64 --warm-up 50 --rounds 30  # the paper's protocol: 50 + 30 forwards
 
 Each model is timed in the memory format that is the faster one for it, eager and compiled (on a CPU with frozen weights). Weights are
 random. Published figures stand beside: top-1 on ImageNet at 224 pixels and, from the release, images/s on an RTX 3090 (batch 64, float16).
@@ -25,7 +25,7 @@ import torch._inductor.config
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness import environment, peak_memory, samples, table, write_results
+from harness import COLOURS, figure, parser, peak_memory, publish, rounded, samples
 from litv2 import LITv2, fuse
 
 FORMATS = {"channels-first": torch.contiguous_format, "channels-last": torch.channels_last}
@@ -68,21 +68,17 @@ CANDIDATES = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = parser(__doc__, "models")
     names = [candidate.timm for candidate in CANDIDATES if candidate.timm]
-    parser.add_argument("--models", nargs="+", default=names, choices=names, metavar="NAME", help=f"of {', '.join(names)}")
-    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--img-size", type=int, default=224)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--warm-up", type=int, help="default: 2, on a GPU 50")
-    parser.add_argument("--rounds", type=int, help="default: 11, on a GPU 30")
-    parser.add_argument("--out", type=Path, default=Path("output/benchmarks/models"), metavar="STEM", help="of the files that are written")
-    args = parser.parse_args()
+    flags.add_argument("--models", nargs="+", default=names, choices=names, metavar="NAME", help=f"of {', '.join(names)}")
+    flags.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
+    flags.add_argument("--batch-size", type=int, default=8)
+    flags.add_argument("--img-size", type=int, default=224)
+    flags.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    flags.add_argument("--device", default="cpu")
+    flags.add_argument("--warm-up", type=int, default=2, help="rounds before those that count")
+    args = flags.parse_args()
     on_gpu = args.device != "cpu"
-    warm_up, rounds = args.warm_up or (50 if on_gpu else 2), args.rounds or (30 if on_gpu else 11)
     torch.set_num_threads(args.threads)
     torch._inductor.config.freezing = not on_gpu
     warnings.filterwarnings("ignore", category=UserWarning)
@@ -93,16 +89,11 @@ def main() -> None:
     with torch.inference_mode():
         for candidate in chosen:
             functions |= prepare(candidate, images, args.modes, facts)
-        seconds = samples(functions, rounds, warm_up)
+        seconds = samples(functions, args.rounds, args.warm_up)
 
     rows = [row(candidate, seconds, facts, args) for candidate in CANDIDATES if candidate in chosen or candidate.timm is None]
-    about = dict(environment=environment(args.device), batch_size=args.batch_size, img_size=args.img_size, dtype=args.dtype)
-    write_results(args.out, rows, **about)
-    plot(rows, args.out.with_suffix(".png"))
-    print(f"{args.dtype}, batch {args.batch_size}, {args.img_size} x {args.img_size}, medians of {rounds} interleaved rounds")
-    print(", ".join(f"{name} {value}" for name, value in about["environment"].items()))
-    print(table(list(rows[0]), [["" if value is None else str(value) for value in row.values()] for row in rows]))
-    print(f"written to {args.out}.json, .csv and .png")
+    title = f"{args.dtype}, batch {args.batch_size}, {args.img_size} x {args.img_size}, medians of {args.rounds} interleaved rounds"
+    publish(rows, args.out, title, plot, device=args.device, batch_size=args.batch_size, img_size=args.img_size, dtype=args.dtype)
 
 
 def prepare(candidate: Candidate, images: Tensor, modes: list[str], facts: dict) -> dict[str, Callable[[], object]]:
@@ -152,48 +143,35 @@ def _peak(function: Callable[[], object], device: torch.device) -> int:
 def row(candidate: Candidate, seconds: dict[str, list[float]], facts: dict, args: argparse.Namespace) -> dict:
     """A line of the table; times are in ms, p10 and p90 of the faster mode beside its median."""
     own = facts.get(candidate.name, {})
-    result = dict(model=candidate.name, group=candidate.group, top1=candidate.top1, parameters_M=_rounded(own.get("parameters"), 1))
-    result |= dict(GFLOPs=_rounded(own.get("gflops"), 2), memory_MiB=_rounded(own.get("memory"), 0), layout=own.get("layout"))
+    result = dict(model=candidate.name, group=candidate.group, top1=candidate.top1, parameters_M=rounded(own.get("parameters"), 1))
+    result |= dict(GFLOPs=rounded(own.get("gflops"), 2), memory_MiB=rounded(own.get("memory"), 0), layout=own.get("layout"))
     times = {mode: seconds.get(f"{candidate.name}, {mode}") for mode in args.modes}
     medians = {mode: statistics.median(values) for mode, values in times.items() if values}
-    result |= {f"{mode}_ms": _rounded(1e3 * medians[mode] if mode in medians else None, 1) for mode in args.modes}
+    result |= {f"{mode}_ms": rounded(1e3 * medians[mode] if mode in medians else None, 1) for mode in args.modes}
     best = min(medians, key=medians.get, default=None)
     ordered = sorted(times[best]) if best else []
     result |= dict(
-        p10_ms=_rounded(1e3 * ordered[len(ordered) // 10], 1) if best else None,
-        p90_ms=_rounded(1e3 * ordered[(9 * len(ordered)) // 10], 1) if best else None,
-        images_per_s=_rounded(args.batch_size / medians[best], 1) if best else None,
+        p10_ms=rounded(1e3 * ordered[len(ordered) // 10], 1) if best else None,
+        p90_ms=rounded(1e3 * ordered[(9 * len(ordered)) // 10], 1) if best else None,
+        images_per_s=rounded(args.batch_size / medians[best], 1) if best else None,
     )
     return result | dict(published_RTX3090=candidate.rtx3090)
 
 
-def _rounded(value: float | None, digits: int) -> float | None:
-    return None if value is None else round(value, digits or None)
-
-
 def plot(rows: list[dict], path: Path) -> None:
     """Published accuracy against measured speed, a point per model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    colours = {"ours": "#d1495b", "paper": "#30638e", "today": "#8d96a3"}
     labels = {"ours": "LITv2", "paper": "models of the paper's table", "today": "newer models"}
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for group, colour in colours.items():
-        points = [row for row in rows if row["group"] == group and row["images_per_s"]]
-        axes.scatter([row["images_per_s"] for row in points], [row["top1"] for row in points], color=colour, label=labels[group], zorder=3)
-        for row in points:
-            place = (row["images_per_s"], row["top1"])
-            shift = (5, 4) if group != "ours" else (5, -11)
-            axes.annotate(row["model"], place, xytext=shift, textcoords="offset points", fontsize=8, color=colour)
-    axes.set(xlabel="images/s, the faster of eager and compiled", ylabel="top-1 on ImageNet, published (%)")
-    axes.margins(x=0.15)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower left")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    with figure(path) as axes:
+        for group, label in labels.items():
+            points = [row for row in rows if row["group"] == group and row["images_per_s"]]
+            axes.scatter([row["images_per_s"] for row in points], [row["top1"] for row in points], color=COLOURS[group], label=label, zorder=3)
+            for row in points:
+                place = (row["images_per_s"], row["top1"])
+                shift = (5, 4) if group != "ours" else (5, -11)
+                axes.annotate(row["model"], place, xytext=shift, textcoords="offset points", fontsize=8, color=COLOURS[group])
+        axes.set(xlabel="images/s in its fastest mode", ylabel="top-1 on ImageNet, published (%)")
+        axes.margins(x=0.15)
+        axes.legend(fontsize=8, loc="lower left")
 
 
 if __name__ == "__main__":
