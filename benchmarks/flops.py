@@ -1,0 +1,226 @@
+"""The published multiply-adds of every model of the release, ours beside them, and what a third counter makes of the same models.
+
+    python benchmarks/flops.py
+    python benchmarks/flops.py --only classification      # without OpenMMLab's packages
+
+"ours" is the counter that follows the release's: ``LITv2.flops`` of classifiers, ``litv2.mm_flops.count_flops`` of detectors and
+segmenters. "torch" is ``torch.utils.flop_counter.FlopCounterMode``, which knows nothing of either: it counts the matrix products
+and convolutions that run, and nothing else. The columns after it say what the release counts differently, each by a formula over
+the shapes that the modules see, in G:
+
+* offsets: the offset convolution of a token merging with 12 channels and their biases, where the layer has 8 (classifiers);
+* norms: classifiers one per value of a LayerNorm (the last not at all) and two of a BatchNorm; dense models, by mmcv, two of any;
+* biases: classifiers those of depthwise convolutions alone, dense models those of all convolutions and of no linear layer;
+* pooling: classifiers the mean over positions, as if over 1/16 of the patches; dense models HiLo's pooling, and ReLU;
+* deformable: the deformable convolutions themselves, which the release's dense counts leave out.
+
+"unexplained_%" is what is left of ours after torch's count and these, "published_%" how far the published figure lies from ours: where
+that is more than the rounding of the print, the note says what the figure would be a count of, if it is one. Images are 800 x 1280 for
+detectors, 1000 proposals and 100 masks where there are such, 512 x 512 for segmenters. Nothing is computed: shapes alone are followed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from harness import COLOURS, figure, parser, publish
+from hilo import HiLo
+from litv2.layers import Block, DeformableTokenMerging, DepthwiseConv, PatchEmbed
+from litv2.model import LITv2
+from litv2.zoo import ZOO, Entry, create_model
+from mm_modules.DCN import DeformConv2dPack, deform_conv
+
+ROOT = Path(__file__).resolve().parents[1]
+
+PUBLISHED = {  # by name in the zoo: parameters in M and multiply-adds in G, as they are printed; the paper's tables and the release
+    "litv2_small": ("27.844", "3.734"),
+    "litv2_medium": ("48.830", "7.479"),
+    "litv2_base": ("86.521", "13.194"),
+    "litv2_base_384": ("86.521", "39.709"),
+    "litv2_small_alpha00": (None, "3.965"),
+    "litv2_small_alpha02": (None, "3.881"),
+    "litv2_small_alpha04": (None, "3.815"),
+    "litv2_small_alpha05": (None, "3.769"),
+    "litv2_small_alpha07": (None, "3.742"),
+    "litv2_small_alpha09": (None, "3.734"),
+    "litv2_small_alpha10": (None, "3.70"),
+    "retinanet_litv2_s_fpn_1x_coco": ("38.01", "242.39"),
+    "retinanet_litv2_s_fpn_1x_coco_ws_4": ("38", "230"),
+    "retinanet_litv2_m_fpn_1x_coco": ("59", "348"),
+    "retinanet_litv2_m_fpn_1x_coco_ws_4": ("59", "312"),
+    "retinanet_litv2_b_fpn_1x_coco": ("97", "481"),
+    "retinanet_litv2_b_fpn_1x_coco_ws_4": ("97", "430"),
+    "mask_rcnn_litv2_s_fpn_1x_coco": ("47", "261"),
+    "mask_rcnn_litv2_s_fpn_1x_coco_ws_4": ("47", "249"),
+    "mask_rcnn_litv2_m_fpn_1x_coco": ("68", "367"),
+    "mask_rcnn_litv2_m_fpn_1x_coco_ws_4": ("68", "315"),
+    "mask_rcnn_litv2_b_fpn_1x_coco": ("106", "500"),
+    "mask_rcnn_litv2_b_fpn_1x_coco_ws_4": ("106", "449"),
+    "litv2_s_fpn_r50_512x512_80k_ade20k": ("31.45", "41.29"),
+    "litv2_m_fpn_r50_512x512_80k_ade20k": ("52", "63"),
+    "litv2_b_fpn_r50_512x512_80k_ade20k": ("90", "93"),
+}
+TERMS = ("offsets", "norms", "biases", "pooling", "deformable")
+TASKS = ("classification", "detection", "segmentation")
+
+
+def main() -> None:
+    flags = parser(__doc__, "flops", threads=False)
+    flags.add_argument("--only", nargs="+", default=TASKS, choices=TASKS, help="default: all that the installed packages allow")
+    args = flags.parse_args()
+    warnings.filterwarnings("ignore")
+    deform_conv.backend = "torch"  # of plain operations, which every counter sees
+    tasks = [task for task in args.only if task == "classification" or mm_packages()]
+    rows = [row(ZOO[name]) for name in PUBLISHED if ZOO[name].task in tasks]
+    if not rows:
+        raise SystemExit("error: nothing is left to count")
+    publish(rows, args.out, "G multiply-adds of one image", plot)
+
+
+def mm_packages() -> bool:
+    try:
+        import litv2.mm_tools  # noqa: F401
+    except SystemExit as problem:
+        print(f"left out: {problem}")
+        return False
+    return True
+
+
+def row(entry: Entry) -> dict:
+    """A line of the table: the published figures, ours, torch's, and the terms between the last two."""
+    if entry.task == "classification":
+        size, terms = entry.image_size, classifier_terms
+        model = forward = create_model(entry.name).eval()
+        ours = model.flops(*size)
+    else:
+        from litv2.mm_flops import _Forward, count_flops
+        from litv2.mm_tools import build_model, load_config
+
+        size, terms = ((800, 1280) if entry.task == "detection" else (512, 512)), dense_terms
+        model = build_model(load_config(ROOT / entry.task / "configs/litv2" / f"{entry.config}.py"))
+        ours = count_flops(model, *size)["published"]
+        forward = _Forward(model)
+    torchs, products, sums = count(forward, size, terms)
+    parameters, published = PUBLISHED[entry.name]
+    result = dict(model=entry.name, published_M=parameters, parameters_M=round(sum(p.numel() for p in model.parameters()) / 1e6, 3))
+    result |= dict(published=published, ours=round(ours / 1e9, 3), torch=round(torchs / 1e9, 3))
+    result |= {term: round(sums[term] / 1e9, 3) for term in TERMS}
+    unexplained = ours - torchs - sums.total()
+    result |= {"unexplained_%": round(100 * unexplained / ours, 4), "published_%": round(100 * (float(published) * 1e9 / ours - 1), 2)}
+    return result | dict(note=note(ours, products, published))
+
+
+def count(forward: nn.Module, size: tuple[int, int], terms) -> tuple[int, Counter, Counter]:
+    """torch's multiply-adds of one pass, those of them between queries, keys and values by HiLo's window, and the sums of the terms."""
+    sums: Counter = Counter()
+
+    def add(module: nn.Module, inputs: tuple, output) -> None:
+        for term, amount in terms(module, inputs, output).items():
+            sums[term] += amount
+
+    hooks = [module.register_forward_hook(add) for module in forward.modules()]
+    # torch's counter passes over the fused attention of CPUs, it sees the products of the plain one.
+    with (
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        FlopCounterMode(display=False) as counter,
+    ):
+        forward(torch.empty(1, 3, *size))
+    for hook in hooks:
+        hook.remove()
+    products: Counter = Counter()
+    for name, module in forward.named_modules():
+        if isinstance(module, HiLo):
+            products[module.window_size] += counter.flop_counts[f"{type(forward).__name__}.{name}"][torch.ops.aten.bmm] // 2
+    return counter.get_total_flops() // 2, products, sums
+
+
+def classifier_terms(module: nn.Module, inputs: tuple, output) -> dict[str, int]:
+    """What ``LITv2.flops`` counts of a module besides products and convolutions, or differently."""
+    match module:
+        case PatchEmbed():
+            return dict(norms=output.numel())
+        case Block():
+            return dict(norms=output.numel() * (1 if module.attn is None else 2))
+        case DepthwiseConv():
+            return dict(biases=output.numel())
+        case DeformableTokenMerging():
+            cells, offset = output.shape[1] * output.shape[2], module.dconv.conv_offset
+            return dict(norms=2 * output.numel(), offsets=cells * (12 * (offset.weight[0].numel() + 1) - offset.weight.numel()))
+        case LITv2():
+            H, W = inputs[0].shape[2:]
+            return dict(pooling=module.num_features * (H // 4) * (W // 4) // 16)
+    return {}
+
+
+def dense_terms(module: nn.Module, inputs: tuple, output) -> dict[str, int]:
+    """The same of ``count_flops``, which is mmcv's counter and what that cannot see."""
+    match module:
+        case nn.LayerNorm() | nn.BatchNorm2d():
+            return dict(norms=2 * output.numel())
+        case nn.Conv2d() | nn.ConvTranspose2d() if module.bias is not None:
+            return dict(biases=output.numel())
+        case nn.ReLU():
+            return dict(pooling=output.numel())
+        case HiLo() if module.window_size > 1 and module.l_heads:
+            s, (H, W) = module.window_size, inputs[1:]
+            return dict(pooling=-(-H // s) * -(-W // s) * s**2 * module.dim)
+        case DeformConv2dPack():
+            cells = output.shape[2] * output.shape[3]
+            return dict(biases=cells * module.conv_offset.out_channels, deformable=-cells * module.weight.numel())
+    return {}
+
+
+def note(ours: int, products: Counter, published: str) -> str | None:
+    """For a published figure that is not ours rounded: whether it is ours without attention's products, all or those of windowed HiLo."""
+
+    def is_printed(amount: int) -> bool:  # figures of three digits were rounded once more: 62.4996 became 62.50, and 63
+        return abs(round(amount / 1e9, 3) - float(published)) <= 0.5 * 10 ** -len(published.partition(".")[2])
+
+    if is_printed(ours):
+        return None
+    windowed = sum(amount for window, amount in products.items() if window > 1)
+    for amount, what in ((products.total(), "attention's products"), (windowed, "the products of stage 3's attention")):
+        if is_printed(ours - amount):
+            return f"{(ours - amount) / 1e9:.3f} without {what} ({amount / 1e9:.3f})"
+    return "not explained"
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """A bar per model: by how much the release's count exceeds torch's, term by term; a mark where the published figure lies."""
+    labels = ("offset convolutions counted larger", "norms", "biases", "pooling, ReLU", "deformable convolutions left out")
+    places = [-i for i in range(len(rows))]
+    totals = [100 * sum(row[term] for term in TERMS) / row["torch"] for row in rows]
+    marks = [100 * (float(row["published"]) / row["torch"] - 1) for row in rows]
+    with figure(path, size=(9, 1.5 + 0.24 * len(rows))) as axes:
+        ends = [0.0] * len(rows)
+        for term, label, colour in zip(TERMS, labels, COLOURS.values()):
+            shares = [100 * row[term] / row["torch"] for row in rows]
+            left = 0 if term == "deformable" else ends  # the one that is negative
+            axes.barh(places, shares, left=left, height=0.6, color=colour, label=label, zorder=2)
+            ends = [end + share for end, share in zip(ends, shares)]
+        axes.scatter(marks, places, marker="|", s=90, color="black", label="published", zorder=3)
+        axes.scatter(totals, places, s=14, color="white", edgecolor="black", label="sum of the terms = ours", zorder=3)
+        for row, mark, place in zip(rows, marks, places):
+            if row["note"]:
+                shift, side = (-6, "right") if 2 * mark > min(marks) + max(marks) else (6, "left")
+                axes.annotate(row["note"], (mark, place), (shift, 0), textcoords="offset points", ha=side, va="center", fontsize=7)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.use_sticky_edges = False
+        axes.margins(x=0.04)
+        axes.set_yticks(places, [row["model"] for row in rows])
+        axes.set(xlabel="difference from the count of torch.utils.flop_counter (%)", ylim=(places[-1] - 0.7, 0.7))
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.3, -0.08 if len(rows) > 12 else -0.16), ncols=3, frameon=False)
+
+
+if __name__ == "__main__":
+    main()
