@@ -51,4 +51,4 @@ def test_detectors_and_segmenters(task, config):
 
 
 def test_every_benchmark_is_run():
-    assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} == {*COMMANDS, "harness.py", "dense.py"}
+    assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} == {*COMMANDS, "harness.py", "attention_layers.py", "dense.py"}
