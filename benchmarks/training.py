@@ -1,0 +1,184 @@
+"""One training step of LITv2-S against Swin-T and ConvNeXt-T, in interleaved runs: time, and the peak of its memory.
+
+    python benchmarks/training.py --threads 2
+    python benchmarks/training.py --models litv2_small --modes eager --dtypes float32 --processes 1 2
+    python benchmarks/training.py --device cuda --batch-size 128 --dtypes bfloat16
+
+The step is the trainer's own (``classification/engine.py``): forward under autocast, cross-entropy, backward, the norm of the
+gradients clipped to 5.0, AdamW. Models and images are channels-last, drop path is 0.2, weights and images are random. LITv2 is also
+run with gradient checkpointing. --processes 2 starts two that share the batch and the threads, with DistributedDataParallel (gloo on
+a CPU, NCCL on GPUs). Memory is what one process holds at most during a step beyond what it held before: weights and the optimizer's state
+are not in it, activations, gradients and buffers are. Compiling takes minutes per model on a CPU, and one without instructions for bfloat16
+emulates them, several times as slowly as float32. Writes JSON, CSV and a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from harness import COLOURS, figure, parser, peak_memory, publish, samples
+from models import CANDIDATES
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "classification"))
+import distributed
+import engine
+from data.dataset import Batch
+from data.loader import BadFiles
+
+KNOWN = {candidate.timm: candidate for candidate in CANDIDATES if candidate.timm}
+PRECISIONS = {"float32": "off", "bfloat16": "bf16", "float16": "fp16"}  # as the trainer names them
+Case = tuple[str, str, str, str]  # model, mode, dtype, gradient checkpointing
+
+
+def main() -> None:
+    flags = parser(__doc__, "training")
+    flags.add_argument("--models", nargs="+", default=["litv2_small", "swin_tiny_patch4_window7_224", "convnext_tiny"], choices=KNOWN)
+    flags.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
+    flags.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=PRECISIONS)
+    flags.add_argument("--grad-checkpointing", nargs="+", default=["off", "on"], choices=["off", "on"], help="of LITv2; off for the others")
+    flags.add_argument(
+        "--processes", nargs="+", type=int, default=[1], metavar="N", help="numbers of processes, each with 1/N of the batch"
+    )
+    flags.add_argument("--batch-size", type=int, default=16, help="of all processes together")
+    flags.add_argument("--img-size", type=int, default=224)
+    flags.add_argument("--device", default="cpu")
+    args = flags.parse_args()
+    rows = [row for processes in args.processes for row in measured(processes, args)]
+    title = f"training steps, batch {args.batch_size}, {args.img_size} x {args.img_size}, medians of {args.rounds} interleaved rounds"
+    publish(rows, args.out, title, plot, device=args.device, batch_size=args.batch_size, img_size=args.img_size)
+
+
+def measured(processes: int, args: argparse.Namespace) -> list[dict]:
+    """The rows of one number of processes."""
+    if args.batch_size % processes:
+        raise SystemExit(f"error: {processes} processes cannot share a batch of {args.batch_size}")
+    if processes == 1:
+        return run(0, 1, args)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(in_group, (processes, args, port, Path(folder) / "rows.json"), nprocs=processes)
+        return json.loads((Path(folder) / "rows.json").read_text())
+
+
+def in_group(rank: int, processes: int, args: argparse.Namespace, port: int, result: Path) -> None:
+    """A process of several; the first one writes what it has measured: a step ends for all at the same time."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    distributed.init(distributed.pick_device(args.device))
+    try:
+        rows = run(rank, processes, args)
+        if rank == 0:
+            result.write_text(json.dumps(rows))
+    finally:
+        distributed.shutdown()
+
+
+def run(rank: int, processes: int, args: argparse.Namespace) -> list[dict]:
+    warnings.filterwarnings("ignore")
+    device = distributed.pick_device(args.device)
+    threads = max(1, args.threads // processes)
+    torch.set_num_threads(threads)
+    torch.manual_seed(rank)
+    batch = random_batch(args.batch_size // processes, args.img_size)
+    steps: dict[Case, Callable[[], None]] = {}
+    for name in args.models:
+        for checkpointing in args.grad_checkpointing if name.startswith("litv2") else ["off"]:
+            for mode in args.modes:
+                step = training_step(name, batch, device, mode == "compiled", checkpointing == "on")
+                steps |= {(KNOWN[name].name, mode, dtype, checkpointing): partial(step, PRECISIONS[dtype]) for dtype in args.dtypes}
+    seconds = samples(steps, args.rounds)
+    return [row(case, processes, threads, values, peak(steps[case], device), args.batch_size) for case, values in seconds.items()]
+
+
+def random_batch(size: int, img_size: int, classes: int = 1000) -> Batch:
+    images = torch.randn(size, 3, img_size, img_size).contiguous(memory_format=torch.channels_last)
+    return Batch(images, torch.randint(classes, (size,)), [], [])
+
+
+def training_step(
+    name: str, batch: Batch, device: torch.device, compiled: bool = False, checkpointing: bool = False
+) -> Callable[[str], None]:
+    """A function that trains a model on a batch once, in the precision that it is given."""
+    model = timm.create_model(name, drop_path_rate=0.2, **dict(KNOWN[name].options)).to(device, memory_format=torch.channels_last)
+    if checkpointing:
+        model.set_grad_checkpointing()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
+    scheduler = CosineLRScheduler(optimizer, t_initial=1000, t_in_epochs=False)
+    runner = torch.compile(model) if compiled else model
+    if distributed.world_size() > 1:
+        runner = DistributedDataParallel(runner, device_ids=[device] if device.type == "cuda" else None)
+    batch = batch._replace(images=batch.images.to(device), targets=batch.targets.to(device))
+
+    def step(mode: str) -> None:
+        precision, loss_fn, bad_files = engine.Precision(device, mode), nn.CrossEntropyLoss(), BadFiles(0, print)
+        engine.train_one_epoch(
+            runner, [batch], 1, optimizer, scheduler, precision, loss_fn, engine.Progress(), clip_grad=5.0, bad_files=bad_files
+        )
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def peak(step: Callable[[], None], device: torch.device) -> int:
+    """The most bytes held during a step beyond those held before it."""
+    if device.type == "cpu":
+        return peak_memory(step)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def row(case: Case, processes: int, threads: int, seconds: list[float], memory: int, batch_size: int) -> dict:
+    """A line of the table; threads and memory are those of each process."""
+    ordered, median = sorted(seconds), statistics.median(seconds)
+    return dict(zip(("model", "mode", "dtype", "checkpointing"), case)) | dict(
+        processes=processes,
+        threads=threads,
+        ms=round(1e3 * median, 1),
+        p10_ms=round(1e3 * ordered[len(ordered) // 10], 1),
+        p90_ms=round(1e3 * ordered[9 * len(ordered) // 10], 1),
+        images_per_s=round(batch_size / median, 2),
+        memory_MiB=round(memory / 2**20),
+    )
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Speed with the span from p10 to p90, and memory, a bar per line of the table."""
+    groups = {candidate.name: candidate.group for candidate in CANDIDATES}
+    labels = [", ".join(row[key] for key in ("model", "mode", "dtype")) for row in rows]
+    labels = [label + (", checkpointing" if row["checkpointing"] == "on" else "") for label, row in zip(labels, rows)]
+    labels = [label + (f", {row['processes']} processes" if row["processes"] > 1 else "") for label, row in zip(labels, rows)]
+    places, colours = [-i for i in range(len(rows))], [COLOURS[groups[row["model"]]] for row in rows]
+    with figure(path, columns=2, size=(10, 1.2 + 0.28 * len(rows))) as (speed, memory):
+        values = [row["images_per_s"] for row in rows]
+        spans = [[row["images_per_s"] * (1 - row["ms"] / row["p90_ms"]) for row in rows]]
+        spans += [[row["images_per_s"] * (row["ms"] / row["p10_ms"] - 1) for row in rows]]
+        speed.barh(places, values, xerr=spans, color=colours, height=0.7, zorder=2, error_kw=dict(elinewidth=1))
+        speed.set_yticks(places, labels)
+        speed.set_xlabel("images/s, with p10 to p90")
+        memory.barh(places, [row["memory_MiB"] for row in rows], color=colours, height=0.7, zorder=2)
+        memory.set_yticks(places, [])
+        memory.set_xlabel("peak memory of a step, MiB per process")
+
+
+if __name__ == "__main__":
+    main()
