@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from functools import cache
 
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from helpers import ROOT, max_difference
 
 sys.path.append(str(ROOT / "benchmarks"))
+import attention  # noqa: E402
 import attention_layers as layers  # noqa: E402
 from attention_layers import DIM, HEADS, LAYERS, SIZE  # noqa: E402
 
@@ -312,3 +314,44 @@ def test_hornet():
     for i, (start, end) in enumerate(((4, 12), (12, 28), (28, 60))):
         y = layer.widen[i](y) * gates[..., start:end]
     assert max_difference(layer(x, 14, 14), layer.proj_out(y)) < 1e-5
+
+
+def test_figures_of_other_layers_are_not_printed():
+    cost = dict(parameters_M=2.36, MFLOPs=521.43)
+    attention.check({"MSA": cost, "SRA": dict(parameters_M=4.74, MFLOPs=417.0)})  # within 1 %
+    with pytest.raises(ValueError, match=r"SRA: parameters_M 2.36, published 4.72; SRA: MFLOPs 521.43, published 419.56$"):
+        attention.check({"MSA": cost, "SRA": cost})
+
+
+@pytest.mark.parametrize(
+    "over, flags, columns",
+    [
+        ("resolution", "--sides 14 21 --layers HiLo MSA Focal --limit 0.05", "layer side tokens GFLOPs"),
+        ("window", "--sides 6 --windows 1 2 4", "window alpha HiFi_heads LoFi_heads parameters_M MFLOPs"),
+        ("alpha", "--sides 6 --alphas 0 0.5 --training", "window alpha HiFi_heads LoFi_heads parameters_M MFLOPs"),
+        ("case", "--sides 16", "layer parameters_M MFLOPs"),
+    ],
+)
+def test_experiments(over, flags, columns, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", f"attention.py --over {over} --batch-size 1 --dim 96 --heads 12 --rounds 2 --modes eager {flags}".split()
+    )
+    monkeypatch.chdir(tmp_path)
+    with torch._inductor.config.patch(freezing=False), torch._dynamo.config.patch(recompile_limit=8):  # which the command sets
+        attention.main()
+    assert (tmp_path / f"output/benchmarks/attention_{over}.png").stat().st_size > 10_000
+    rows = json.loads((tmp_path / f"output/benchmarks/attention_{over}.json").read_text())["rows"]
+    assert list(rows[0])[: len(columns.split())] == columns.split()
+    if over == "resolution":
+        assert [(row["layer"], row["side"]) for row in rows] == [(name, side) for side in (14, 21) for name in ("HiLo", "MSA", "Focal")]
+        assert [row["GFLOPs"] for row in rows if row["layer"] == "MSA"] == [0.015, 0.054]
+        assert [row["eager_ms"] is None for row in rows] == [False] * 4 + [True, False]  # 0.054 is beyond the limit
+    if over == "window":
+        assert [row["LoFi_heads"] for row in rows] == [12, 10, 10]
+    if over == "alpha":
+        assert [row["published_top1"] for row in rows] == [81.16, 81.88]
+    if over == "case":
+        parts = {row["layer"]: {part: row[f"{part}_ms"] for part in attention.PARTS} for row in rows}
+        assert all(parts["HiLo, alpha 0.5"][part] > 0 for part in attention.PARTS)
+        assert parts["Hi-Fi alone"]["global_attention"] == 0 == parts["Lo-Fi alone"]["window_attention"]
+        assert parts["window attention"]["window_attention"] > 0 == parts["window attention"]["global_attention"]

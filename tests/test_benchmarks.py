@@ -11,6 +11,7 @@ import pytest
 from helpers import ROOT
 
 COMMANDS = {
+    "attention.py": "--layers HiLo MSA --modes eager --batch-size 1 --rounds 1",
     "layout.py": "--batch-size 1 --img-size 64 --rounds 1",
     "deform_conv.py": "--batch-size 1 --rounds 1",
     "models.py": "--models litv2_small resnet50 --modes eager --batch-size 2 --img-size 64 --rounds 1",
@@ -22,6 +23,7 @@ COMMANDS = {
 
 
 WORDS = {  # of their tables
+    "attention.py": "| HiLo | 2.2 | 298.3 |",
     "models.py": "images_per_s",
     "flops.py": "unexplained_%",
     "training.py": "images_per_s",
