@@ -28,7 +28,7 @@ class ChannelsFirstCopies(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.permute(0, 3, 1, 2).contiguous()
         if isinstance(self.inner, DepthwiseConv):
-            x = self.inner.dwconv(x)
+            x = torch.nn.functional.gelu(self.inner.dwconv(x))
         else:
             x = self.inner.act(self.inner.norm_layer(self.inner.dconv(x).contiguous()))
         return x.permute(0, 2, 3, 1).contiguous()

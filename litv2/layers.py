@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from hilo import HiLo
 from mm_modules.DCN import DeformConv2dPack
 
+from .native import depthwise_gelu
+
 
 def channels_first(x: Tensor) -> Tensor:
     """(B, H, W, C) -> (B, C, H, W), a view."""
@@ -71,14 +73,14 @@ class PatchEmbed(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """3 x 3 depthwise convolution with zero padding: LITv2's only source of position. (B, H, W, C) -> (B, H, W, C)."""
+    """3 x 3 depthwise convolution with zero padding, LITv2's only source of position, and GELU. (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return channels_last(self.dwconv(channels_first(x)))
+        return depthwise_gelu(x, self.dwconv.weight, self.dwconv.bias)
 
 
 class Mlp(nn.Module):
@@ -88,12 +90,11 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.dwconv = DepthwiseConv(hidden_dim)
-        self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden_dim, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.drop(self.act(self.dwconv(self.fc1(x))))
+        x = self.drop(self.dwconv(self.fc1(x)))
         return self.drop(self.fc2(x))
 
     def flops(self, H: int, W: int) -> int:

@@ -1,0 +1,90 @@
+"""Native CPU operators (float32), optional: built by ``setup.py`` beside this file, switched off by LITV2_NATIVE=0.
+
+* ``depthwise_gelu`` is used by every feed-forward network of the model, in training too;
+* ``NativeBlock`` is a whole block for inference, see ``litv2.optimize``.
+
+Without them torch's own operators compute the same. ``problem`` says why they are not in use, None if they are.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BUILD = "build them with: cd litv2/native && python setup.py build_ext --inplace"
+
+problem: str | None = None
+if os.environ.get("LITV2_NATIVE", "1") == "0":
+    problem = "switched off by LITV2_NATIVE=0"
+else:
+    try:
+        from . import _C  # noqa: F401 (registers the operators)
+    except ImportError as error:
+        problem = f"not built; {BUILD}"
+        if error.name is None or not error.name.endswith("native._C"):  # it is there, but not for this torch or Python
+            problem = f"cannot be loaded ({error}); {BUILD}"
+            warnings.warn(f"litv2.native._C {problem}. Until then torch's own operators are used.", stacklevel=2)
+
+
+@torch.fx.wrap  # one node in a graph traced by torch.fx, which does not know devices
+def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(3 x 3 depthwise convolution with zero padding): x (B, H, W, C), weight (C, 1, 3, 3), bias (C,) -> (B, H, W, C)."""
+    if not _takes(x, weight):
+        x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=len(weight))
+        return F.gelu(x).permute(0, 2, 3, 1)
+    return torch.ops.litv2.native_depthwise_gelu(x, weight.flatten(1).t().contiguous(), bias)
+
+
+def _takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether the native operator computes this: eager or compiled on the CPU in float32, not under autocast, not in an export."""
+    return (
+        problem is None
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.shape[-1] % 16 == 0
+        and not torch.is_autocast_enabled("cpu")
+        and not (torch.jit.is_tracing() or torch.compiler.is_exporting())
+    )
+
+
+def _register() -> None:
+    @torch.library.register_fake("litv2::native_depthwise_gelu")
+    def _(x, weight, bias):
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    @torch.library.register_fake("litv2::native_depthwise_gelu_backward")
+    def _(gradient, x, weight, bias):
+        return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight), torch.empty_like(bias)
+
+    for name in ("feed_forward", "hilo"):
+        torch.library.register_fake(f"litv2::native_{name}")(lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format))
+
+    @torch.library.register_fake("litv2::native_patch_embed")
+    def _(image, patch, weight, bias, norm_weight, norm_bias, eps):
+        B, _, H, W = image.shape
+        return image.new_empty(B, H // patch, W // patch, len(norm_weight))
+
+    @torch.library.register_fake("litv2::native_token_merging")
+    def _(x, offset_top, offset_bottom, offset_bias, weight, bias, out_channels):
+        B, H, W, _ = x.shape
+        return x.new_empty(B, H // 2, W // 2, out_channels)
+
+    def keep(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    def backward(ctx, gradient):
+        return torch.ops.litv2.native_depthwise_gelu_backward(gradient, *ctx.saved_tensors)
+
+    def no_double_backward(ctx, *gradients):
+        raise NotImplementedError("depthwise_gelu: the native operator has no second derivatives; LITV2_NATIVE=0 selects torch's, which have")
+
+    torch.library.register_autograd("litv2::native_depthwise_gelu", backward, setup_context=keep)
+    torch.library.register_autograd("litv2::native_depthwise_gelu_backward", no_double_backward)
+
+
+if problem is None:
+    _register()

@@ -1,0 +1,82 @@
+// x + fc2(gelu(depthwise(fc1(norm(x))))), the feed-forward half of a block, in one pass over bands of rows: the hidden
+// map, four times the size of x, never leaves the cache.
+
+#include "operators.h"
+
+namespace litv2::native {
+namespace {
+
+constexpr int64_t kBandTokens = 224;  // about so many tokens are worked on at once
+constexpr int64_t kChunk = 96;         // hidden channels at once, whole panels
+
+struct FeedForward {
+  const Kernels& k;
+  int64_t height, width, channels, hidden;
+  const float *norm_weight, *norm_bias;
+  float eps;
+  const float *fc1, *fc1_bias, *depthwise, *depthwise_bias, *fc2, *fc2_bias;
+
+  // Rows first to last, counted through all images, band by band. Of each chunk of hidden channels the cache holds
+  // `band + 2` rows: those of the band, one above and one below. The next band begins with the last two.
+  void run(const float* x, float* out, int64_t first, int64_t last) const {
+    const int64_t band = std::clamp<int64_t>((kBandTokens + width / 2) / width, 1, last - first);
+    const int64_t row = width * channels, wide = round_up(channels, k.panel);
+    Scratch scratch;
+    float* tokens = scratch.take((band + 2) * row);
+    float* hidden_rows = scratch.take((band + 2) * width * hidden);
+    float* activated = scratch.take(band * width * kChunk);
+    float* sum = scratch.take(band * width * wide);
+    float* zeros = scratch.take(width * kChunk);
+    std::fill_n(zeros, width * kChunk, 0.0f);
+
+    for (int64_t begin = first; begin < last; begin += band) {
+      const int64_t rows = std::min(band, last - begin);
+      // Hidden rows are counted from begin - 1. Those before `known` are there from the last band, or above the map.
+      const int64_t known = begin > first ? 2 : begin % height == 0 ? 1 : 0;
+      const int64_t end = begin + rows < last || last % height != 0 ? rows + 2 : rows + 1;
+      k.layer_norm((end - known) * width, channels, x + (begin - 1 + known) * row, channels, norm_weight, norm_bias, eps, tokens);
+      for (int64_t c = 0; c < hidden; c += kChunk) {
+        const int64_t chunk = std::min(kChunk, hidden - c), hidden_row = width * chunk;
+        float* h = hidden_rows + (band + 2) * width * c;
+        if (known == 2) std::copy_n(h + band * hidden_row, 2 * hidden_row, h);
+        k.product((end - known) * width, chunk, channels, tokens, channels, fc1 + c * channels, k.panel * channels,
+                  fc1_bias + c, false, h + known * hidden_row, chunk);
+        for (int64_t i = 0; i < rows; ++i) {
+          const float* above = (begin + i) % height > 0 ? h + i * hidden_row : zeros;
+          const float* below = (begin + i + 1) % height > 0 ? h + (i + 2) * hidden_row : zeros;
+          k.depthwise_gelu(width, chunk, above, h + (i + 1) * hidden_row, below, chunk, depthwise + c, hidden,
+                           depthwise_bias + c, activated + i * hidden_row, chunk);
+        }
+        k.product(rows * width, channels, chunk, activated, chunk, fc2 + c * k.panel, k.panel * hidden,
+                  c == 0 ? fc2_bias : nullptr, c > 0, sum, wide);
+      }
+      k.add(rows * width, channels, x + begin * row, sum, wide, out + begin * row);
+    }
+  }
+};
+
+}  // namespace
+
+Tensor feed_forward(const Tensor& x_, const Tensor& norm_weight, const Tensor& norm_bias, double eps, const Tensor& fc1,
+                    const Tensor& fc1_bias, const Tensor& depthwise, const Tensor& depthwise_bias, const Tensor& fc2,
+                    const Tensor& fc2_bias) {
+  const Kernels& k = kernels();
+  const Tensor x = checked_map("feed_forward", x_);
+  const int64_t height = x.size(1), channels = x.size(3), hidden = fc1_bias.numel();
+  check_packed("fc1", fc1, channels, hidden);
+  check_packed("fc2", fc2, hidden, channels);
+  check_sizes("feed_forward", {{norm_weight, channels}, {norm_bias, channels}, {depthwise, 9 * hidden},
+                               {depthwise_bias, hidden}, {fc2_bias, round_up(channels, k.panel)}});
+  const FeedForward pass{k, height, x.size(2), channels, hidden, pointer(norm_weight), pointer(norm_bias),
+                         static_cast<float>(eps), pointer(fc1), pointer(fc1_bias), pointer(depthwise),
+                         pointer(depthwise_bias), pointer(fc2), pointer(fc2_bias)};
+  const Tensor out = at::empty_like(x);
+  const int64_t rows = x.size(0) * height, pieces = std::min<int64_t>(rows, at::get_num_threads());
+  at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      pass.run(pointer(x), out.data_ptr<float>(), rows * i / pieces, rows * (i + 1) / pieces);
+  });
+  return out;
+}
+
+}  // namespace litv2::native

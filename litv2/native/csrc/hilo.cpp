@@ -1,0 +1,194 @@
+// x + HiLo(norm(x)), the attention half of a block. A map that windows do not divide is padded with zeros after the norm
+// and cropped at the end, as HiLo does.
+
+#include "operators.h"
+
+namespace litv2::native {
+namespace {
+
+constexpr int64_t kBandTokens = 112;  // about so many tokens are worked on at once
+constexpr int64_t kPooledRows = 48;
+
+struct HiLo {
+  const Kernels& k;
+  int64_t images, height, width, channels;  // of x
+  int64_t window, h_heads, l_heads, head;   // head: channels of one
+  int64_t padded_height, padded_width;
+
+  int64_t h_channels() const { return h_heads * head; }
+  int64_t l_channels() const { return l_heads * head; }
+  int64_t cells() const { return padded_height * padded_width / (window * window); }  // of the pooled map
+  // Of one token: Hi-Fi's q, k, v, then Lo-Fi's q, and k, v where nothing is pooled.
+  int64_t projected() const { return 3 * h_channels() + (window == 1 ? 3 : 1) * l_channels(); }
+  int64_t projected_stride() const { return round_up(projected(), k.panel); }
+
+  // Bands of whole rows of windows, the same for each image.
+  int64_t band_rows() const {
+    const int64_t bands = std::max<int64_t>(1, (kBandTokens + padded_width * window / 2) / (padded_width * window));
+    return std::min(padded_height, bands * window);
+  }
+  int64_t bands() const { return (padded_height + band_rows() - 1) / band_rows(); }
+
+  // Calls use(image, first row, rows) for each band, on all threads.
+  template <typename Use>
+  void for_each_band(const Use& use) const {
+    at::parallel_for(0, images * bands(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t row = i % bands() * band_rows();
+        use(i / bands(), row, std::min(band_rows(), padded_height - row));
+      }
+    });
+  }
+};
+
+struct Linear {
+  const float *weight, *bias;
+};
+
+// x -> norm -> projected tokens, and the mean of the normalised tokens over each window.
+void project(const HiLo& a, const float* x, Linear norm, float eps, Linear linear, float* projected, float* pooled) {
+  const int64_t C = a.channels, s = a.window, stride = a.projected_stride();
+  a.for_each_band([&](int64_t image, int64_t first, int64_t rows) {
+    Scratch scratch;
+    float* tokens = scratch.take(rows * a.padded_width * C);
+    for (int64_t i = 0; i < rows; ++i) {
+      float* row = tokens + i * a.padded_width * C;
+      const int64_t inside = first + i < a.height ? a.width : 0;
+      if (inside > 0)
+        a.k.layer_norm(inside, C, x + ((image * a.height + first + i) * a.width) * C, C, norm.weight, norm.bias, eps, row);
+      std::fill(row + inside * C, row + a.padded_width * C, 0.0f);
+    }
+    a.k.product(rows * a.padded_width, a.projected(), C, tokens, C, linear.weight, a.k.panel * C, linear.bias, false,
+                projected + (image * a.padded_height + first) * a.padded_width * stride, stride);
+    if (s == 1 || a.l_heads == 0) return;
+    const int64_t across = a.padded_width / s;
+    float* cell = pooled + (image * a.cells() + first / s * across) * C;
+    for (int64_t i = 0; i < rows / s * across; ++i, cell += C) {
+      std::fill_n(cell, C, 0.0f);
+      for (int64_t j = 0; j < s * s; ++j) {
+        const float* token = tokens + ((i / across * s + j / s) * a.padded_width + i % across * s + j % s) * C;
+        for (int64_t c = 0; c < C; ++c) cell[c] += token[c];
+      }
+      for (int64_t c = 0; c < C; ++c) cell[c] *= 1.0f / (s * s);
+    }
+  });
+}
+
+void project_pooled(const HiLo& a, const float* pooled, Linear linear, float* kv, int64_t stride) {
+  const int64_t rows = a.images * a.cells(), pieces = (rows + kPooledRows - 1) / kPooledRows;
+  at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kPooledRows, last = std::min(rows, end * kPooledRows);
+    a.k.product(last - first, 2 * a.l_channels(), a.channels, pooled + first * a.channels, a.channels, linear.weight,
+                a.k.panel * a.channels, linear.bias, false, kv + first * stride, stride);
+  });
+}
+
+// Keys (transposed) and values of each head of each image as packed matrices, one after the other.
+void pack_heads(const HiLo& a, const float* kv, int64_t stride, float* keys, float* values) {
+  const int64_t M = a.cells(), d = a.head, panel = a.k.panel, keys_size = round_up(M, panel) * d, values_size = round_up(d, panel) * M;
+  at::parallel_for(0, a.images * a.l_heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float* from = kv + i / a.l_heads * M * stride + i % a.l_heads * d;
+      float *key = keys + i * keys_size, *value = values + i * values_size;
+      for (int64_t m = 0; m < round_up(M, panel); ++m) {
+        for (int64_t c = 0; c < d; ++c) key[m / panel * panel * d + c * panel + m % panel] = m < M ? from[m * stride + c] : 0.0f;
+      }
+      for (int64_t m = 0; m < M; ++m) {
+        for (int64_t c = 0; c < round_up(d, panel); ++c)
+          value[c / panel * panel * M + m * panel + c % panel] = c < d ? from[m * stride + a.l_channels() + c] : 0.0f;
+      }
+    }
+  });
+}
+
+// Attention of both kinds, their output projections, and the sum with x.
+void attend(const HiLo& a, const float* x, const float* projected, const float* keys, const float* values, Linear h_proj,
+            Linear l_proj, float* out) {
+  const int64_t C = a.channels, s = a.window, d = a.head, M = a.cells(), panel = a.k.panel;
+  const int64_t stride = a.projected_stride(), wide = round_up(C, panel) + panel, Dh = a.h_channels(), Dl = a.l_channels();
+  const int64_t keys_size = round_up(M, panel) * d, values_size = round_up(d, panel) * M, size = s * s;
+  a.for_each_band([&](int64_t image, int64_t first, int64_t rows) {
+    const int64_t T = rows * a.padded_width;
+    const float* from = projected + (image * a.padded_height + first) * a.padded_width * stride;
+    Scratch scratch;
+    float* mixed = scratch.take(T * C);
+    float* sum = scratch.take(T * wide);
+    if (Dh > 0) {
+      std::vector<int64_t> tokens(T), out_tokens(T);  // of window after window: where each begins
+      for (int64_t i = 0; i < T; ++i) {
+        const int64_t across = a.padded_width / s, w = i / size, j = i % size;
+        const int64_t token = (w / across * s + j / s) * a.padded_width + w % across * s + j % s;
+        tokens[i] = token * stride, out_tokens[i] = token * C;
+      }
+      float* logits = scratch.take(size * (size + 16));
+      for (int64_t h = 0; h < a.h_heads; ++h)
+        a.k.window_attention(T / size, size, d, Dh, from + h * d, tokens.data(), mixed + h * d, out_tokens.data(), logits);
+      a.k.product(T, Dh, Dh, mixed, C, h_proj.weight, panel * Dh, h_proj.bias, false, sum, wide);
+    }
+    if (Dl > 0) {
+      float* logits = scratch.take(a.k.attention_scratch(M, d));
+      for (int64_t h = 0; h < a.l_heads; ++h) {
+        const int64_t i = image * a.l_heads + h;
+        a.k.attention(T, M, d, from + 3 * Dh + h * d, stride, keys + i * keys_size, values + i * values_size, mixed + Dh + h * d,
+                      C, logits);
+      }
+      a.k.product(T, Dl, Dl, mixed + Dh, C, l_proj.weight, panel * Dl, l_proj.bias, false, sum + Dh, wide);
+    }
+    for (int64_t i = 0; i < rows && first + i < a.height; ++i) {
+      const int64_t at = (image * a.height + first + i) * a.width * C;
+      a.k.add(a.width, C, x + at, sum + i * a.padded_width * wide, wide, out + at);
+    }
+  });
+}
+
+}  // namespace
+
+Tensor hilo(const Tensor& x_, const Tensor& norm_weight, const Tensor& norm_bias, double eps, const Tensor& proj,
+            const Tensor& proj_bias, const Tensor& kv, const Tensor& kv_bias, const Tensor& h_proj, const Tensor& h_proj_bias,
+            const Tensor& l_proj, const Tensor& l_proj_bias, int64_t h_heads, int64_t l_heads, int64_t window_size) {
+  const Kernels& k = kernels();
+  const Tensor x = checked_map("hilo", x_);
+  const int64_t C = x.size(3), s = window_size, heads = h_heads + l_heads;
+  TORCH_CHECK_VALUE(s >= 1 && h_heads >= 0 && l_heads >= 0 && heads > 0 && C % heads == 0, "hilo: window_size=", s, ", heads ", h_heads,
+                    " + ", l_heads, " for ", C, " channels");
+  const HiLo a{k,       x.size(0), x.size(1), x.size(2), C, s, h_heads, l_heads, C / heads, round_up(x.size(1), s),
+               round_up(x.size(2), s)};
+  const int64_t Dh = a.h_channels(), Dl = a.l_channels();
+  const bool pools = s > 1 && Dl > 0;
+  check_packed("hilo, proj", proj, C, a.projected());
+  check_sizes("hilo", {{norm_weight, C}, {norm_bias, C}, {proj_bias, a.projected_stride()}});
+  if (pools) {
+    check_packed("hilo, kv", kv, C, 2 * Dl);
+    check_sizes("hilo, kv", {{kv_bias, round_up(2 * Dl, k.panel)}});
+  }
+  if (Dh > 0) {
+    check_packed("hilo, h_proj", h_proj, Dh, Dh);
+    check_sizes("hilo, h_proj", {{h_proj_bias, round_up(Dh, k.panel)}});
+  }
+  if (Dl > 0) {
+    check_packed("hilo, l_proj", l_proj, Dl, Dl);
+    check_sizes("hilo, l_proj", {{l_proj_bias, round_up(Dl, k.panel)}});
+  }
+
+  const int64_t M = a.cells(), tokens = a.images * a.padded_height * a.padded_width;
+  const auto room = [&](int64_t floats) { return at::empty({floats}, x.options()); };
+  const auto write = [](const Tensor& tensor) { return tensor.data_ptr<float>(); };
+  const Tensor projected = room(tokens * a.projected_stride()), pooled = room(pools ? a.images * M * C : 0);
+  project(a, pointer(x), {pointer(norm_weight), pointer(norm_bias)}, static_cast<float>(eps), {pointer(proj), pointer(proj_bias)},
+          write(projected), write(pooled));
+
+  const int64_t kv_stride = pools ? round_up(2 * Dl, k.panel) : a.projected_stride();
+  const Tensor pooled_kv = room(pools ? a.images * M * kv_stride : 0);
+  const Tensor keys = room(a.images * l_heads * round_up(M, k.panel) * a.head);
+  const Tensor values = room(a.images * l_heads * round_up(a.head, k.panel) * M);
+  if (pools) project_pooled(a, pointer(pooled), {pointer(kv), pointer(kv_bias)}, write(pooled_kv), kv_stride);
+  if (Dl > 0)
+    pack_heads(a, pools ? pointer(pooled_kv) : pointer(projected) + 3 * Dh + Dl, kv_stride, write(keys), write(values));
+
+  const Tensor out = at::empty_like(x);
+  attend(a, pointer(x), pointer(projected), pointer(keys), pointer(values), {pointer(h_proj), pointer(h_proj_bias)},
+         {pointer(l_proj), pointer(l_proj_bias)}, write(out));
+  return out;
+}
+
+}  // namespace litv2::native

@@ -1,0 +1,68 @@
+// The loops that the processor's vectors carry, float32. kernels.inl has them once; three files compile it, one per
+// instruction set, and `kernels()` picks the widest that the processor runs.
+
+#pragma once
+
+#include <cstdint>
+
+namespace litv2::native {
+
+// Maps are channels-last: a row is `width` tokens of `channels` floats. A packed matrix (K x N) is cut into panels of
+// `panel` columns, each K x panel and contiguous, the last filled up with zeros; results are written by whole panels,
+// so their rows must have room for N rounded up.
+struct Kernels {
+  const char* name;
+  int64_t panel;
+
+  // C (M x N) = bias + A (M x K) B; without a bias C = A B, or C += A B where `add`. panel_stride is between panels of B.
+  void (*product)(int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const float* B, int64_t panel_stride,
+                  const float* bias, bool add, float* C, int64_t ldc);
+
+  // Rows of `channels` normalised, scaled and shifted.
+  void (*layer_norm)(int64_t rows, int64_t channels, const float* x, int64_t ldx, const float* weight, const float* bias, float eps,
+                     float* out);
+
+  // out = x + y, row by row; y and out may have other strides.
+  void (*add)(int64_t rows, int64_t channels, const float* x, const float* y, int64_t ldy, float* out);
+
+  // out = gelu(x), rows of `channels`.
+  void (*gelu)(int64_t rows, int64_t channels, const float* x, int64_t ldx, float* out);
+
+  // One row of the grid of a 2 x 2 deformable convolution with stride 2: for each of `width` places the bilinear samples
+  // of its four taps, channels each, from an image of in_height x in_width tokens. offsets: (y, x) per tap, `ldo` floats
+  // from place to place.
+  void (*deformed_patches)(int64_t row, int64_t width, const float* image, int64_t in_height, int64_t in_width,
+                           int64_t channels, const float* offsets, int64_t ldo, float* out);
+
+  // One row of a 3 x 3 depthwise convolution with zero padding, then GELU. above, here, below: width x channels each,
+  // `stride` floats between tokens; a row outside of the map is a row of zeros. weight is (9, ...) with `ldw` floats
+  // between taps.
+  void (*depthwise_gelu)(int64_t width, int64_t channels, const float* above, const float* here, const float* below,
+                         int64_t stride, const float* weight, int64_t ldw, const float* bias, float* out,
+                         int64_t out_stride);
+
+  // Softmax attention of T queries (rows, already scaled) to M keys, of one head. keys: d x M packed; values: M x d
+  // packed. scratch has room for attention_scratch(M, d) floats.
+  void (*attention)(int64_t T, int64_t M, int64_t d, const float* queries, int64_t ldq, const float* keys,
+                    const float* values, float* out, int64_t ldo, float* scratch);
+  int64_t (*attention_scratch)(int64_t M, int64_t d);
+
+  // Softmax attention inside of windows of `size` tokens, of one head: token i of window w begins at offset
+  // tokens[w * size + i] of qkv (queries there, keys and values after `channels` and 2 * `channels` floats) and of out
+  // (out_tokens). scratch has room for size * (size + 16) floats.
+  void (*window_attention)(int64_t windows, int64_t size, int64_t d, int64_t channels, const float* qkv,
+                           const int64_t* tokens, float* out, const int64_t* out_tokens, float* scratch);
+
+  // Gradients of depthwise_gelu, see depthwise.cpp.
+  void (*depthwise_gelu_gradient)(int64_t width, int64_t channels, const float* above, const float* here,
+                                  const float* below, int64_t stride, const float* weight, int64_t ldw,
+                                  const float* bias, const float* gradient, int64_t gradient_stride, float* linear,
+                                  float* weight_gradient, float* bias_gradient);
+  void (*depthwise)(int64_t width, int64_t channels, const float* above, const float* here, const float* below,
+                    int64_t stride, const float* weight, int64_t ldw, float* out, int64_t out_stride);
+};
+
+extern const Kernels baseline_kernels, avx2_kernels, avx512_kernels;
+const Kernels& kernels();
+
+}  // namespace litv2::native

@@ -1,0 +1,311 @@
+// Included by kernels_*.cpp with VECTOR_FLOATS (floats in a vector), PRODUCT_ROWS (rows of the inner product's tile) and
+// KERNELS (the name of the table) defined. GCC's and clang's vector types; nothing here is called by another file's code
+// but through the table, so that no instruction reaches a processor that lacks it.
+
+namespace litv2::native {
+namespace {
+
+constexpr int64_t V = VECTOR_FLOATS, kPanel = 2 * V;
+typedef float Vector __attribute__((vector_size(4 * VECTOR_FLOATS), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(4 * VECTOR_FLOATS), aligned(4), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
+INLINE void store(float* p, Vector x) { *reinterpret_cast<Vector*>(p) = x; }
+INLINE Vector all(float x) { return Vector{} + x; }
+INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+
+INLINE float sum(Vector x) {
+  float total = 0;
+  for (int i = 0; i < V; ++i) total += x[i];
+  return total;
+}
+
+// c[0] x^(N-1) + ... + c[N-1]
+template <int N>
+INLINE Vector polynomial(Vector x, const float (&c)[N]) {
+  Vector p = all(c[0]);
+  for (int i = 1; i < N; ++i) p = p * x + c[i];
+  return p;
+}
+
+// 2^(x log2 e) as 2^n 2^f: a polynomial for f in [-1/2, 1/2], relative error 2e-9 before rounding, n into the exponent.
+INLINE Vector exponential(Vector x) {
+  const Vector limit = all(-87.0f);
+  x = larger(x, limit) * 1.44269504f;
+  x = x < 127.0f ? x : all(127.0f);
+  const Vector magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vector n = (x + magic) - magic, f = x - n;
+  const Vector p = polynomial(f, {1.53458116e-4f, 1.33999312e-3f, 9.61848896e-3f, 5.55032878e-2f, 2.40226469e-1f, 6.93147206e-1f, 1.0f});
+  const Integers exponent = (__builtin_convertvector(n, Integers) + 127) << 23;
+  return p * reinterpret_cast<const Vector&>(exponent);
+}
+
+// erf as z P(z^2) / Q(z^2), fitted for |z| <= 3.9 (error 4e-7 in float32) and +-1 beyond, where float32 has nothing else.
+INLINE Vector error_function(Vector z) {
+  const Vector t = z * z;
+  const Vector p = polynomial(t, {2.01186707e-08f, -1.99693125e-06f, 1.47476180e-04f, 3.89632920e-03f, 5.11490529e-02f, 2.04226030e-01f,
+                                  1.12837880f});
+  const Vector q = polynomial(t, {1.00661561e-03f, 1.47305895e-02f, 1.16785985e-01f, 5.14319619e-01f, 1.0f});
+  const Vector inside = z * p / q;
+  const Vector upper = z > 3.9f ? all(1.0f) : inside;
+  return z < -3.9f ? all(-1.0f) : upper;
+}
+
+INLINE Vector gelu(Vector x) { return 0.5f * x * (1.0f + error_function(x * 0.70710678f)); }
+
+// d gelu(x) / dx
+INLINE Vector gelu_slope(Vector x) {
+  return 0.5f * (1.0f + error_function(x * 0.70710678f)) + x * 0.39894228f * exponential(-0.5f * x * x);
+}
+
+// R rows of C, one panel wide. B's rows are one panel apart.
+template <int R>
+INLINE void tile(int64_t K, const float* A, int64_t lda, const float* B, const float* bias, bool add, float* C, int64_t ldc) {
+  Vector c[R][2];
+  for (int i = 0; i < R; ++i) {
+    for (int j = 0; j < 2; ++j) c[i][j] = add ? load(C + i * ldc + j * V) : bias != nullptr ? load(bias + j * V) : Vector{};
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    const Vector b0 = load(B + k * kPanel), b1 = load(B + k * kPanel + V);
+    for (int i = 0; i < R; ++i) {
+      const float a = A[i * lda + k];
+      c[i][0] += a * b0;
+      c[i][1] += a * b1;
+    }
+  }
+  for (int i = 0; i < R; ++i) {
+    for (int j = 0; j < 2; ++j) store(C + i * ldc + j * V, c[i][j]);
+  }
+}
+
+template <int R>
+void last_rows(int64_t rows, int64_t K, const float* A, int64_t lda, const float* B, const float* bias, bool add, float* C,
+               int64_t ldc) {
+  if constexpr (R > 0) {
+    if (rows == R) return tile<R>(K, A, lda, B, bias, add, C, ldc);
+    last_rows<R - 1>(rows, K, A, lda, B, bias, add, C, ldc);
+  }
+}
+
+void product(int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const float* B, int64_t panel_stride,
+             const float* bias, bool add, float* C, int64_t ldc) {
+  constexpr int64_t kDepth = 512;  // of a panel's part that stays in the first cache
+  for (int64_t k = 0; k < K; k += kDepth) {
+    const int64_t depth = K - k < kDepth ? K - k : kDepth;
+    for (int64_t n = 0; n < N; n += kPanel) {
+      const float* panel = B + n / kPanel * panel_stride + k * kPanel;
+      const float* start = bias != nullptr && k == 0 ? bias + n : nullptr;
+      int64_t m = 0;
+      for (; m + PRODUCT_ROWS <= M; m += PRODUCT_ROWS)
+        tile<PRODUCT_ROWS>(depth, A + m * lda + k, lda, panel, start, add || k > 0, C + m * ldc + n, ldc);
+      last_rows<PRODUCT_ROWS - 1>(M - m, depth, A + m * lda + k, lda, panel, start, add || k > 0, C + m * ldc + n, ldc);
+    }
+  }
+}
+
+void layer_norm(int64_t rows, int64_t channels, const float* x, int64_t ldx, const float* weight, const float* bias, float eps, float* out) {
+  const int64_t whole = channels - channels % V;
+  for (int64_t row = 0; row < rows; ++row, x += ldx, out += channels) {
+    Vector total{};
+    for (int64_t c = 0; c < whole; c += V) total += load(x + c);
+    float mean = sum(total);
+    for (int64_t c = whole; c < channels; ++c) mean += x[c];
+    mean /= channels;
+    Vector squares{};
+    for (int64_t c = 0; c < whole; c += V) {
+      const Vector d = load(x + c) - mean;
+      squares += d * d;
+    }
+    float variance = sum(squares);
+    for (int64_t c = whole; c < channels; ++c) variance += (x[c] - mean) * (x[c] - mean);
+    const float factor = 1.0f / __builtin_sqrtf(variance / channels + eps);
+    for (int64_t c = 0; c < whole; c += V) store(out + c, (load(x + c) - mean) * factor * load(weight + c) + load(bias + c));
+    for (int64_t c = whole; c < channels; ++c) out[c] = (x[c] - mean) * factor * weight[c] + bias[c];
+  }
+}
+
+void add(int64_t rows, int64_t channels, const float* x, const float* y, int64_t ldy, float* out) {
+  for (int64_t row = 0; row < rows; ++row, x += channels, y += ldy, out += channels) {
+    int64_t c = 0;
+    for (; c + V <= channels; c += V) store(out + c, load(x + c) + load(y + c));
+    for (; c < channels; ++c) out[c] = x[c] + y[c];
+  }
+}
+
+void gelu_rows(int64_t rows, int64_t channels, const float* x, int64_t ldx, float* out) {
+  for (int64_t row = 0; row < rows; ++row, x += ldx, out += channels) {
+    int64_t c = 0;
+    for (; c + V <= channels; c += V) store(out + c, gelu(load(x + c)));
+    for (; c < channels; ++c) out[c] = gelu(all(x[c]))[0];
+  }
+}
+
+void deformed_patches(int64_t row, int64_t width, const float* image, int64_t in_height, int64_t in_width, int64_t channels,
+                      const float* offsets, int64_t ldo, float* out) {
+  for (int64_t x = 0; x < width; ++x, offsets += ldo) {
+    for (int64_t tap = 0; tap < 4; ++tap, out += channels) {
+      const auto c = dcn::corners(2 * row + tap / 2 + offsets[2 * tap], 2 * x + tap % 2 + offsets[2 * tap + 1], in_height, in_width);
+      dcn::gather(c, 1.0f, image, channels, out, 0, channels, 1);
+    }
+  }
+}
+
+// bias + the products of 3 x 3 taps of one vector of channels at one token; the map ends at its left or right.
+template <bool kLeft, bool kRight>
+INLINE Vector taps(const float* above, const float* here, const float* below, int64_t stride, const Vector* w, Vector total) {
+  const float* rows[3] = {above, here, below};
+  for (int i = 0; i < 3; ++i) {
+    if (kLeft) total += load(rows[i] - stride) * w[3 * i];
+    total += load(rows[i]) * w[3 * i + 1];
+    if (kRight) total += load(rows[i] + stride) * w[3 * i + 2];
+  }
+  return total;
+}
+
+// Calls use(token, channel, value of the convolution, a vector) along a row.
+template <typename Use>
+INLINE void convolve(int64_t width, int64_t channels, const float* above, const float* here, const float* below, int64_t stride,
+                     const float* weight, int64_t ldw, const float* bias, const Use& use) {
+  for (int64_t c = 0; c < channels; c += V) {
+    Vector w[9];
+    for (int tap = 0; tap < 9; ++tap) w[tap] = load(weight + tap * ldw + c);
+    const Vector start = bias != nullptr ? load(bias + c) : Vector{};
+    const float *a = above + c, *h = here + c, *b = below + c;
+    if (width == 1) {
+      use(0, c, taps<false, false>(a, h, b, stride, w, start));
+      continue;
+    }
+    use(0, c, taps<false, true>(a, h, b, stride, w, start));
+    for (int64_t x = 1; x < width - 1; ++x) {
+      const int64_t at = x * stride;
+      use(x, c, taps<true, true>(a + at, h + at, b + at, stride, w, start));
+    }
+    const int64_t at = (width - 1) * stride;
+    use(width - 1, c, taps<true, false>(a + at, h + at, b + at, stride, w, start));
+  }
+}
+
+void depthwise_gelu(int64_t width, int64_t channels, const float* above, const float* here, const float* below, int64_t stride,
+                    const float* weight, int64_t ldw, const float* bias, float* out, int64_t out_stride) {
+  convolve(width, channels, above, here, below, stride, weight, ldw, bias,
+           [&](int64_t x, int64_t c, Vector value) __attribute__((always_inline)) { store(out + x * out_stride + c, gelu(value)); });
+}
+
+void depthwise(int64_t width, int64_t channels, const float* above, const float* here, const float* below, int64_t stride,
+               const float* weight, int64_t ldw, float* out, int64_t out_stride) {
+  convolve(width, channels, above, here, below, stride, weight, ldw, nullptr,
+           [&](int64_t x, int64_t c, Vector value) __attribute__((always_inline)) { store(out + x * out_stride + c, value); });
+}
+
+void depthwise_gelu_gradient(int64_t width, int64_t channels, const float* above, const float* here, const float* below,
+                             int64_t stride, const float* weight, int64_t ldw, const float* bias, const float* gradient,
+                             int64_t gradient_stride, float* linear, float* weight_gradient, float* bias_gradient) {
+  for (int64_t c = 0; c < channels; c += V) {
+    Vector sums[9], total{};
+    for (int tap = 0; tap < 9; ++tap) sums[tap] = Vector{};
+    convolve(width, V, above + c, here + c, below + c, stride, weight + c, ldw, bias + c,
+             [&](int64_t x, int64_t, Vector value) __attribute__((always_inline)) {
+               const Vector g = load(gradient + x * gradient_stride + c) * gelu_slope(value);
+               store(linear + x * gradient_stride + c, g);
+               total += g;
+             });
+    const float* rows[3] = {above + c, here + c, below + c};
+    for (int64_t x = 0; x < width; ++x) {
+      const Vector g = load(linear + x * gradient_stride + c);
+      for (int i = 0; i < 3; ++i) {
+        const float* at = rows[i] + x * stride;
+        if (x > 0) sums[3 * i] += g * load(at - stride);
+        sums[3 * i + 1] += g * load(at);
+        if (x < width - 1) sums[3 * i + 2] += g * load(at + stride);
+      }
+    }
+    for (int tap = 0; tap < 9; ++tap) store(weight_gradient + tap * ldw + c, load(weight_gradient + tap * ldw + c) + sums[tap]);
+    store(bias_gradient + c, load(bias_gradient + c) + total);
+  }
+}
+
+constexpr int64_t kStrip = 4 * PRODUCT_ROWS;  // queries whose logits are in the cache at once
+
+INLINE int64_t panels(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
+
+int64_t attention_scratch(int64_t M, int64_t d) { return kStrip * (panels(M) + panels(d)); }
+
+// exp(x - max) of M numbers in place, zeros up to a whole vector after them; returns their sum.
+INLINE float exponentials(float* x, int64_t M) {
+  const int64_t whole = (M + V - 1) / V * V;
+  for (int64_t j = M; j < whole; ++j) x[j] = -3.0e38f;
+  Vector top = load(x);
+  for (int64_t j = V; j < whole; j += V) top = larger(top, load(x + j));
+  float most = top[0];
+  for (int i = 1; i < V; ++i) most = top[i] > most ? top[i] : most;
+  Vector total{};
+  for (int64_t j = 0; j < whole; j += V) {
+    Vector e = exponential(load(x + j) - most);
+    if (j + V > M) {
+      for (int64_t i = M - j; i < V; ++i) e[i] = 0;
+    }
+    store(x + j, e);
+    total += e;
+  }
+  return sum(total);
+}
+
+void attention(int64_t T, int64_t M, int64_t d, const float* queries, int64_t ldq, const float* keys, const float* values, float* out,
+               int64_t ldo, float* scratch) {
+  const int64_t wide = panels(M), deep = panels(d);
+  float *logits = scratch, *mix = scratch + kStrip * wide;
+  for (int64_t t = 0; t < T; t += kStrip) {
+    const int64_t rows = T - t < kStrip ? T - t : kStrip;
+    product(rows, M, d, queries + t * ldq, ldq, keys, d * kPanel, nullptr, false, logits, wide);
+    float factor[kStrip];
+    for (int64_t i = 0; i < rows; ++i) factor[i] = 1.0f / exponentials(logits + i * wide, M);
+    product(rows, d, M, logits, wide, values, M * kPanel, nullptr, false, mix, deep);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t c = 0; c < d; ++c) out[(t + i) * ldo + c] = mix[i * deep + c] * factor[i];
+    }
+  }
+}
+
+void window_attention(int64_t windows, int64_t size, int64_t d, int64_t channels, const float* qkv, const int64_t* tokens, float* out,
+                      const int64_t* out_tokens, float* scratch) {
+  const int64_t wide = (size + V - 1) / V * V;
+  for (int64_t w = 0; w < windows; ++w, tokens += size, out_tokens += size) {
+    for (int64_t i = 0; i < size; ++i) {
+      const float* q = qkv + tokens[i];
+      float* p = scratch + i * wide;
+      for (int64_t j = 0; j < size; ++j) {
+        const float* k = qkv + tokens[j] + channels;
+        Vector dots{};
+        int64_t c = 0;
+        for (; c + V <= d; c += V) dots += load(q + c) * load(k + c);
+        float dot = sum(dots);
+        for (; c < d; ++c) dot += q[c] * k[c];
+        p[j] = dot;
+      }
+      const float factor = 1.0f / exponentials(p, size);
+      float* y = out + out_tokens[i];
+      int64_t c = 0;
+      for (; c + V <= d; c += V) {
+        Vector mix{};
+        for (int64_t j = 0; j < size; ++j) mix += p[j] * load(qkv + tokens[j] + 2 * channels + c);
+        store(y + c, mix * factor);
+      }
+      for (; c < d; ++c) {
+        float mix = 0;
+        for (int64_t j = 0; j < size; ++j) mix += p[j] * qkv[tokens[j] + 2 * channels + c];
+        y[c] = mix * factor;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+const Kernels KERNELS = {KERNELS_NAME,   kPanel,    product,           layer_norm,       add,
+                         gelu_rows,      deformed_patches,
+                         depthwise_gelu, attention, attention_scratch, window_attention, depthwise_gelu_gradient,
+                         depthwise};
+
+}  // namespace litv2::native

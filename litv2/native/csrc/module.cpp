@@ -1,0 +1,69 @@
+// Registers the operators litv2::native_*, and picks the kernels.
+
+#include <Python.h>
+#include <torch/library.h>
+
+#include <string_view>
+
+#include "operators.h"
+
+namespace litv2::native {
+namespace {
+
+const Kernels& widest() {
+  // For tests: a processor also runs the kernels of lesser ones.
+  const char* wanted = std::getenv("LITV2_NATIVE_KERNELS");
+  const auto allowed = [&](const Kernels& k) { return wanted == nullptr || *wanted == '\0' || wanted == std::string_view(k.name); };
+#ifdef __x86_64__
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && allowed(avx512_kernels))
+    return avx512_kernels;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && allowed(avx2_kernels)) return avx2_kernels;
+#endif
+  TORCH_CHECK_VALUE(allowed(baseline_kernels), "LITV2_NATIVE_KERNELS=", wanted, ": this processor has no such kernels");
+  return baseline_kernels;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = widest();
+  return chosen;
+}
+
+TORCH_LIBRARY_FRAGMENT(litv2, m) {
+  m.def("native_panel() -> int", [] { return kernels().panel; });
+  m.def("native_kernels() -> str", [] { return std::string(kernels().name); });
+  m.def(
+      "native_feed_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc1, Tensor fc1_bias, "
+      "Tensor depthwise, Tensor depthwise_bias, Tensor fc2, Tensor fc2_bias) -> Tensor");
+  m.def(
+      "native_hilo(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor proj, Tensor proj_bias, Tensor kv, "
+      "Tensor kv_bias, Tensor h_proj, Tensor h_proj_bias, Tensor l_proj, Tensor l_proj_bias, int h_heads, int l_heads, "
+      "int window_size) -> Tensor");
+  m.def(
+      "native_patch_embed(Tensor image, int patch, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps) -> "
+      "Tensor");
+  m.def(
+      "native_token_merging(Tensor x, Tensor offset_top, Tensor offset_bottom, Tensor offset_bias, Tensor weight, Tensor bias, "
+      "int out_channels) -> Tensor");
+  m.def("native_depthwise_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor");
+  m.def("native_depthwise_gelu_backward(Tensor gradient, Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(litv2, CPU, m) {
+  m.impl("native_feed_forward", feed_forward);
+  m.impl("native_hilo", hilo);
+  m.impl("native_patch_embed", patch_embed);
+  m.impl("native_token_merging", token_merging);
+  m.impl("native_depthwise_gelu", depthwise_gelu);
+  m.impl("native_depthwise_gelu_backward", depthwise_gelu_backward);
+}
+
+}  // namespace litv2::native
+
+// Importing the module is all that Python needs to do: the registrations above run then.
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "Operators litv2::native_*.", -1};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,83 @@
+// What the operators share: checks, scratch memory, and how work is divided among threads.
+
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <initializer_list>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+
+namespace litv2::native {
+
+using at::Tensor;
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+inline const float* pointer(const Tensor& tensor) { return tensor.const_data_ptr<float>(); }
+
+// The weights of one product: (panels, K, panel), see Kernels.
+inline void check_packed(const char* name, const Tensor& weight, int64_t K, int64_t N) {
+  const int64_t panel = kernels().panel;
+  TORCH_CHECK_VALUE(weight.sizes() == at::IntArrayRef({round_up(N, panel) / panel, K, panel}) && weight.is_contiguous() &&
+                        weight.scalar_type() == at::kFloat,
+                    name, ": ", weight.sizes(), " ", weight.scalar_type(), ", expected weights of ", K, " inputs and ", N,
+                    " outputs, packed into panels of ", panel);
+}
+
+inline void check_sizes(const char* name, std::initializer_list<std::pair<Tensor, int64_t>> vectors) {
+  for (const auto& [vector, size] : vectors)
+    TORCH_CHECK_VALUE(vector.numel() == size && vector.is_contiguous() && vector.scalar_type() == at::kFloat, name, ": ",
+                      vector.sizes(), " ", vector.scalar_type(), ", expected ", size, " float32 numbers");
+}
+
+inline Tensor checked_map(const char* name, const Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.scalar_type() == at::kFloat && x.device().is_cpu() && x.numel() > 0, name, ": x is ",
+                    x.sizes(), " ", x.scalar_type(), " on ", x.device(), ", expected a float32 map (B, H, W, C) on the CPU");
+  return x.contiguous();
+}
+
+// Memory of a thread that outlives the call, so that it is not mapped anew for each; what was taken from it is given
+// back at the end of the scope. A taken block stays where it is.
+class Scratch {
+ public:
+  Scratch() : used_(0) {}
+  float* take(int64_t floats) {
+    auto& blocks = memory();
+    if (used_ == blocks.size()) blocks.emplace_back();
+    auto& block = blocks[used_++];
+    if (static_cast<int64_t>(block.size()) < floats) block.resize(floats + 16);
+    const auto address = reinterpret_cast<uintptr_t>(block.data());
+    return block.data() + (64 - address % 64) % 64 / sizeof(float);
+  }
+
+ private:
+  static std::vector<std::vector<float>>& memory() {
+    static thread_local std::vector<std::vector<float>> blocks(8);
+    return blocks;
+  }
+  size_t used_;
+};
+
+// The operators. Weights: as `litv2/native/modules.py` packs them.
+Tensor feed_forward(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, double eps, const Tensor& fc1,
+                    const Tensor& fc1_bias, const Tensor& depthwise, const Tensor& depthwise_bias, const Tensor& fc2,
+                    const Tensor& fc2_bias);
+Tensor hilo(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, double eps, const Tensor& proj,
+            const Tensor& proj_bias, const Tensor& kv, const Tensor& kv_bias, const Tensor& h_proj, const Tensor& h_proj_bias,
+            const Tensor& l_proj, const Tensor& l_proj_bias, int64_t h_heads, int64_t l_heads, int64_t window_size);
+Tensor patch_embed(const Tensor& image, int64_t patch, const Tensor& weight, const Tensor& bias, const Tensor& norm_weight,
+                   const Tensor& norm_bias, double eps);
+Tensor token_merging(const Tensor& x, const Tensor& offset_top, const Tensor& offset_bottom, const Tensor& offset_bias,
+                     const Tensor& weight, const Tensor& bias, int64_t out_channels);
+Tensor depthwise_gelu(const Tensor& x, const Tensor& weight, const Tensor& bias);
+std::tuple<Tensor, Tensor, Tensor> depthwise_gelu_backward(const Tensor& gradient, const Tensor& x, const Tensor& weight,
+                                                           const Tensor& bias);
+
+}  // namespace litv2::native
