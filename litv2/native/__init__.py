@@ -1,7 +1,8 @@
 """Native CPU operators (float32), optional: built by ``setup.py`` beside this file, switched off by LITV2_NATIVE=0.
 
 * ``depthwise_gelu`` is used by every feed-forward network of the model, in training too;
-* ``NativeBlock`` is a whole block for inference, see ``litv2.optimize``.
+* ``infer_block`` computes a whole block in two passes where no gradients are wanted, and nobody looks inside;
+* ``native_form`` (form.py) is the model for inference with its weights packed once, see ``litv2.optimize``.
 
 Without them torch's own operators compute the same. ``problem`` says why they are not in use, None if they are.
 """
@@ -13,7 +14,11 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from hilo import HiLo
+
+from .weights import feed_forward_arguments, hilo_arguments
 
 BUILD = "build them with: cd litv2/native && python setup.py build_ext --inplace"
 
@@ -30,7 +35,6 @@ else:
             warnings.warn(f"litv2.native._C {problem}. Until then torch's own operators are used.", stacklevel=2)
 
 
-@torch.fx.wrap  # one node in a graph traced by torch.fx, which does not know devices
 def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """gelu(3 x 3 depthwise convolution with zero padding): x (B, H, W, C), weight (C, 1, 3, 3), bias (C,) -> (B, H, W, C)."""
     if not _takes(x, weight):
@@ -49,6 +53,40 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not (torch.jit.is_tracing() or torch.compiler.is_exporting())
     )
+
+
+def takes_block(block: nn.Module, x: Tensor) -> bool:
+    """Whether ``infer_block`` may stand in for the block: plain inference with plain modules, without hooks on them.
+
+    Whoever traces, counts operations or replaces a layer gets the plain modules, as with torch's own fast path for transformers.
+    """
+    return (
+        problem is None
+        and type(x) is Tensor
+        and not torch.is_grad_enabled()
+        and not block.training
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(_is_plain(module) for module in block.modules() if module is not block)
+    )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    known = type(module) in (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Dropout, HiLo) or type(module).__module__ == "litv2.layers"
+    parameters = [p for p in module._parameters.values() if p is not None]
+    whole = not isinstance(module, nn.LayerNorm) or len(parameters) == 2
+    return known and not hooked and whole and all(p.dtype == torch.float32 and p.device.type == "cpu" for p in parameters)
+
+
+def infer_block(block: nn.Module, x: Tensor) -> Tensor:
+    """A ``Block`` without gradients. The weights are packed anew each time: they may have changed."""
+    if block.attn is not None:
+        x = torch.ops.litv2.native_hilo(x, **hilo_arguments(block.attn, block.norm1))
+    return torch.ops.litv2.native_feed_forward(x, **feed_forward_arguments(block.mlp, block.norm2))
 
 
 def _register() -> None:

@@ -1,4 +1,4 @@
-// Registers the operators litv2::native_*, and picks the kernels.
+// Registers the operators litv2::native_*, picks the kernels, and packs weights for them.
 
 #include <Python.h>
 #include <torch/library.h>
@@ -31,8 +31,40 @@ const Kernels& kernels() {
   return chosen;
 }
 
+namespace {
+
+// (N, K) -> (panels, K, panel), see Kernels.
+Tensor pack(const Tensor& weight_) {
+  TORCH_CHECK_VALUE(weight_.dim() == 2 && weight_.scalar_type() == at::kFloat && weight_.device().is_cpu(), "pack: ", weight_.sizes(), " ",
+                    weight_.scalar_type(), ", expected a float32 matrix on the CPU");
+  const Tensor weight = weight_.contiguous();
+  const int64_t N = weight.size(0), K = weight.size(1), panel = kernels().panel, panels = round_up(N, panel) / panel;
+  const Tensor out = at::empty({panels, K, panel}, weight.options());
+  const float* from = pointer(weight);
+  float* to = out.data_ptr<float>();
+  constexpr int64_t kBlock = 16;  // a line of the cache of each row at a time
+  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t columns = std::min(panel, N - p * panel);
+      const float* rows = from + p * panel * K;
+      float* packed = to + p * panel * K;
+      if (columns < panel) std::fill_n(packed, panel * K, 0.0f);
+      for (int64_t k = 0; k < K; k += kBlock) {
+        const int64_t last = std::min(K, k + kBlock);
+        for (int64_t n = 0; n < columns; ++n) {
+          for (int64_t i = k; i < last; ++i) packed[i * panel + n] = rows[n * K + i];
+        }
+      }
+    }
+  });
+  return out;
+}
+
+}  // namespace
+
 TORCH_LIBRARY_FRAGMENT(litv2, m) {
   m.def("native_panel() -> int", [] { return kernels().panel; });
+  m.def("native_pack(Tensor weight) -> Tensor");
   m.def("native_kernels() -> str", [] { return std::string(kernels().name); });
   m.def(
       "native_feed_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc1, Tensor fc1_bias, "
@@ -52,6 +84,7 @@ TORCH_LIBRARY_FRAGMENT(litv2, m) {
 }
 
 TORCH_LIBRARY_IMPL(litv2, CPU, m) {
+  m.impl("native_pack", pack);
   m.impl("native_feed_forward", feed_forward);
   m.impl("native_hilo", hilo);
   m.impl("native_patch_embed", patch_embed);

@@ -1,0 +1,64 @@
+"""LITv2 for inference on the CPU, made of native operators that keep their weights packed."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import Block, PatchEmbed
+from ..model import LITv2
+from .weights import feed_forward_arguments, hilo_arguments, patch_embed_arguments, token_merging_arguments
+
+
+class Operator(nn.Module):
+    """A native operator with its arguments, the tensors among them as buffers that are not saved."""
+
+    def __init__(self, name: str, **arguments):
+        super().__init__()
+        self.name, self.arguments = name, list(arguments)
+        for key, value in arguments.items():
+            if isinstance(value, Tensor):
+                self.register_buffer(key, value.detach().clone(), persistent=False)
+            else:
+                setattr(self, key, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(torch.ops.litv2, self.name)(x, **{key: getattr(self, key) for key in self.arguments})
+
+    def extra_repr(self) -> str:
+        return self.name
+
+
+class NativePatchEmbed(Operator):
+    """Image (B, in_chans, H, W) -> tokens (B, ceil(H / patch), ceil(W / patch), dim)."""
+
+    def __init__(self, embed: PatchEmbed):
+        super().__init__("native_patch_embed", **patch_embed_arguments(embed))
+
+    def forward(self, x: Tensor) -> Tensor:
+        H, W = x.shape[2:]
+        if H % self.patch or W % self.patch:
+            x = F.pad(x, (0, -W % self.patch, 0, -H % self.patch))
+        return super().forward(x)
+
+
+def native_block(block: Block) -> nn.Sequential:
+    """(B, H, W, dim) -> (B, H, W, dim)."""
+    parts = [] if block.attn is None else [Operator("native_hilo", **hilo_arguments(block.attn, block.norm1))]
+    return nn.Sequential(*parts, Operator("native_feed_forward", **feed_forward_arguments(block.mlp, block.norm2)))
+
+
+@torch.no_grad()
+def native_form(model: LITv2) -> LITv2:
+    """A copy of the model (classifier or backbone) for inference on the CPU in float32, of native operators."""
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    model.patch_embed = NativePatchEmbed(model.patch_embed)
+    for stage in model.layers:
+        stage.grad_checkpointing = False
+        stage.blocks = nn.ModuleList(native_block(block) for block in stage.blocks)
+        if stage.downsample is not None:
+            stage.downsample = Operator("native_token_merging", **token_merging_arguments(stage.downsample))
+    return model
