@@ -1,6 +1,6 @@
 # make demo   sets up and trains a small LITv2 on the embedded data set
 # make mm     sets up detection and segmentation; the first time it compiles mmcv, for about 15 minutes on two cores
-# make test   sets up everything, builds the compiled deformable convolution and runs the checks and the whole test suite
+# make test   sets up everything, builds the compiled operators and runs the checks and the whole test suite
 # make test-core   of the tests those of the core alone: without OpenMMLab's packages and the runtimes of exports
 # All reuse what an earlier call has set up. PYTHON=... chooses the interpreter.
 
@@ -20,11 +20,11 @@ demo: .venv/ready
 
 mm: .venv/mm
 
-test: .venv/ready .venv/dcn .venv/mm
+test: .venv/ready .venv/dcn .venv/native .venv/mm
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-test-core: .venv/ready .venv/dcn
+test-core: .venv/ready .venv/dcn .venv/native
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not extra" --ignore=tests/detection --ignore=tests/segmentation --ignore=tests/litv2/test_mm_backbone.py
 
 .venv/ready: requirements.txt pyproject.toml
@@ -35,6 +35,10 @@ test-core: .venv/ready .venv/dcn
 
 .venv/dcn: .venv/ready mm_modules/DCN/setup.py $(wildcard mm_modules/DCN/csrc/*)
 	cd mm_modules/DCN && ../../$(BIN)/python setup.py build_ext --inplace
+	touch $@
+
+.venv/native: .venv/ready litv2/native/setup.py $(wildcard litv2/native/csrc/*) mm_modules/DCN/csrc/sample.h
+	cd litv2/native && ../../$(BIN)/python setup.py build_ext --inplace
 	touch $@
 
 .venv/mm: .venv/ready requirements-mm.txt scripts/build_mmcv.sh

@@ -164,7 +164,9 @@ def plot(rows: list[dict], path: Path) -> None:
     with figure(path) as axes:
         for group, label in labels.items():
             points = [row for row in rows if row["group"] == group and row["images_per_s"]]
-            axes.scatter([row["images_per_s"] for row in points], [row["top1"] for row in points], color=COLOURS[group], label=label, zorder=3)
+            axes.scatter(
+                [row["images_per_s"] for row in points], [row["top1"] for row in points], color=COLOURS[group], label=label, zorder=3
+            )
             for row in points:
                 place = (row["images_per_s"], row["top1"])
                 shift = (5, 4) if group != "ours" else (5, -11)

@@ -3,8 +3,9 @@
 from .fused import fuse
 from .lazy_timm import register_with_timm
 from .model import LITv2, litv2_base, litv2_medium, litv2_small
+from .optimize import optimize
 from .zoo import create_model
 
-__all__ = ["LITv2", "create_model", "fuse", "litv2_base", "litv2_medium", "litv2_small"]
+__all__ = ["LITv2", "create_model", "fuse", "litv2_base", "litv2_medium", "litv2_small", "optimize"]
 
 register_with_timm()

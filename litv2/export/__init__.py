@@ -1,8 +1,8 @@
 """LITv2 in other programs: one function per format, and a proof of the numbers with each file.
 
-    from litv2 import create_model
-    from litv2.export import Settings, classifier, export
-    export(classifier(create_model("litv2_small", pretrained=True)), "onnx", "litv2_s.onnx", Settings(image_size=(224, 224)))
+from litv2 import create_model
+from litv2.export import Settings, classifier, export
+export(classifier(create_model("litv2_small", pretrained=True)), "onnx", "litv2_s.onnx", Settings(image_size=(224, 224)))
 """
 
 from __future__ import annotations

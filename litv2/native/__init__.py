@@ -22,6 +22,8 @@ from .weights import feed_forward_arguments, hilo_arguments
 
 BUILD = "build them with: cd litv2/native && python setup.py build_ext --inplace"
 
+MIN_TOKENS = 512  # of a batch: below, packing the weights of a block costs more than it saves
+
 problem: str | None = None
 if os.environ.get("LITV2_NATIVE", "1") == "0":
     problem = "switched off by LITV2_NATIVE=0"
@@ -67,6 +69,7 @@ def takes_block(block: nn.Module, x: Tensor) -> bool:
         and not block.training
         and x.device.type == "cpu"
         and x.dtype == torch.float32
+        and x[..., 0].numel() >= MIN_TOKENS
         and not torch.is_autocast_enabled("cpu")
         and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
         and torch._C._len_torch_dispatch_stack() == 0
@@ -118,7 +121,9 @@ def _register() -> None:
         return torch.ops.litv2.native_depthwise_gelu_backward(gradient, *ctx.saved_tensors)
 
     def no_double_backward(ctx, *gradients):
-        raise NotImplementedError("depthwise_gelu: the native operator has no second derivatives; LITV2_NATIVE=0 selects torch's, which have")
+        raise NotImplementedError(
+            "depthwise_gelu: the native operator has no second derivatives; LITV2_NATIVE=0 selects torch's, which have"
+        )
 
     torch.library.register_autograd("litv2::native_depthwise_gelu", backward, setup_context=keep)
     torch.library.register_autograd("litv2::native_depthwise_gelu_backward", no_double_backward)

@@ -128,7 +128,8 @@ def test_forward_fx():
     traced = fx_model(model).eval()
     with torch.inference_mode():
         for shape in ((1, 3, 128, 128), (2, 3, 70, 96)):
-            assert torch.equal(*traced(normal(0, *shape)).values(), model(normal(0, *shape)))
+            (logits,) = traced(normal(0, *shape)).values()
+            assert max_difference(logits, model(normal(0, *shape))) < 1e-5  # one of them runs the native blocks
 
 
 def test_backward_fx():

@@ -1,0 +1,160 @@
+"""One line to the fastest inference: ``fast = litv2.optimize(model, images)``.
+
+Several forms of the model are made, proven against it on the example, and timed; the fastest is returned.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import native
+from .fused import fuse
+from .model import LITv2
+from .native.form import native_form
+
+__all__ = ["FORMS", "Optimized", "optimize"]
+
+FORMS = {
+    "native": "float32 blocks in two passes each, weights packed once",
+    "compiled": "folded by fuse(), frozen weights, generated code",
+    "fused": "folded by fuse(), torch's operators",
+}
+ROUNDS = 5
+
+
+class Optimized(nn.Module):
+    """A model for inference: images of ``dtype`` -> what the model gives, of ``dtype``, without gradients.
+
+    Attributes:
+        form: of ``FORMS``.
+        dtype: of images and results.
+        arithmetic: dtype of the weights and of what is computed.
+        seconds: of the example, by form; of the plain model too.
+        errors: largest error over the largest value of the plain float32 model's results, by form.
+    """
+
+    def __init__(self, module: Callable[[Tensor], object], form: str, dtype: torch.dtype, arithmetic: torch.dtype):
+        super().__init__()
+        self.module, self.form, self.dtype, self.arithmetic = module, form, dtype, arithmetic
+        self.seconds: dict[str, float] = {}
+        self.errors: dict[str, float] = {}
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> object:
+        result = self.module(x.to(self.arithmetic))
+        if self.dtype == self.arithmetic:
+            return result
+        return result.to(self.dtype) if isinstance(result, Tensor) else type(result)(level.to(self.dtype) for level in result)
+
+    def extra_repr(self) -> str:
+        return f"form={self.form}, dtype={self.dtype}, arithmetic={self.arithmetic}"
+
+
+def optimize(
+    model: LITv2,
+    example: Tensor,
+    dtype: torch.dtype | None = None,
+    forms: Sequence[str] | None = None,
+    report: Callable[[str], None] | None = print,
+) -> Optimized:
+    """The fastest form of a model for inference on images like ``example``, whose numbers are the model's own.
+
+    The result takes other sizes too; it was chosen and timed for the example's shape, device and number of threads.
+
+    Args:
+        model: a classifier or backbone; it is left as it is. Later changes of its weights do not reach the result.
+        example: images (B, in_chans, H, W) on the device that will be used, as many as in earnest.
+        dtype: of the images and the results, None for the model's. With bfloat16 on a processor that has no instructions
+            for it, the native form computes in float32: faster there, and more exact.
+        forms: those to try, of ``FORMS``; None for all that this machine has. Compiling takes about a minute.
+        report: what gets the lines that say what was done; None for nobody.
+
+    Raises:
+        TypeError: the model is not a LITv2.
+        ValueError: an unknown form, or none that can be had here.
+        RuntimeError: a form's results are further from the plain float32 model's than 1e-4 of their largest value, in lower
+            precision than twice the plain model's in that precision.
+    """
+    if not isinstance(model, LITv2):
+        raise TypeError(f"optimize: expected a LITv2, not {type(model).__name__}; of a detector or segmenter optimize the backbone")
+    unknown = set(forms or ()) - FORMS.keys()
+    if unknown:
+        raise ValueError(f"optimize: unknown forms {sorted(unknown)}; there are {', '.join(FORMS)}")
+    say = report or (lambda line: None)
+    dtype = dtype or next(model.parameters()).dtype
+    example = example.to(dtype)
+    missing = why_not_native(example)
+    if missing and forms is not None and "native" in forms:
+        say(f"native: left out, {missing}")
+    forms = [form for form in FORMS if (forms is None or form in forms) and not (form == "native" and missing)]
+    if not forms:
+        raise ValueError(f"optimize: the native form cannot be had: {missing}")
+
+    plain = Optimized(_plain(model, dtype), "plain", dtype, dtype)
+    exact = _tensors(Optimized(_plain(model, torch.float32), "plain", torch.float32, torch.float32)(example))
+    allowed = 1e-4 if dtype == torch.float32 else max(1e-4, 2 * _error(_tensors(plain(example)), exact))
+    candidates = {"plain": plain}
+    for form in forms:
+        candidates[form] = _make(model, form, dtype)
+    errors = {form: _error(_tensors(candidate(example)), exact) for form, candidate in candidates.items()}
+    for form in forms:
+        if not errors[form] <= allowed:
+            raise RuntimeError(f"optimize: the {form} form is {errors[form]:.1e} from the plain model, {allowed:.1e} are allowed")
+    seconds = _times(candidates, example)
+    best = candidates[min(forms, key=seconds.get)]
+    best.seconds, best.errors = seconds, errors
+    for form in candidates:
+        about = FORMS.get(form, "the model as it is")
+        kind = "" if candidates[form].arithmetic == dtype else f" in {candidates[form].arithmetic}".replace("torch.", "")
+        chosen = "  <- chosen" if form == best.form else ""
+        say(f"{form + ':':10}{1e3 * seconds[form]:9.1f} ms{kind}, error {errors[form]:.0e}, {about}{chosen}")
+    return best
+
+
+def why_not_native(example: Tensor) -> str | None:
+    """The reason why the native form cannot be had for these images, or None."""
+    if native.problem is not None:
+        return native.problem
+    return None if example.device.type == "cpu" else f"it is for the CPU, not for {example.device.type}"
+
+
+def _plain(model: LITv2, dtype: torch.dtype) -> LITv2:
+    return copy.deepcopy(model).eval().requires_grad_(False).to(dtype)
+
+
+def _make(model: LITv2, form: str, dtype: torch.dtype) -> Optimized:
+    if form == "native":
+        return Optimized(native_form(_plain(model, torch.float32)), form, dtype, torch.float32)
+    fused = fuse(model).to(dtype)
+    if form == "compiled":
+        return Optimized(torch.compile(fused, options={"freezing": True}), form, dtype, dtype)
+    return Optimized(fused, form, dtype, dtype)
+
+
+def _tensors(result: object) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _error(results: list[Tensor], exact: list[Tensor]) -> float:
+    """Largest error over largest value, of the worst result."""
+    return max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in zip(results, exact))
+
+
+def _times(candidates: dict[str, Optimized], example: Tensor) -> dict[str, float]:
+    """Median seconds of each; they take turns."""
+
+    def once(candidate: Optimized) -> float:
+        start = time.perf_counter()
+        candidate(example)
+        if example.is_cuda:
+            torch.cuda.synchronize(example.device)
+        return time.perf_counter() - start
+
+    turns = [{form: once(candidate) for form, candidate in candidates.items()} for _ in range(ROUNDS + 1)]
+    return {form: statistics.median(turn[form] for turn in turns[1:]) for form in candidates}
