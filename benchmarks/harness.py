@@ -55,10 +55,16 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def gemm_rate(dtype: torch.dtype = torch.float32, n: int = 2048) -> float:
+def gemm_rate(dtype: torch.dtype = torch.float32, device: str = "cpu", n: int = 2048) -> float:
     """Multiply-adds per second of an n x n x n product: what the device's arithmetic can give."""
-    a, b = torch.randn(2, n, n).to(dtype)
-    return n**3 / interleaved({"product": lambda: a @ b}, rounds=7)["product"]
+    a, b = torch.randn(2, n, n).to(device, dtype)
+
+    def product() -> None:
+        a @ b
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    return n**3 / interleaved({"product": product}, rounds=7)["product"]
 
 
 def environment(device: str = "cpu") -> dict:

@@ -1,12 +1,14 @@
 """LITv2-S, M and B against the models of their accuracy, measured in one interleaved run.
 
-    python benchmarks/models.py --batch-size 8 --threads 2                     # eager and compiled, float32
+    python benchmarks/models.py --batch-size 8 --threads 2  # float32
     python benchmarks/models.py --models litv2_small resnet50 --modes eager
-    python benchmarks/models.py --device cuda --dtype float16 --batch-size 64 --warm-up 50 --rounds 30  # the paper's protocol: 50 + 30 forwards
+    python benchmarks/models.py --device cuda --dtype float16 --batch-size 64 --warm-up 50 --rounds 30  # the paper's 50 + 30 forwards
 
-Each model is timed in the memory format that is the faster one for it, eager and compiled (on a CPU with frozen weights). Weights are
-random. Published figures stand beside: top-1 on ImageNet at 224 pixels and, from the release, images/s on an RTX 3090 (batch 64, float16).
-Models that timm does not have are shown with their published figures alone. Writes JSON, CSV and a plot.
+Each model is timed eager, in the memory format that is the faster one for it, and compiled, on a CPU with frozen weights; LITv2 in its
+native form too (``litv2.optimize``), which on a processor without instructions for bfloat16 takes and gives bfloat16 but computes in
+float32. GEMM share: FLOPs x images/s over the rate of a large matrix product in the same dtype, measured in the same run. Weights are
+random. Published figures stand beside: top-1 on ImageNet at 224 pixels and, from the release, images/s on an RTX 3090 (batch 64,
+float16). Models that timm does not have are shown with their published figures alone. Writes JSON, CSV and a plot.
 """
 
 from __future__ import annotations
@@ -23,11 +25,14 @@ import timm
 import torch
 import torch._inductor.config
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness import COLOURS, figure, parser, peak_memory, publish, rounded, samples
-from litv2 import LITv2, fuse
+from harness import COLOURS, figure, gemm_rate, parser, peak_memory, publish, rounded, samples
+from litv2 import LITv2
+from litv2.optimize import make_form, why_not_native
 
+MODES = ["eager", "compiled", "native"]
 FORMATS = {"channels-first": torch.contiguous_format, "channels-last": torch.channels_last}
 
 
@@ -71,7 +76,7 @@ def main() -> None:
     flags = parser(__doc__, "models")
     names = [candidate.timm for candidate in CANDIDATES if candidate.timm]
     flags.add_argument("--models", nargs="+", default=names, choices=names, metavar="NAME", help=f"of {', '.join(names)}")
-    flags.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
+    flags.add_argument("--modes", nargs="+", default=MODES, choices=MODES, metavar="MODE", help=f"of {', '.join(MODES)}")
     flags.add_argument("--batch-size", type=int, default=8)
     flags.add_argument("--img-size", type=int, default=224)
     flags.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -90,16 +95,18 @@ def main() -> None:
         for candidate in chosen:
             functions |= prepare(candidate, images, args.modes, facts)
         seconds = samples(functions, args.rounds, args.warm_up)
+        gemm = gemm_rate(images.dtype, args.device)
 
-    rows = [row(candidate, seconds, facts, args) for candidate in CANDIDATES if candidate in chosen or candidate.timm is None]
+    rows = [row(candidate, seconds, facts, gemm, args) for candidate in CANDIDATES if candidate in chosen or candidate.timm is None]
     title = f"{args.dtype}, batch {args.batch_size}, {args.img_size} x {args.img_size}, medians of {args.rounds} interleaved rounds"
-    publish(rows, args.out, title, plot, device=args.device, batch_size=args.batch_size, img_size=args.img_size, dtype=args.dtype)
+    about = dict(batch_size=args.batch_size, img_size=args.img_size, dtype=args.dtype, gemm_GFLOPs=round(gemm / 1e9, 1))
+    publish(rows, args.out, f"{title}, GEMM {about['gemm_GFLOPs']} G multiply-adds/s", plot, device=args.device, **about)
 
 
 def prepare(candidate: Candidate, images: Tensor, modes: list[str], facts: dict) -> dict[str, Callable[[], object]]:
     """What is timed of a model, by "name, mode"; its parameters, FLOPs and peak memory go into ``facts``."""
     model = timm.create_model(candidate.timm, **dict(candidate.options)).eval().requires_grad_(False).to(images.device, images.dtype)
-    with FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the counter passes over fused attention on a CPU
         model(images[:1])
     flops = model.flops(*images.shape[2:]) if isinstance(model, LITv2) else counter.get_total_flops() / 2
     layouts = {name: images.to(memory_format=layout) for name, layout in FORMATS.items()}
@@ -120,9 +127,14 @@ def prepare(candidate: Candidate, images: Tensor, modes: list[str], facts: dict)
         functions[f"{candidate.name}, eager"] = partial(_synchronised, model, own)
     if "compiled" in modes:
         last = layouts["channels-last"]
-        compiled = torch.compile(fuse(model) if isinstance(model, LITv2) else model.to(memory_format=torch.channels_last))
+        if isinstance(model, LITv2):
+            compiled = make_form(model, "compiled", images.dtype)
+        else:
+            compiled = torch.compile(model.to(memory_format=torch.channels_last))
         compiled(last)
         functions[f"{candidate.name}, compiled"] = partial(_synchronised, compiled, last)
+    if "native" in modes and isinstance(model, LITv2) and not why_not_native(images):
+        functions[f"{candidate.name}, native"] = partial(_synchronised, make_form(model, "native", images.dtype), own)
     return functions
 
 
@@ -140,7 +152,7 @@ def _peak(function: Callable[[], object], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device)
 
 
-def row(candidate: Candidate, seconds: dict[str, list[float]], facts: dict, args: argparse.Namespace) -> dict:
+def row(candidate: Candidate, seconds: dict[str, list[float]], facts: dict, gemm: float, args: argparse.Namespace) -> dict:
     """A line of the table; times are in ms, p10 and p90 of the faster mode beside its median."""
     own = facts.get(candidate.name, {})
     result = dict(model=candidate.name, group=candidate.group, top1=candidate.top1, parameters_M=rounded(own.get("parameters"), 1))
@@ -154,6 +166,7 @@ def row(candidate: Candidate, seconds: dict[str, list[float]], facts: dict, args
         p10_ms=rounded(1e3 * ordered[len(ordered) // 10], 1) if best else None,
         p90_ms=rounded(1e3 * ordered[(9 * len(ordered)) // 10], 1) if best else None,
         images_per_s=rounded(args.batch_size / medians[best], 1) if best else None,
+        gemm_share=rounded(own["gflops"] * 1e9 * args.batch_size / medians[best] / gemm, 2) if best else None,
     )
     return result | dict(published_RTX3090=candidate.rtx3090)
 

@@ -18,7 +18,7 @@ from .fused import fuse
 from .model import LITv2
 from .native.form import native_form
 
-__all__ = ["FORMS", "Optimized", "optimize"]
+__all__ = ["FORMS", "Optimized", "make_form", "optimize", "why_not_native"]
 
 FORMS = {
     "native": "float32 blocks in two passes each, weights packed once",
@@ -101,7 +101,7 @@ def optimize(
     allowed = 1e-4 if dtype == torch.float32 else max(1e-4, 2 * _error(_tensors(plain(example)), exact))
     candidates = {"plain": plain}
     for form in forms:
-        candidates[form] = _make(model, form, dtype)
+        candidates[form] = make_form(model, form, dtype)
     errors = {form: _error(_tensors(candidate(example)), exact) for form, candidate in candidates.items()}
     for form in forms:
         if not errors[form] <= allowed:
@@ -128,7 +128,8 @@ def _plain(model: LITv2, dtype: torch.dtype) -> LITv2:
     return copy.deepcopy(model).eval().requires_grad_(False).to(dtype)
 
 
-def _make(model: LITv2, form: str, dtype: torch.dtype) -> Optimized:
+def make_form(model: LITv2, form: str, dtype: torch.dtype) -> Optimized:
+    """One of ``FORMS``, neither proven nor timed."""
     if form == "native":
         return Optimized(native_form(_plain(model, torch.float32)), form, dtype, torch.float32)
     fused = fuse(model).to(dtype)

@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     sys.exit(f"litv2.native: torch must be installed first ({error})")
 
-from setuptools import setup
+from setuptools import setup  # noqa: E402
 
 CSRC = Path("csrc")
 SAMPLING = Path("../../mm_modules/DCN/csrc")  # the arithmetic of deformable samples
