@@ -83,6 +83,8 @@ def optimize(
     """
     if not isinstance(model, LITv2):
         raise TypeError(f"optimize: expected a LITv2, not {type(model).__name__}; of a detector or segmenter optimize the backbone")
+    if forms is not None and not forms:
+        raise ValueError(f"optimize: no forms to try; there are {', '.join(FORMS)}")
     unknown = set(forms or ()) - FORMS.keys()
     if unknown:
         raise ValueError(f"optimize: unknown forms {sorted(unknown)}; there are {', '.join(FORMS)}")
@@ -144,7 +146,8 @@ def _tensors(result: object) -> list[Tensor]:
 
 def _error(results: list[Tensor], exact: list[Tensor]) -> float:
     """Largest error over largest value, of the worst result."""
-    return max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in zip(results, exact))
+    errors = [(a.float() - b).abs().max() / b.abs().max() for a, b in zip(results, exact)]
+    return torch.stack(errors).max().item()  # NaN where one is
 
 
 def _times(candidates: dict[str, Optimized], example: Tensor) -> dict[str, float]:

@@ -53,8 +53,19 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and x.shape[-1] % 16 == 0
         and not torch.is_autocast_enabled("cpu")
-        and not (torch.jit.is_tracing() or torch.compiler.is_exporting())
+        and not (torch.jit.is_tracing() or _is_exporting())
+        and (torch.compiler.is_compiling() or not _is_watched())
     )
+
+
+# torch < 2.7 cannot tell an export from a compilation.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
+def _is_watched() -> bool:
+    """Whether somebody counts or replaces operators (a dispatch mode), or wants derivatives that the native ones do not have."""
+    modes = torch._C._len_torch_dispatch_stack() > 0
+    return modes or torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def takes_block(block: nn.Module, x: Tensor) -> bool:
@@ -64,6 +75,7 @@ def takes_block(block: nn.Module, x: Tensor) -> bool:
     """
     return (
         problem is None
+        and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
         and type(x) is Tensor
         and not torch.is_grad_enabled()
         and not block.training
@@ -71,18 +83,19 @@ def takes_block(block: nn.Module, x: Tensor) -> bool:
         and x.dtype == torch.float32
         and x[..., 0].numel() >= MIN_TOKENS
         and not torch.is_autocast_enabled("cpu")
-        and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not _is_watched()
+        and not torch.nn.modules.module._has_any_global_hook()
         and all(_is_plain(module) for module in block.modules() if module is not block)
     )
 
 
 def _is_plain(module: nn.Module) -> bool:
-    hooked = module._forward_hooks or module._forward_pre_hooks
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     known = type(module) in (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Dropout, HiLo) or type(module).__module__ == "litv2.layers"
     parameters = [p for p in module._parameters.values() if p is not None]
     whole = not isinstance(module, nn.LayerNorm) or len(parameters) == 2
-    return known and not hooked and whole and all(p.dtype == torch.float32 and p.device.type == "cpu" for p in parameters)
+    float32 = all(type(p) in (nn.Parameter, Tensor) and p.dtype == torch.float32 and p.device.type == "cpu" for p in parameters)
+    return known and not hooked and not module.training and whole and float32
 
 
 def infer_block(block: nn.Module, x: Tensor) -> Tensor:

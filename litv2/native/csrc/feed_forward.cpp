@@ -63,9 +63,10 @@ Tensor feed_forward(const Tensor& x_, const Tensor& norm_weight, const Tensor& n
   const Kernels& k = kernels();
   const Tensor x = checked_map("feed_forward", x_);
   const int64_t height = x.size(1), channels = x.size(3), hidden = fc1_bias.numel();
+  TORCH_CHECK_VALUE(hidden > 0 && hidden % k.panel == 0, "feed_forward: ", hidden, " hidden channels, expected a multiple of ", k.panel);
   check_packed("fc1", fc1, channels, hidden);
   check_packed("fc2", fc2, hidden, channels);
-  check_sizes("feed_forward", {{norm_weight, channels}, {norm_bias, channels}, {depthwise, 9 * hidden},
+  check_sizes("feed_forward", {{norm_weight, channels}, {norm_bias, channels}, {fc1_bias, hidden}, {depthwise, 9 * hidden},
                                {depthwise_bias, hidden}, {fc2_bias, round_up(channels, k.panel)}});
   const FeedForward pass{k, height, x.size(2), channels, hidden, pointer(norm_weight), pointer(norm_bias),
                          static_cast<float>(eps), pointer(fc1), pointer(fc1_bias), pointer(depthwise),

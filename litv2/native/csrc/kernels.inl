@@ -14,7 +14,7 @@ typedef int32_t Integers __attribute__((vector_size(4 * VECTOR_FLOATS), aligned(
 INLINE Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
 INLINE void store(float* p, Vector x) { *reinterpret_cast<Vector*>(p) = x; }
 INLINE Vector all(float x) { return Vector{} + x; }
-INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }  // b where one is NaN
 
 INLINE float sum(Vector x) {
   float total = 0;
@@ -33,8 +33,8 @@ INLINE Vector polynomial(Vector x, const float (&c)[N]) {
 // 2^(x log2 e) as 2^n 2^f: a polynomial for f in [-1/2, 1/2], relative error 2e-9 before rounding, n into the exponent.
 INLINE Vector exponential(Vector x) {
   const Vector limit = all(-87.0f);
-  x = larger(x, limit) * 1.44269504f;
-  x = x < 127.0f ? x : all(127.0f);
+  x = larger(limit, x) * 1.44269504f;  // a NaN stays one
+  x = x > 127.0f ? all(127.0f) : x;
   const Vector magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vector n = (x + magic) - magic, f = x - n;
   const Vector p = polynomial(f, {1.53458116e-4f, 1.33999312e-3f, 9.61848896e-3f, 5.55032878e-2f, 2.40226469e-1f, 6.93147206e-1f, 1.0f});

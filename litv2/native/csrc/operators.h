@@ -38,8 +38,10 @@ inline void check_sizes(const char* name, std::initializer_list<std::pair<Tensor
 }
 
 inline Tensor checked_map(const char* name, const Tensor& x) {
-  TORCH_CHECK_VALUE(x.dim() == 4 && x.scalar_type() == at::kFloat && x.device().is_cpu() && x.numel() > 0, name, ": x is ",
-                    x.sizes(), " ", x.scalar_type(), " on ", x.device(), ", expected a float32 map (B, H, W, C) on the CPU");
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.scalar_type() == at::kFloat && x.device().is_cpu() && x.size(1) > 0 && x.size(2) > 0 &&
+                        x.size(3) > 0,
+                    name, ": x is ", x.sizes(), " ", x.scalar_type(), " on ", x.device(),
+                    ", expected a float32 map (B, H, W, C) on the CPU");
   return x.contiguous();
 }
 
@@ -52,7 +54,7 @@ class Scratch {
     auto& blocks = memory();
     if (used_ == blocks.size()) blocks.emplace_back();
     auto& block = blocks[used_++];
-    if (static_cast<int64_t>(block.size()) < floats) block.resize(floats + 16);
+    if (static_cast<int64_t>(block.size()) < floats + 16) block.resize(floats + 16);  // 16: to align the address
     const auto address = reinterpret_cast<uintptr_t>(block.data());
     return block.data() + (64 - address % 64) % 64 / sizeof(float);
   }
@@ -65,7 +67,7 @@ class Scratch {
   size_t used_;
 };
 
-// The operators. Weights: as `litv2/native/modules.py` packs them.
+// The operators. Weights: as `litv2/native/weights.py` packs them.
 Tensor feed_forward(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, double eps, const Tensor& fc1,
                     const Tensor& fc1_bias, const Tensor& depthwise, const Tensor& depthwise_bias, const Tensor& fc2,
                     const Tensor& fc2_bias);

@@ -24,7 +24,8 @@ Tensor patch_embed(const Tensor& image, int64_t patch, const Tensor& weight, con
                    const Tensor& norm_bias, double eps) {
   const Kernels& k = kernels();
   TORCH_CHECK_VALUE(image.dim() == 4 && image.scalar_type() == at::kFloat && image.device().is_cpu() && patch > 0 &&
-                        image.size(2) % patch == 0 && image.size(3) % patch == 0 && image.numel() > 0,
+                        image.size(2) % patch == 0 && image.size(3) % patch == 0 && image.size(1) > 0 && image.size(2) > 0 &&
+                        image.size(3) > 0,
                     "patch_embed: an image of ", image.sizes(), " ", image.scalar_type(), ", expected float32 (B, C, H, W) of whole ",
                     patch, " x ", patch, " patches");
   const int64_t in = image.size(1), K = in * patch * patch, C = norm_weight.numel(), wide = round_up(C, k.panel);
