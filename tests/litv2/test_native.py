@@ -1,0 +1,737 @@
+"""The native CPU operators: torch's numbers whatever the shape, and torch's operators wherever somebody wants to look inside."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim, export
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from helpers import ROOT, TINY, fill, golden, golden_arrays, max_difference, normal, tiny_model
+from litv2 import layers, litv2_small, native
+from litv2.layers import Block, DeformableTokenMerging, Mlp, PatchEmbed
+from litv2.native import depthwise_gelu
+
+if native.problem is not None:
+    pytest.skip(f"the native operators: {native.problem}", allow_module_level=True)
+
+from litv2.native.form import NativePatchEmbed, Operator, native_block, native_form
+from litv2.native.weights import feed_forward_arguments, hilo_arguments, patch_embed_arguments, token_merging_arguments
+
+NAN = float("nan")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Where a test does not say otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def close(ours: Tensor, exact: Tensor, tolerance: float = 3e-6) -> bool:
+    """Within the tolerance of the largest value; false where a NaN is."""
+    return max_difference(ours, exact) <= tolerance * max(1.0, exact.abs().max().item())
+
+
+@torch.no_grad()
+def in_float64(module: nn.Module, x: Tensor) -> Tensor:
+    """What the plain module gives; in float64 it takes no fast path."""
+    return copy.deepcopy(module).double()(x.double())
+
+
+@torch.no_grad()
+def check(module: nn.Module, forms: list, x: Tensor, tolerance: float = 3e-6, threads: tuple[int, ...] = (1,)) -> None:
+    """All forms give the same bits, the last one on all numbers of threads, and they are close to the plain module's numbers."""
+    expected = in_float64(module, x)
+    results = []
+    for count in threads:
+        torch.set_num_threads(count)
+        for form in forms if count == 1 else forms[-1:]:
+            form(torch.full_like(x, NAN))  # whatever then reads scratch memory that it has not written finds a NaN there
+            results.append(form(x))
+    torch.set_num_threads(1)
+    assert all(torch.equal(results[0], result) for result in results[1:])
+    assert close(results[0], expected, tolerance)
+
+
+# Depthwise convolution and GELU
+
+
+def plain_depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=len(weight))).permute(0, 2, 3, 1)
+
+
+def depthwise_case(*shape: int, scale: float = 1.0) -> list[Tensor]:
+    """x, weight and bias, leaves with gradients."""
+    C = shape[-1]
+    return [t.requires_grad_() for t in (scale * normal(0, *shape), 0.4 * normal(1, C, 1, 3, 3), 0.3 * normal(2, C))]
+
+
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 16), (2, 1, 6, 48), (3, 5, 1, 16), (1, 2, 2, 384), (2, 2, 1, 32), (1, 1, 2, 16), (3, 7, 5, 48), (2, 14, 14, 384)]
+)
+def test_depthwise_gelu_and_its_gradients(shape, scale):
+    case = depthwise_case(*shape, scale=scale)
+    gradient = normal(3, *shape)
+    exact = [t.detach().double().requires_grad_() for t in case]
+    expected = plain_depthwise_gelu(*exact)
+    expected.backward(gradient.double())
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        y = depthwise_gelu(*case)
+        assert "native_depthwise_gelu" in y.grad_fn.name() and y.is_contiguous()
+        assert close(y, expected)
+        for ours, theirs in zip(torch.autograd.grad(y, case, gradient), exact):
+            assert ours.shape == theirs.shape and close(ours, theirs.grad, 1e-5)
+
+
+def test_gelu_from_end_to_end():
+    """One tap of 1: x itself, far into both tails, where GELU is exactly 0 and x, its slope 0 and 1."""
+    x = torch.cat((torch.linspace(-50, 50, 2001), torch.linspace(-6, 6, 4001), torch.tensor([0.0, 1e-30, -1e-30, 3e4, -3e4, 1e18, -1e18])))
+    x = F.pad(x, (0, -len(x) % 16)).view(1, 1, -1, 16).requires_grad_()
+    weight = torch.zeros(16, 1, 3, 3)
+    weight[:, :, 1, 1] = 1
+    y = depthwise_gelu(x, weight, torch.zeros(16))
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    exact = x.detach().double().requires_grad_()
+    expected = F.gelu(exact)
+    expected.sum().backward()
+    assert ((y - expected).abs() <= 1e-6 * exact.abs()).all() and max_difference(slope, exact.grad) < 1e-6
+    upper, lower = x >= 6, x <= -6
+    assert torch.equal(y[upper], x[upper]) and not y[lower].any()
+    far = x.abs() > 15
+    assert max_difference(slope[far], exact.grad[far]) < 1e-17
+
+
+def test_depthwise_gelu_of_any_strides():
+    x, weight, bias = depthwise_case(2, 6, 5, 32)
+    exact = plain_depthwise_gelu(x.double(), weight.double(), bias.double())
+    for view in (
+        x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+        torch.cat((x, x), -1)[..., :32],
+        F.pad(x, (0, 0, 1, 1))[:, :, 1:-1],
+    ):
+        assert not view.is_contiguous() and close(depthwise_gelu(view, weight, bias), exact)
+    for ours, theirs in zip(
+        *(torch.autograd.grad(f(x, weight, bias).sum(), (x, weight, bias)) for f in (depthwise_gelu, plain_depthwise_gelu))
+    ):
+        assert close(ours, theirs, 1e-5)  # the gradient of a sum has no strides
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_depthwise_gelu_where_the_operator_does_not_serve(dtype):
+    case = [t.to(dtype) for t in depthwise_case(2, 5, 6, 20 if dtype == torch.float32 else 32)]
+    y = depthwise_gelu(*case)
+    assert y.dtype == dtype and torch.equal(y, plain_depthwise_gelu(*case))
+
+
+def test_depthwise_gelu_under_autocast():
+    case = depthwise_case(2, 5, 6, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = depthwise_gelu(*case)
+        assert y.dtype == torch.bfloat16 and torch.equal(y, plain_depthwise_gelu(*case))
+
+
+def test_empty_batch():
+    model = tiny_model().eval()
+    x = torch.empty(0, 3, 64, 64)
+    model(x).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    with torch.no_grad():
+        assert model(x).shape == native_form(model)(x).shape == (0, 10)
+
+
+def test_no_second_derivatives():
+    x, weight, bias = depthwise_case(1, 3, 3, 16)
+    (gradient,) = torch.autograd.grad(depthwise_gelu(x, weight, bias).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivatives; LITV2_NATIVE=0 selects torch's"):
+        gradient.sum().backward()
+
+
+def test_forward_derivatives():
+    """The operator has none: torch's, not silently zero."""
+    x, weight, bias = depthwise_case(1, 3, 4, 16)
+    x, weight, bias = x.detach(), weight.detach(), bias.detach()
+    tangent = normal(5, *x.shape)
+    results = [torch.func.jvp(lambda x, f=f: f(x, weight, bias), (x,), (tangent,))[1] for f in (depthwise_gelu, plain_depthwise_gelu)]
+    assert close(*results) and results[0].any()
+    with torch.autograd.forward_ad.dual_level():
+        y = depthwise_gelu(torch.autograd.forward_ad.make_dual(x, tangent), weight, bias)
+        assert close(torch.autograd.forward_ad.unpack_dual(y).tangent, results[1])
+
+
+def test_opcheck():
+    x, weight, bias = depthwise_case(2, 3, 5, 16)
+    arguments = (x, weight.detach().flatten(1).t().contiguous().requires_grad_(), bias)
+    torch.library.opcheck(torch.ops.litv2.native_depthwise_gelu, arguments)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.extra)])
+def test_compiled_training(backend):
+    mlp = fill(Mlp(16, 32))
+    compiled = torch.compile(mlp, backend=backend, fullgraph=True)
+    for shape in ((2, 3, 5, 16), (1, 6, 7, 16)):
+        x = normal(0, *shape).requires_grad_()
+        (y, *gradients), (z, *expected) = (
+            (f(x), *torch.autograd.grad(f(x).square().sum(), (x, *mlp.parameters()))) for f in (compiled, mlp)
+        )
+        assert close(y, z) and all(close(a, b, 1e-5) for a, b in zip(gradients, expected))
+
+
+# Blocks
+
+
+def make_block(*args, **kwargs) -> Block:
+    return fill(Block(*args, **kwargs)).eval().requires_grad_(False)
+
+
+def forms_of(block: Block) -> list:
+    return [lambda x: native.infer_block(block, x), native_block(block)]
+
+
+@pytest.mark.parametrize("alpha", [0, 0.3, 0.5, 0.9, 1])
+@pytest.mark.parametrize("window", [0, 1, 2, 3, 4, 7])
+def test_block(window, alpha):
+    block = make_block(32, 4, window, alpha)
+    forms = forms_of(block)
+    for B, H, W in ((1, 1, 1), (2, 1, 7), (1, 8, 1), (5, 3, 2), (2, 13, 10), (3, 14, 14), (1, 17, 29)):
+        check(block, forms, 2 * normal(H, B, H, W, 32), threads=(1, 2) if B > 2 else (1,))
+
+
+@pytest.mark.parametrize(
+    "dim, heads, window, alpha, mlp_ratio",
+    [
+        (24, 2, 2, 0.5, 4),  # heads of 12 channels: not a multiple of 8
+        (20, 2, 3, 0.5, 4),  # 10; dim and hidden channels not whole panels
+        (20, 4, 2, 0.3, 3),
+        (12, 4, 1, 0.5, 1),  # 3 channels; few hidden channels
+        (8, 8, 2, 0.9, 4),  # 1
+        (70, 7, 4, 0.5, 3),
+        (48, 1, 2, 0, 2),
+        (48, 1, 2, 1, 2),
+        (36, 2, 0, 0.5, 4),
+        (68, 2, 1, 0.5, 6.5),
+        (530, 5, 2, 0.5, 1),  # more inputs than a product takes at once
+    ],
+)
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_block_of_any_width(dim, heads, window, alpha, mlp_ratio, qkv_bias):
+    block = make_block(dim, heads, window, alpha, mlp_ratio, qkv_bias)
+    for B, H, W in ((1, 1, 1), (2, 5, 6), (3, 7, 3)):
+        check(block, forms_of(block), normal(dim, B, H, W, dim))
+
+
+@pytest.mark.parametrize(
+    "window, alpha, B, H, W",
+    [
+        (0, 0, 1, 61, 67),
+        (1, 1, 2, 27, 29),  # more keys than a product takes at once
+        (2, 0.5, 1, 61, 67),
+        (3, 0.5, 3, 40, 41),
+        (7, 0.5, 1, 50, 230),  # rows longer than a band
+        (4, 0, 1, 3, 300),
+        (2, 0.5, 1, 300, 3),
+        (0, 0, 5, 99, 3),
+    ],
+)
+def test_block_over_many_bands(window, alpha, B, H, W):
+    block = make_block(16, 2, window, alpha)
+    check(block, forms_of(block), normal(W, B, H, W, 16), threads=(1, 2))
+
+
+def test_block_of_any_strides_and_scale():
+    block = make_block(32, 4, 2, 0.5)
+    block.attn.scale, block.norm1.eps, block.norm2.eps = 0.9, 0.1, 0.2
+    x = normal(0, 2, 9, 6, 32)
+    for view in (x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1), torch.cat((x, x), -1)[..., :32], x.transpose(1, 2)):
+        assert not view.is_contiguous()
+        check(block, forms_of(block), view)
+
+
+@pytest.mark.parametrize("scale", [30.0, 3e5])
+def test_block_with_hard_attention(scale):
+    """Logits by the hundreds: the largest is subtracted; tokens much larger than 1."""
+    block = make_block(32, 4, 2, 0.5)
+    block.attn.scale *= 40
+    check(block, forms_of(block), scale * normal(0, 2, 6, 7, 32), 2e-5)
+
+
+@pytest.mark.parametrize("window, alpha", [(1, 1), (2, 0), (2, 0.5), (3, 1)])
+@torch.no_grad()
+def test_nan_is_not_lost(window, alpha):
+    """Of a token, and of weights: what has diverged does not look sound. (Torch's softmax drops some of them.)"""
+    block = make_block(32, 2, window, alpha)
+    x = normal(0, 3, 6, 8, 32)
+    bad = x.clone()
+    bad[1, 2, 3, 4] = NAN
+    ours, theirs = native.infer_block(block, bad).isnan(), block(bad).isnan()
+    assert not (theirs & ~ours).any() and ours[1].any() and not ours[::2].any()
+    part = block.attn.h_qkv if block.attn.h_heads else block.attn.l_q
+    part.bias[0] = NAN  # of a query
+    assert native.infer_block(block, x).isnan().any(-1).all()
+
+
+# Patch embedding and token merging
+
+
+@pytest.mark.parametrize("in_chans, dim, patch", [(3, 32, 4), (1, 20, 4), (3, 96, 2), (4, 36, 7), (2, 8, 1)])
+def test_patch_embed(in_chans, dim, patch):
+    embed = fill(PatchEmbed(in_chans, dim, patch)).eval()
+    ours = NativePatchEmbed(embed)
+    for B, H, W in ((1, patch, patch), (2, 1, 1), (3, 37, 50), (1, 4 * patch, 130 * patch), (2, 150, 4 * patch)):
+        image = normal(H, B, in_chans, H, W)
+        check(embed, [ours], image)
+        double = F.pad(image, (2, 3, 1, 0)).repeat_interleave(2, 3)
+        for view in (
+            image.to(memory_format=torch.channels_last),
+            double[:, :, 1:, 4:-6:2],
+            image.transpose(2, 3),
+            image[:1].expand(3, -1, -1, -1),
+            normal(0, B, 1, H, W).expand(-1, in_chans, -1, -1),
+        ):
+            check(embed, [ours], view)
+    check(embed, [ours], normal(0, 3, in_chans, 9 * patch, 30 * patch), threads=(1, 2))
+
+
+@pytest.mark.parametrize("dim, out", [(16, 32), (20, 40), (96, 192), (3, 7), (130, 12)])
+@pytest.mark.parametrize("reach", [0, 1, 30])
+def test_token_merging(dim, out, reach):
+    """``reach``: how far, in tokens, the offsets go; 30 is outside of all of these maps."""
+    merging = fill(DeformableTokenMerging(dim, out)).eval().requires_grad_(False)
+    merging.dconv.conv_offset.weight.mul_(reach)
+    merging.dconv.conv_offset.bias.mul_(reach * 3)
+    ours = Operator("native_token_merging", **token_merging_arguments(merging))
+    for B, H, W in ((1, 2, 2), (2, 3, 5), (3, 14, 9), (1, 5, 301), (5, 40, 2)):
+        x = normal(H, B, H, W, dim)
+        check(merging, [ours], x, 1e-5 if reach == 0 else 2e-4)
+    check(merging, [ours], x.transpose(1, 2), 1e-5 if reach == 0 else 2e-4, threads=(1, 2))
+
+
+# The native form of models
+
+
+ARGUMENTS = [
+    dict(),
+    dict(alpha=0.0),
+    dict(local_ws=(1, 2, 4, 7), alpha=0.5),
+    dict(local_ws=(2, 1, 3, 2), alpha=0.4, qkv_bias=False),
+    dict(num_classes=0, in_chans=1, patch_size=2),
+    dict(embed_dim=20, num_heads=(1, 2, 4, 5), mlp_ratio=3, local_ws=(0, 3, 2, 1), alpha=0.5),
+]
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+@torch.no_grad()
+def test_native_form(arguments):
+    model = tiny_model(**arguments).eval()
+    form = native_form(model)
+    for shape in ((1, 3, 64, 64), (3, 3, 65, 111), (5, 3, 33, 132)):
+        x = normal(0, *shape)[:, : model.in_chans]
+        exact = copy.deepcopy(model).double()
+        for ours in (form, model):
+            assert max_difference(ours(x), exact(x.double())) < 1e-4
+            for a, b in zip(ours.forward_pyramid(x), exact.forward_pyramid(x.double()), strict=True):
+                assert max_difference(a, b) < 1e-4 * max(1, b.abs().max())
+
+
+@torch.no_grad()
+def test_native_form_golden():
+    case = golden()["classification"][0]
+    model = native_form(fill(litv2_small(alpha=case["alpha"])))
+    images = normal(case["input_seed"], case["batch"], 3, case["img_size"], case["img_size"])
+    assert max_difference(model(images), golden_arrays()["cls0_logits"]) <= 1e-4
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("i", range(3))
+@torch.no_grad()
+def test_native_form_golden_pyramid(i):
+    backbone = pytest.importorskip("litv2.mm_backbone").LITv2Backbone
+    case = golden()["pyramid"][i]
+    norms = {"detection": (1, 2, 3), "segmentation": (0, 1, 2, 3)}[case["task"]]
+    maps = native_form(fill(backbone(local_ws=tuple(case["local_ws"]), out_norms=norms)))(
+        normal(case["input_seed"], 1, 3, case["H"], case["W"])
+    )
+    for level, feature in enumerate(maps):
+        assert feature.is_contiguous(memory_format=torch.channels_last)
+        values = feature.contiguous().flatten()[::101]
+        assert max_difference(values, golden_arrays()[f"pyr{i}_level{level}_every_101st"].flatten()) <= 1e-4
+
+
+@pytest.mark.extra
+@torch.no_grad()
+def test_native_form_of_a_fresh_backbone():
+    backbone = pytest.importorskip("litv2.mm_backbone").LITv2Backbone
+    model = backbone(**{k: v for k, v in TINY.items() if k != "num_classes"}, out_indices=(1, 3), out_norms=(3,))
+    x = normal(0, 2, 3, 70, 90)
+    for ours, theirs in zip(native_form(model)(x), copy.deepcopy(model).eval().double()(x.double()), strict=True):
+        assert max_difference(ours, theirs) < 1e-4 * max(1, theirs.abs().max())
+
+
+def test_native_form_leaves_the_model_as_it_was():
+    model = tiny_model(drop_path_rate=0.5, drop_rate=0.3).train()
+    model.set_grad_checkpointing()
+    before = copy.deepcopy(model.state_dict())
+    form = native_form(model)
+    assert model.training and not form.training and all(p.requires_grad for p in model.parameters())
+    assert not any(p.requires_grad for p in form.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    x = normal(0, 1, 3, 64, 64)
+    expected = form(x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(form(x), expected)
+
+
+# When eager inference uses whole blocks
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The blocks that ``infer_block`` has computed."""
+    seen = []
+    monkeypatch.setattr(layers, "infer_block", lambda block, x: (seen.append(block), native.infer_block(block, x))[1])
+    return seen
+
+
+X = (2, 16, 16, 16)  # MIN_TOKENS
+SMALL = (2, 16, 15, 16)
+
+
+def plain_block(window: int = 2, **kwargs) -> Block:
+    return fill(Block(16, 2, window, 0.5, **kwargs)).eval()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_fast_path_is_taken(calls, mode):
+    block = plain_block(drop=0.1, attn_drop=0.1, drop_path=0.1)
+    x = normal(0, *X)
+    with mode():
+        assert close(block(x), in_float64(block, x)) and calls == [block]
+        block.register_forward_hook(lambda *_: None)  # its own
+        block(x)
+        assert len(calls) == 2
+        plain_block(window=0)(x)
+        assert len(calls) == 3
+        block(normal(0, *SMALL))
+        assert len(calls) == 3
+
+
+@torch.no_grad()
+def test_fast_path_sees_new_weights(calls):
+    block = plain_block()
+    x = normal(0, *X)
+    before = block(x)
+    block.mlp.fc2.weight.data.mul_(2)
+    block.attn.l_kv.weight.data[3] = 0.5
+    block.norm1.bias = nn.Parameter(torch.ones(16))
+    after = block(x)
+    assert len(calls) == 2 and max_difference(before, after) > 0.1 and close(after, in_float64(block, x))
+
+
+class ScaledLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Subclass(Tensor):
+    pass
+
+
+def a_hook(block: Block) -> None:
+    block.attn.l_kv.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def a_pre_hook(block: Block) -> None:
+    block.mlp.dwconv.register_forward_pre_hook(lambda module, inputs: 2 * inputs[0])
+
+
+def another_layer(block: Block) -> None:
+    block.mlp.fc1 = fill(ScaledLinear(16, 64))
+
+
+def another_forward(block: Block) -> None:
+    block.mlp.fc1.forward = lambda x: F.linear(x, 2 * block.mlp.fc1.weight)
+
+
+def no_norm(block: Block) -> None:
+    block.norm2 = nn.Identity()
+
+
+def norm_without_affine(block: Block) -> None:
+    block.norm1 = nn.LayerNorm(16, elementwise_affine=False)
+
+
+def norm_without_bias(block: Block) -> None:
+    block.norm1 = nn.LayerNorm(16, bias=False)
+
+
+def parametrized(block: Block) -> None:
+    nn.utils.parametrizations.weight_norm(block.attn.l_q)
+
+
+def dropout_alone(block: Block) -> None:
+    """Dropout at inference, for uncertainty."""
+    block.mlp.drop.train()
+
+
+def weights_of_a_subclass(block: Block) -> None:
+    block.mlp.fc1.weight = nn.Parameter(block.mlp.fc1.weight.detach().as_subclass(Subclass))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        a_hook,
+        a_pre_hook,
+        another_layer,
+        another_forward,
+        no_norm,
+        norm_without_affine,
+        norm_without_bias,
+        parametrized,
+        dropout_alone,
+        weights_of_a_subclass,
+    ],
+)
+@torch.no_grad()
+def test_no_fast_path_for_a_changed_block(calls, change):
+    block = plain_block(drop=0.5)
+    change(block)
+    x = normal(0, *X)
+    torch.manual_seed(1)
+    ours = block(x)
+    assert not calls
+    if change is dropout_alone:
+        assert not torch.equal(ours, block(x))
+    else:
+        assert close(ours, block.double()(x.double()))
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_fast_path_for_who_looks_inside(calls):
+    block = plain_block()
+    x = normal(0, *X)
+    assert block(x).requires_grad
+    block.train()
+    with torch.no_grad():
+        block(x)
+        block.eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            block(x)
+        with Seen() as seen:
+            block(x)
+        assert not any("litv2" in name for name in seen.names) and "aten::convolution" in seen.names
+        removed = nn.modules.module.register_module_forward_hook(lambda *_: None)  # of all modules
+        block(x)
+        removed.remove()
+        block(x.as_subclass(Subclass))
+        torch.jit.trace(block, x, check_trace=False)
+        block.bfloat16()(x.bfloat16())
+    assert not calls
+
+
+@torch.no_grad()
+def test_traced_graphs_serve_every_size(calls):
+    """No branch on the number of tokens is in an exported program, without gradients either."""
+    block = plain_block()
+    program = export(block, (normal(0, *X),), dynamic_shapes=({0: Dim("b"), 1: Dim.AUTO, 2: Dim.AUTO},))
+    assert "litv2" not in str(program.graph)
+    for shape in ((1, 5, 7, 16), (5, 30, 21, 16)):
+        x = normal(0, *shape)
+        assert close(program.module()(x), in_float64(block, x))
+    assert not calls
+
+
+# Other kernels, and none
+
+
+MEASURE = """
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from helpers import normal, tiny_model
+from litv2 import native
+
+x = normal(0, 2, 3, 100, 132)
+results = dict(problem=native.problem, kernels=native.problem or torch.ops.litv2.native_kernels(), logits={}, gradients={}, flops={})
+for name, arguments in dict(even={}, odd=dict(embed_dim=20, num_heads=(1, 2, 4, 5), local_ws=(0, 3, 2, 1), alpha=0.5)).items():
+    model = tiny_model(**arguments).eval()
+    with torch.no_grad():
+        results["logits"][name] = model(x)
+        if native.problem is None:
+            from litv2.native.form import native_form
+            results["logits"][name + ", native form"] = native_form(model)(x)
+        with FlopCounterMode(display=False) as inference:
+            model(x)
+    with FlopCounterMode(display=False) as training:
+        model(x).square().sum().backward()
+    results["flops"][name] = inference.get_total_flops(), training.get_total_flops()
+    model.zero_grad()
+    model(x).square().sum().backward()
+    results["gradients"][name] = {name: p.grad for name, p in model.named_parameters()}
+"""
+
+
+def measured(tmp_path, **environment: str) -> dict | str:
+    """The results of MEASURE in a process with this environment, or the error it ended with."""
+    out = tmp_path / "results.pt"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-c", f"{MEASURE}\ntorch.save(results, {str(out)!r})"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return torch.load(out, weights_only=True) if done.returncode == 0 else done.stderr
+
+
+@pytest.fixture(scope="module")
+def measured_here() -> dict:
+    names = {}
+    exec(MEASURE, names)
+    return names["results"]
+
+
+def same_results(ours: dict, theirs: dict) -> None:
+    assert ours["flops"] == theirs["flops"]
+    for name, logits in theirs["logits"].items():
+        assert max_difference(ours["logits"].get(name, logits), logits) < 1e-5 * logits.abs().max()
+        assert max_difference(logits, theirs["logits"][name.split(",")[0]]) < 1e-5 * logits.abs().max()
+    for name, gradients in theirs["gradients"].items():
+        for key, gradient in gradients.items():
+            # A bias before batch norm or of keys has no gradient but rounding: hence the 1.
+            assert max_difference(ours["gradients"][name][key], gradient) < 1e-4 * max(1, gradient.abs().max()), key
+
+
+@pytest.mark.parametrize("kernels", ["baseline", "AVX2", "AVX-512"])
+def test_all_kernels(kernels, tmp_path, measured_here):
+    if kernels == measured_here["kernels"]:
+        pytest.skip("all the other tests use these kernels")
+    results = measured(tmp_path, LITV2_NATIVE_KERNELS=kernels)
+    if isinstance(results, str):
+        assert f"ValueError: LITV2_NATIVE_KERNELS={kernels}: this processor has no such kernels" in results
+        pytest.skip("this processor does not have them")
+    assert results["kernels"] == kernels
+    same_results(results, measured_here)
+
+
+def test_unknown_kernels(tmp_path):
+    error = measured(tmp_path, LITV2_NATIVE_KERNELS="SSE9")
+    assert "ValueError: LITV2_NATIVE_KERNELS=SSE9: this processor has no such kernels" in error
+
+
+def test_switched_off(tmp_path, measured_here):
+    results = measured(tmp_path, LITV2_NATIVE="0")
+    assert results["problem"] == "switched off by LITV2_NATIVE=0"
+    same_results(results, measured_here)
+
+
+# Wrong arguments
+
+
+def operator_case(name: str) -> dict:
+    """Arguments that fit, all of them in use."""
+    block = make_block(24, 2, 2, 0.5)
+    x = normal(0, 2, 4, 6, 24)
+    if name == "native_depthwise_gelu":
+        return dict(x=normal(0, 2, 4, 6, 32), weight=normal(0, 9, 32), bias=normal(0, 32))
+    if name == "native_depthwise_gelu_backward":
+        return dict(gradient=normal(0, 2, 4, 6, 32), **operator_case("native_depthwise_gelu"))
+    if name == "native_feed_forward":
+        return dict(x=x, **feed_forward_arguments(block.mlp, block.norm2))
+    if name == "native_hilo":
+        return dict(x=x, **hilo_arguments(block.attn, block.norm1))
+    if name == "native_patch_embed":
+        return dict(image=normal(0, 2, 3, 8, 12), **patch_embed_arguments(fill(PatchEmbed(3, 24, 4)).requires_grad_(False)))
+    merging = fill(DeformableTokenMerging(24, 40)).requires_grad_(False)
+    return dict(x=x, **token_merging_arguments(merging))
+
+
+OPERATORS = "depthwise_gelu depthwise_gelu_backward feed_forward hilo patch_embed token_merging".split()
+
+
+@pytest.mark.parametrize("name", [f"native_{name}" for name in OPERATORS])
+@torch.no_grad()
+def test_wrong_arguments(name):
+    operator, case = getattr(torch.ops.litv2, name), operator_case(name)
+    torch.library.opcheck(operator, (), case, test_utils=("test_schema", "test_faketensor"))
+    for key, value in case.items():
+        if not isinstance(value, Tensor):
+            continue
+        wrong = [value.double(), value.bfloat16(), value[None], value.flatten()[:-1], value.new_zeros(0), torch.cat((value, value))]
+        if value.dim() == 3:  # weights
+            wrong += [value[:, :-1].contiguous(), value[..., :-1].contiguous(), value.transpose(0, 2).contiguous(), value.transpose(1, 2)]
+        if value.dim() == 4:
+            wrong = [*wrong[:-1], value[:, :0], value[:, :, :0], value[..., :0], value[..., :-1], value[0]]
+        for other in wrong:
+            if other.shape == value.shape and other.dtype == value.dtype and other.stride() == value.stride():
+                continue
+            if other.numel() == value.numel() and other.dtype == value.dtype and value.dim() < 3:
+                continue  # nothing but the number counts
+            with pytest.raises(ValueError):
+                operator(**{**case, key: other})
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("hilo", dict(window_size=0)),
+        ("hilo", dict(window_size=-2)),
+        ("hilo", dict(h_heads=0)),
+        ("hilo", dict(h_heads=-1, l_heads=3)),
+        ("hilo", dict(h_heads=0, l_heads=0)),
+        ("hilo", dict(l_heads=4)),
+        ("hilo", dict(h_heads=2, l_heads=0)),
+        ("hilo", dict(window_size=1)),
+        ("patch_embed", dict(patch=0)),
+        ("patch_embed", dict(patch=-4)),
+        ("patch_embed", dict(patch=2)),
+        ("patch_embed", dict(patch=5)),
+        ("token_merging", dict(out_channels=0)),
+        ("token_merging", dict(out_channels=-40)),
+        ("token_merging", dict(out_channels=80)),
+    ],
+    ids=str,
+)
+def test_wrong_numbers(name, changes):
+    case = operator_case(f"native_{name}")
+    with pytest.raises(ValueError):
+        getattr(torch.ops.litv2, f"native_{name}")(**{**case, **changes})
+
+
+def test_hidden_channels_are_whole_panels():
+    """All sizes fit together, but the last panel is not whole: the kernels would write beyond it."""
+    panel = torch.ops.litv2.native_panel()
+    for hidden in (panel + 1, panel - 1, 0):
+        packed = dict(fc1=torch.ops.litv2.native_pack(torch.zeros(hidden, 24)), fc2=torch.ops.litv2.native_pack(torch.zeros(24, hidden)))
+        vectors = dict(fc1_bias=torch.zeros(hidden), depthwise=torch.zeros(9, hidden), depthwise_bias=torch.zeros(hidden))
+        with pytest.raises(ValueError, match="hidden"):
+            torch.ops.litv2.native_feed_forward(**{**operator_case("native_feed_forward"), **packed, **vectors})
+
+
+def test_pack():
+    for N, K in ((1, 1), (20, 7), (64, 33)):
+        weight, panel = normal(N, N, K), torch.ops.litv2.native_panel()
+        packed = torch.ops.litv2.native_pack(weight.t().contiguous().t())
+        assert packed.shape == (-(-N // panel), K, panel)
+        assert torch.equal(packed.transpose(1, 2).reshape(-1, K), F.pad(weight, (0, 0, 0, -N % panel)))
+    for wrong in (torch.zeros(3), torch.zeros(2, 3, 4), torch.zeros(2, 3).double()):
+        with pytest.raises(ValueError, match="pack: .* expected a float32 matrix on the CPU"):
+            torch.ops.litv2.native_pack(wrong)

@@ -1,0 +1,182 @@
+"""Every form gives the model's numbers, what does not is refused, and the choice is told."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers import TINY, fill, max_difference, normal, tiny_model
+from litv2 import LITv2, native, optimize
+from litv2.optimize import FORMS, Optimized
+
+optimizer = __import__("sys").modules["litv2.optimize"]  # the function has the module's name
+needs_native = pytest.mark.skipif(native.problem is not None, reason=f"the native operators: {native.problem}")
+QUICK = ("native", "fused")
+
+
+class Pyramid(LITv2):
+    """A backbone: a tuple of maps."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.forward_pyramid(x)
+
+
+class ListPyramid(LITv2):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return list(self.forward_pyramid(x)[1:3])
+
+
+def exact(model: LITv2, x: Tensor) -> list[Tensor]:
+    """The plain model's results, in float64."""
+    with torch.no_grad():
+        return tensors(copy.deepcopy(model).eval().double()(x.double()))
+
+
+def tensors(result) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def error(results: list[Tensor], expected: list[Tensor]) -> float:
+    assert len(results) == len(expected)
+    return max(max_difference(a, b) / b.abs().max().item() for a, b in zip(results, expected))
+
+
+@needs_native
+@pytest.mark.parametrize("form", QUICK)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("build", [LITv2, Pyramid, ListPyramid])
+def test_same_numbers(build, dtype, form):
+    model = fill(build(**TINY, drop_rate=0.3, attn_drop_rate=0.2, drop_path_rate=0.4)).train()
+    before = copy.deepcopy(model.state_dict())
+    x = normal(0, 2, 3, 64, 64)
+    lines = []
+    fast = optimize(model, x, dtype, [form], lines.append)
+    assert (fast.form, fast.dtype, fast.arithmetic) == (form, dtype, torch.float32 if form == "native" else dtype)
+    assert fast.seconds.keys() == fast.errors.keys() == {"plain", form} and all(s > 0 for s in fast.seconds.values())
+    plain = copy.deepcopy(model).eval().to(dtype)
+    for shape in ((2, 3, 64, 64), (1, 3, 65, 111), (5, 3, 33, 40)):
+        x = normal(1, *shape).to(dtype)
+        results, expected = fast(x), exact(model, x)
+        assert type(results) is {LITv2: Tensor, Pyramid: tuple, ListPyramid: list}[build] and all(
+            r.dtype == dtype and not r.requires_grad for r in tensors(results)
+        )
+        with torch.no_grad():
+            allowed = 1e-4 if dtype == torch.float32 else 3 * error(tensors(plain(x)), expected)
+        assert error(tensors(results), expected) <= allowed
+    # The model is as it was, and on its own.
+    assert model.training and all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+    after = fast(x)
+    with torch.no_grad():
+        model.load_state_dict(before)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(tensors(after), tensors(fast(x))))
+
+
+@needs_native
+def test_report():
+    lines = []
+    fast = optimize(tiny_model(), normal(0, 1, 3, 64, 64), forms=QUICK, report=lines.append)
+    assert [line.split(":")[0] for line in lines] == ["plain", *QUICK]
+    chosen = [line for line in lines if line.endswith("<- chosen")]
+    assert len(chosen) == 1 and chosen[0].startswith(f"{fast.form}:") and fast.form in QUICK
+    assert fast.seconds[fast.form] == min(fast.seconds[form] for form in QUICK)
+    assert fast.seconds.keys() == fast.errors.keys() == {"plain", *QUICK}
+    for line, form in zip(lines, fast.seconds):
+        assert f"{1e3 * fast.seconds[form]:.1f} ms" in line and FORMS.get(form, "as it is") in line
+    assert f"form={fast.form}" in repr(fast)
+
+
+@needs_native
+def test_silent_in_lower_precision(capsys):
+    lines = []
+    model = tiny_model().bfloat16()
+    fast = optimize(model, normal(0, 1, 3, 64, 64), forms=QUICK, report=lines.append)  # the model's dtype
+    assert fast.dtype == torch.bfloat16 and next(model.parameters()).dtype == torch.bfloat16
+    assert ["in float32" in line for line in lines] == [False, True, False]
+    optimize(model, normal(0, 1, 3, 64, 64), forms=["fused"], report=None)
+    assert capsys.readouterr().out == ""
+
+
+def test_without_the_native_form(monkeypatch):
+    monkeypatch.setattr(native, "problem", "not built")
+    x, lines = normal(0, 1, 3, 64, 64), []
+    fast = optimize(tiny_model(), x, forms=QUICK, report=lines.append)
+    assert fast.form == "fused" and lines[0] == "native: left out, not built" and len(lines) == 3
+    with pytest.raises(ValueError, match="the native form cannot be had: not built"):
+        optimize(tiny_model(), x, forms=["native"])
+
+
+@pytest.mark.parametrize(
+    "model, forms, kind, words",
+    [
+        (nn.Linear(3, 3), None, TypeError, "expected a LITv2, not Linear"),
+        (nn.Sequential(nn.Identity()), ["fused"], TypeError, "of a detector or segmenter optimize the backbone"),
+        (None, ["fused", "quick"], ValueError, r"unknown forms \['quick'\]; there are native, compiled, fused"),
+        (None, "fused", ValueError, "unknown forms"),
+        (None, [], ValueError, "no forms"),
+    ],
+)
+def test_bad_arguments(model, forms, kind, words):
+    with pytest.raises(kind, match=words):
+        optimize(model or tiny_model(), normal(0, 1, 3, 64, 64), forms=forms)
+
+
+class Wrong(nn.Module):
+    """A form whose results' number ``which`` is off: by a factor, or not a number."""
+
+    def __init__(self, model: nn.Module, which: int, factor: float):
+        super().__init__()
+        self.model, self.which, self.factor = model, which, factor
+
+    def forward(self, x: Tensor):
+        results = tensors(self.model(x))
+        results[self.which] = results[self.which] * self.factor
+        return results[0] if len(results) == 1 else tuple(results)
+
+
+@pytest.mark.parametrize("factor", [1.001, 0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("build, which", [(LITv2, 0), (Pyramid, 0), (Pyramid, 3)])
+@pytest.mark.parametrize("form", [pytest.param("native", marks=needs_native), "fused"])
+def test_a_wrong_form_is_refused(monkeypatch, form, build, which, factor):
+    maker = {"native": "native_form", "fused": "fuse"}[form]
+    right = getattr(optimizer, maker)
+    monkeypatch.setattr(optimizer, maker, lambda model: Wrong(right(model), which, factor))
+    with pytest.raises(RuntimeError, match=f"the {form} form is .* from the plain model, 1.0e-04 are allowed"):
+        optimize(fill(build(**TINY)), normal(0, 1, 3, 64, 64), forms=[form], report=None)
+
+
+@needs_native
+@pytest.mark.parametrize("order", [QUICK, QUICK[::-1]])
+def test_the_fastest_is_chosen(monkeypatch, order):
+    def times(candidates: dict[str, Optimized], example: Tensor) -> dict[str, float]:
+        return {form: 1.0 + order.index(form) if form in order else 0.5 for form in candidates}
+
+    monkeypatch.setattr(optimizer, "_times", times)
+    assert optimize(tiny_model(), normal(0, 1, 3, 64, 64), forms=QUICK, report=None).form == order[0]
+
+
+@pytest.mark.extra
+def test_compiled():
+    model = fill(Pyramid(num_classes=0, embed_dim=16, depths=(1, 1), num_heads=(1, 2), local_ws=(0, 2), alpha=0.5))
+    fast = optimize(model, normal(0, 1, 3, 32, 32), forms=["compiled"], report=None)
+    assert fast.form == "compiled" and fast.errors.keys() == {"plain", "compiled"}
+    for shape in ((1, 3, 32, 32), (2, 3, 36, 41)):
+        x = normal(1, *shape)
+        assert error(tensors(fast(x)), exact(model, x)) < 1e-4
+
+
+@pytest.mark.extra
+@needs_native
+def test_backbone():
+    backbone = pytest.importorskip("litv2.mm_backbone").LITv2Backbone
+    arguments = {key: value for key, value in TINY.items() if key != "num_classes"}
+    model = fill(backbone(**arguments, out_indices=(1, 3), out_norms=(3,), frozen_stages=2))
+    for form in QUICK:
+        fast = optimize(model, normal(0, 1, 3, 64, 96), forms=[form], report=None)
+        x = normal(1, 2, 3, 70, 50)
+        assert isinstance(fast(x), tuple) and error(tensors(fast(x)), exact(model, x)) < 1e-4
