@@ -592,12 +592,21 @@ for name, arguments in dict(even={}, odd=dict(embed_dim=20, num_heads=(1, 2, 4, 
 """
 
 
+# Scratch memory that grows little by little: what is written behind its end breaks the heap, and the process aborts.
+GROWTH = """
+if native.problem is None:
+    weight, one = torch.ops.litv2.native_pack(torch.ones(64, 1)), torch.ones(64)
+    for width in range(1, 113):
+        torch.ops.litv2.native_patch_embed(torch.ones(1, 1, 1, width), 1, weight, one, one, one, 1e-5)
+"""
+
+
 def measured(tmp_path, **environment: str) -> dict | str:
     """The results of MEASURE in a process with this environment, or the error it ended with."""
     out = tmp_path / "results.pt"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-c", f"{MEASURE}\ntorch.save(results, {str(out)!r})"]
+    command = [sys.executable, "-c", f"{MEASURE}\n{GROWTH}\ntorch.save(results, {str(out)!r})"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     return torch.load(out, weights_only=True) if done.returncode == 0 else done.stderr
 
