@@ -40,20 +40,22 @@ Tensor depthwise_gelu(const Tensor& x_, const Tensor& weight, const Tensor& bias
   at::parallel_for(0, map.images * map.height, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t image = i / map.height, y = i % map.height;
-      k.depthwise_gelu(map.width, C, map.row(from, image, y - 1), map.row(from, image, y), map.row(from, image, y + 1), C,
-                       pointer(weight), C, pointer(bias), to + i * map.width * C, C);
+      k.depthwise_gelu(map.width, C, map.row(from, image, y - 1), map.row(from, image, y), map.row(from, image, y + 1),
+                       C, pointer(weight), C, pointer(bias), to + i * map.width * C, C);
     }
   });
   return out;
 }
 
 // Gradients of x, weight (9, C) and bias.
-std::tuple<Tensor, Tensor, Tensor> depthwise_gelu_backward(const Tensor& gradient_, const Tensor& x_, const Tensor& weight,
-                                                           const Tensor& bias) {
+std::tuple<Tensor, Tensor, Tensor> depthwise_gelu_backward(const Tensor& gradient_, const Tensor& x_,
+                                                           const Tensor& weight, const Tensor& bias) {
   const Kernels& k = kernels();
-  const Tensor x = checked_map("depthwise_gelu_backward", x_), gradient = checked_map("depthwise_gelu_backward", gradient_);
+  const Tensor x = checked_map("depthwise_gelu_backward", x_),
+               gradient = checked_map("depthwise_gelu_backward", gradient_);
   check("depthwise_gelu_backward", x, weight, bias);
-  TORCH_CHECK_VALUE(gradient.sizes() == x.sizes(), "depthwise_gelu_backward: a gradient of ", gradient.sizes(), " for ", x.sizes());
+  TORCH_CHECK_VALUE(gradient.sizes() == x.sizes(), "depthwise_gelu_backward: a gradient of ", gradient.sizes(), " for ",
+                    x.sizes());
   const Rows map(x);
   const int64_t C = map.channels;
   const int64_t pieces = std::min<int64_t>(map.images * map.height, at::get_num_threads());
@@ -66,9 +68,9 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_gelu_backward(const Tensor& gradien
     for (int64_t piece = begin; piece < end; ++piece) {
       for (int64_t i = range(piece); i < range(piece + 1); ++i) {
         const int64_t image = i / map.height, y = i % map.height, at = i * map.width * C;
-        k.depthwise_gelu_gradient(map.width, C, map.row(from, image, y - 1), map.row(from, image, y), map.row(from, image, y + 1), C,
-                                  pointer(weight), C, pointer(bias), g + at, C, z + at, total + piece * 10 * C,
-                                  total + piece * 10 * C + 9 * C);
+        k.depthwise_gelu_gradient(map.width, C, map.row(from, image, y - 1), map.row(from, image, y),
+                                  map.row(from, image, y + 1), C, pointer(weight), C, pointer(bias), g + at, C, z + at,
+                                  total + piece * 10 * C, total + piece * 10 * C + 9 * C);
       }
     }
   });
@@ -76,8 +78,8 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_gelu_backward(const Tensor& gradien
   at::parallel_for(0, map.images * map.height, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t image = i / map.height, y = i % map.height;
-      k.depthwise(map.width, C, map.row(z, image, y - 1), map.row(z, image, y), map.row(z, image, y + 1), C, pointer(flipped), C,
-                  to + i * map.width * C, C);
+      k.depthwise(map.width, C, map.row(z, image, y - 1), map.row(z, image, y), map.row(z, image, y + 1), C,
+                  pointer(flipped), C, to + i * map.width * C, C);
     }
   });
   const Tensor parameters = sums.sum(0);

@@ -7,7 +7,7 @@ namespace litv2::native {
 namespace {
 
 constexpr int64_t kBandTokens = 224;  // about so many tokens are worked on at once
-constexpr int64_t kChunk = 96;         // hidden channels at once, whole panels
+constexpr int64_t kChunk = 96;        // hidden channels at once, whole panels
 
 struct FeedForward {
   const Kernels& k;
@@ -34,7 +34,8 @@ struct FeedForward {
       // Hidden rows are counted from begin - 1. Those before `known` are there from the last band, or above the map.
       const int64_t known = begin > first ? 2 : begin % height == 0 ? 1 : 0;
       const int64_t end = begin + rows < last || last % height != 0 ? rows + 2 : rows + 1;
-      k.layer_norm((end - known) * width, channels, x + (begin - 1 + known) * row, channels, norm_weight, norm_bias, eps, tokens);
+      k.layer_norm((end - known) * width, channels, x + (begin - 1 + known) * row, channels, norm_weight, norm_bias,
+                   eps, tokens);
       for (int64_t c = 0; c < hidden; c += kChunk) {
         const int64_t chunk = std::min(kChunk, hidden - c), hidden_row = width * chunk;
         float* h = hidden_rows + (band + 2) * width * c;
@@ -63,14 +64,30 @@ Tensor feed_forward(const Tensor& x_, const Tensor& norm_weight, const Tensor& n
   const Kernels& k = kernels();
   const Tensor x = checked_map("feed_forward", x_);
   const int64_t height = x.size(1), channels = x.size(3), hidden = fc1_bias.numel();
-  TORCH_CHECK_VALUE(hidden > 0 && hidden % k.panel == 0, "feed_forward: ", hidden, " hidden channels, expected a multiple of ", k.panel);
+  TORCH_CHECK_VALUE(hidden > 0 && hidden % k.panel == 0, "feed_forward: ", hidden,
+                    " hidden channels, expected a multiple of ", k.panel);
   check_packed("fc1", fc1, channels, hidden);
   check_packed("fc2", fc2, hidden, channels);
-  check_sizes("feed_forward", {{norm_weight, channels}, {norm_bias, channels}, {fc1_bias, hidden}, {depthwise, 9 * hidden},
-                               {depthwise_bias, hidden}, {fc2_bias, round_up(channels, k.panel)}});
-  const FeedForward pass{k, height, x.size(2), channels, hidden, pointer(norm_weight), pointer(norm_bias),
-                         static_cast<float>(eps), pointer(fc1), pointer(fc1_bias), pointer(depthwise),
-                         pointer(depthwise_bias), pointer(fc2), pointer(fc2_bias)};
+  check_sizes("feed_forward", {{norm_weight, channels},
+                               {norm_bias, channels},
+                               {fc1_bias, hidden},
+                               {depthwise, 9 * hidden},
+                               {depthwise_bias, hidden},
+                               {fc2_bias, round_up(channels, k.panel)}});
+  const FeedForward pass{k,
+                         height,
+                         x.size(2),
+                         channels,
+                         hidden,
+                         pointer(norm_weight),
+                         pointer(norm_bias),
+                         static_cast<float>(eps),
+                         pointer(fc1),
+                         pointer(fc1_bias),
+                         pointer(depthwise),
+                         pointer(depthwise_bias),
+                         pointer(fc2),
+                         pointer(fc2_bias)};
   const Tensor out = at::empty_like(x);
   const int64_t rows = x.size(0) * height, pieces = std::min<int64_t>(rows, at::get_num_threads());
   at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {

@@ -1,5 +1,5 @@
-// x + HiLo(norm(x)), the attention half of a block. A map that windows do not divide is padded with zeros after the norm
-// and cropped at the end, as HiLo does.
+// x + HiLo(norm(x)), the attention half of a block. A map that windows do not divide is padded with zeros after the
+// norm and cropped at the end, as HiLo does.
 
 #include "operators.h"
 
@@ -55,7 +55,8 @@ void project(const HiLo& a, const float* x, Linear norm, float eps, Linear linea
       float* row = tokens + i * a.padded_width * C;
       const int64_t inside = first + i < a.height ? a.width : 0;
       if (inside > 0)
-        a.k.layer_norm(inside, C, x + ((image * a.height + first + i) * a.width) * C, C, norm.weight, norm.bias, eps, row);
+        a.k.layer_norm(inside, C, x + ((image * a.height + first + i) * a.width) * C, C, norm.weight, norm.bias, eps,
+                       row);
       std::fill(row + inside * C, row + a.padded_width * C, 0.0f);
     }
     a.k.product(rows * a.padded_width, a.projected(), C, tokens, C, linear.weight, a.k.panel * C, linear.bias, false,
@@ -85,13 +86,15 @@ void project_pooled(const HiLo& a, const float* pooled, Linear linear, float* kv
 
 // Keys (transposed) and values of each head of each image as packed matrices, one after the other.
 void pack_heads(const HiLo& a, const float* kv, int64_t stride, float* keys, float* values) {
-  const int64_t M = a.cells(), d = a.head, panel = a.k.panel, keys_size = round_up(M, panel) * d, values_size = round_up(d, panel) * M;
+  const int64_t M = a.cells(), d = a.head, panel = a.k.panel, keys_size = round_up(M, panel) * d,
+                values_size = round_up(d, panel) * M;
   at::parallel_for(0, a.images * a.l_heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const float* from = kv + i / a.l_heads * M * stride + i % a.l_heads * d;
       float *key = keys + i * keys_size, *value = values + i * values_size;
       for (int64_t m = 0; m < round_up(M, panel); ++m) {
-        for (int64_t c = 0; c < d; ++c) key[m / panel * panel * d + c * panel + m % panel] = m < M ? from[m * stride + c] : 0.0f;
+        for (int64_t c = 0; c < d; ++c)
+          key[m / panel * panel * d + c * panel + m % panel] = m < M ? from[m * stride + c] : 0.0f;
       }
       for (int64_t m = 0; m < M; ++m) {
         for (int64_t c = 0; c < round_up(d, panel); ++c)
@@ -102,10 +105,11 @@ void pack_heads(const HiLo& a, const float* kv, int64_t stride, float* keys, flo
 }
 
 // Attention of both kinds, their output projections, and the sum with x.
-void attend(const HiLo& a, const float* x, const float* projected, const float* keys, const float* values, Linear h_proj,
-            Linear l_proj, float* out) {
+void attend(const HiLo& a, const float* x, const float* projected, const float* keys, const float* values,
+            Linear h_proj, Linear l_proj, float* out) {
   const int64_t C = a.channels, s = a.window, d = a.head, M = a.cells(), panel = a.k.panel;
-  const int64_t stride = a.projected_stride(), wide = round_up(C, panel) + panel, Dh = a.h_channels(), Dl = a.l_channels();
+  const int64_t stride = a.projected_stride(), wide = round_up(C, panel) + panel, Dh = a.h_channels(),
+                Dl = a.l_channels();
   const int64_t keys_size = round_up(M, panel) * d, values_size = round_up(d, panel) * M, size = s * s;
   a.for_each_band([&](int64_t image, int64_t first, int64_t rows) {
     const int64_t T = rows * a.padded_width;
@@ -122,15 +126,16 @@ void attend(const HiLo& a, const float* x, const float* projected, const float* 
       }
       float* logits = scratch.take(size * (size + 16));
       for (int64_t h = 0; h < a.h_heads; ++h)
-        a.k.window_attention(T / size, size, d, Dh, from + h * d, tokens.data(), mixed + h * d, out_tokens.data(), logits);
+        a.k.window_attention(T / size, size, d, Dh, from + h * d, tokens.data(), mixed + h * d, out_tokens.data(),
+                             logits);
       a.k.product(T, Dh, Dh, mixed, C, h_proj.weight, panel * Dh, h_proj.bias, false, sum, wide);
     }
     if (Dl > 0) {
       float* logits = scratch.take(a.k.attention_scratch(M, d));
       for (int64_t h = 0; h < a.l_heads; ++h) {
         const int64_t i = image * a.l_heads + h;
-        a.k.attention(T, M, d, from + 3 * Dh + h * d, stride, keys + i * keys_size, values + i * values_size, mixed + Dh + h * d,
-                      C, logits);
+        a.k.attention(T, M, d, from + 3 * Dh + h * d, stride, keys + i * keys_size, values + i * values_size,
+                      mixed + Dh + h * d, C, logits);
       }
       a.k.product(T, Dl, Dl, mixed + Dh, C, l_proj.weight, panel * Dl, l_proj.bias, false, sum + Dh, wide);
     }
@@ -144,14 +149,24 @@ void attend(const HiLo& a, const float* x, const float* projected, const float* 
 }  // namespace
 
 Tensor hilo(const Tensor& x_, const Tensor& norm_weight, const Tensor& norm_bias, double eps, const Tensor& proj,
-            const Tensor& proj_bias, const Tensor& kv, const Tensor& kv_bias, const Tensor& h_proj, const Tensor& h_proj_bias,
-            const Tensor& l_proj, const Tensor& l_proj_bias, int64_t h_heads, int64_t l_heads, int64_t window_size) {
+            const Tensor& proj_bias, const Tensor& kv, const Tensor& kv_bias, const Tensor& h_proj,
+            const Tensor& h_proj_bias, const Tensor& l_proj, const Tensor& l_proj_bias, int64_t h_heads,
+            int64_t l_heads, int64_t window_size) {
   const Kernels& k = kernels();
   const Tensor x = checked_map("hilo", x_);
   const int64_t C = x.size(3), s = window_size, heads = h_heads + l_heads;
-  TORCH_CHECK_VALUE(s >= 1 && h_heads >= 0 && l_heads >= 0 && heads > 0 && C % heads == 0, "hilo: window_size=", s, ", heads ", h_heads,
-                    " + ", l_heads, " for ", C, " channels");
-  const HiLo a{k,       x.size(0), x.size(1), x.size(2), C, s, h_heads, l_heads, C / heads, round_up(x.size(1), s),
+  TORCH_CHECK_VALUE(s >= 1 && h_heads >= 0 && l_heads >= 0 && heads > 0 && C % heads == 0, "hilo: window_size=", s,
+                    ", heads ", h_heads, " + ", l_heads, " for ", C, " channels");
+  const HiLo a{k,
+               x.size(0),
+               x.size(1),
+               x.size(2),
+               C,
+               s,
+               h_heads,
+               l_heads,
+               C / heads,
+               round_up(x.size(1), s),
                round_up(x.size(2), s)};
   const int64_t Dh = a.h_channels(), Dl = a.l_channels();
   const bool pools = s > 1 && Dl > 0;
@@ -174,8 +189,8 @@ Tensor hilo(const Tensor& x_, const Tensor& norm_weight, const Tensor& norm_bias
   const auto room = [&](int64_t floats) { return at::empty({floats}, x.options()); };
   const auto write = [](const Tensor& tensor) { return tensor.data_ptr<float>(); };
   const Tensor projected = room(tokens * a.projected_stride()), pooled = room(pools ? a.images * M * C : 0);
-  project(a, pointer(x), {pointer(norm_weight), pointer(norm_bias)}, static_cast<float>(eps), {pointer(proj), pointer(proj_bias)},
-          write(projected), write(pooled));
+  project(a, pointer(x), {pointer(norm_weight), pointer(norm_bias)}, static_cast<float>(eps),
+          {pointer(proj), pointer(proj_bias)}, write(projected), write(pooled));
 
   const int64_t kv_stride = pools ? round_up(2 * Dl, k.panel) : a.projected_stride();
   const Tensor pooled_kv = room(pools ? a.images * M * kv_stride : 0);

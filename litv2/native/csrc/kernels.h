@@ -14,13 +14,14 @@ struct Kernels {
   const char* name;
   int64_t panel;
 
-  // C (M x N) = bias + A (M x K) B; without a bias C = A B, or C += A B where `add`. panel_stride is between panels of B.
+  // C (M x N) = bias + A (M x K) B; without a bias C = A B, or C += A B where `add`. panel_stride is between panels of
+  // B.
   void (*product)(int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const float* B, int64_t panel_stride,
                   const float* bias, bool add, float* C, int64_t ldc);
 
   // Rows of `channels` normalised, scaled and shifted.
-  void (*layer_norm)(int64_t rows, int64_t channels, const float* x, int64_t ldx, const float* weight, const float* bias, float eps,
-                     float* out);
+  void (*layer_norm)(int64_t rows, int64_t channels, const float* x, int64_t ldx, const float* weight,
+                     const float* bias, float eps, float* out);
 
   // out = x + y, row by row; y and out may have other strides.
   void (*add)(int64_t rows, int64_t channels, const float* x, const float* y, int64_t ldy, float* out);
@@ -28,9 +29,9 @@ struct Kernels {
   // out = gelu(x), rows of `channels`.
   void (*gelu)(int64_t rows, int64_t channels, const float* x, int64_t ldx, float* out);
 
-  // One row of the grid of a 2 x 2 deformable convolution with stride 2: for each of `width` places the bilinear samples
-  // of its four taps, channels each, from an image of in_height x in_width tokens. offsets: (y, x) per tap, `ldo` floats
-  // from place to place.
+  // One row of the grid of a 2 x 2 deformable convolution with stride 2: for each of `width` places the bilinear
+  // samples of its four taps, channels each, from an image of in_height x in_width tokens. offsets: (y, x) per tap,
+  // `ldo` floats from place to place.
   void (*deformed_patches)(int64_t row, int64_t width, const float* image, int64_t in_height, int64_t in_width,
                            int64_t channels, const float* offsets, int64_t ldo, float* out);
 

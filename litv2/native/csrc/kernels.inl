@@ -1,6 +1,6 @@
-// Included by kernels_*.cpp with VECTOR_FLOATS (floats in a vector), PRODUCT_ROWS (rows of the inner product's tile) and
-// KERNELS (the name of the table) defined. GCC's and clang's vector types; nothing here is called by another file's code
-// but through the table, so that no instruction reaches a processor that lacks it.
+// Included by kernels_*.cpp with VECTOR_FLOATS (floats in a vector), PRODUCT_ROWS (rows of the inner product's tile)
+// and KERNELS (the name of the table) defined. GCC's and clang's vector types; nothing here is called by another file's
+// code but through the table, so that no instruction reaches a processor that lacks it.
 
 namespace litv2::native {
 namespace {
@@ -37,16 +37,18 @@ INLINE Vector exponential(Vector x) {
   x = x > 127.0f ? all(127.0f) : x;
   const Vector magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vector n = (x + magic) - magic, f = x - n;
-  const Vector p = polynomial(f, {1.53458116e-4f, 1.33999312e-3f, 9.61848896e-3f, 5.55032878e-2f, 2.40226469e-1f, 6.93147206e-1f, 1.0f});
+  const Vector p = polynomial(
+      f, {1.53458116e-4f, 1.33999312e-3f, 9.61848896e-3f, 5.55032878e-2f, 2.40226469e-1f, 6.93147206e-1f, 1.0f});
   const Integers exponent = (__builtin_convertvector(n, Integers) + 127) << 23;
   return p * reinterpret_cast<const Vector&>(exponent);
 }
 
-// erf as z P(z^2) / Q(z^2), fitted for |z| <= 3.9 (error 4e-7 in float32) and +-1 beyond, where float32 has nothing else.
+// erf as z P(z^2) / Q(z^2), fitted for |z| <= 3.9 (error 4e-7 in float32) and +-1 beyond, where float32 has nothing
+// else.
 INLINE Vector error_function(Vector z) {
   const Vector t = z * z;
-  const Vector p = polynomial(t, {2.01186707e-08f, -1.99693125e-06f, 1.47476180e-04f, 3.89632920e-03f, 5.11490529e-02f, 2.04226030e-01f,
-                                  1.12837880f});
+  const Vector p = polynomial(t, {2.01186707e-08f, -1.99693125e-06f, 1.47476180e-04f, 3.89632920e-03f, 5.11490529e-02f,
+                                  2.04226030e-01f, 1.12837880f});
   const Vector q = polynomial(t, {1.00661561e-03f, 1.47305895e-02f, 1.16785985e-01f, 5.14319619e-01f, 1.0f});
   const Vector inside = z * p / q;
   const Vector upper = z > 3.9f ? all(1.0f) : inside;
@@ -62,10 +64,12 @@ INLINE Vector gelu_slope(Vector x) {
 
 // R rows of C, one panel wide. B's rows are one panel apart.
 template <int R>
-INLINE void tile(int64_t K, const float* A, int64_t lda, const float* B, const float* bias, bool add, float* C, int64_t ldc) {
+INLINE void tile(int64_t K, const float* A, int64_t lda, const float* B, const float* bias, bool add, float* C,
+                 int64_t ldc) {
   Vector c[R][2];
   for (int i = 0; i < R; ++i) {
-    for (int j = 0; j < 2; ++j) c[i][j] = add ? load(C + i * ldc + j * V) : bias != nullptr ? load(bias + j * V) : Vector{};
+    for (int j = 0; j < 2; ++j)
+      c[i][j] = add ? load(C + i * ldc + j * V) : bias != nullptr ? load(bias + j * V) : Vector{};
   }
   for (int64_t k = 0; k < K; ++k) {
     const Vector b0 = load(B + k * kPanel), b1 = load(B + k * kPanel + V);
@@ -81,8 +85,8 @@ INLINE void tile(int64_t K, const float* A, int64_t lda, const float* B, const f
 }
 
 template <int R>
-void last_rows(int64_t rows, int64_t K, const float* A, int64_t lda, const float* B, const float* bias, bool add, float* C,
-               int64_t ldc) {
+void last_rows(int64_t rows, int64_t K, const float* A, int64_t lda, const float* B, const float* bias, bool add,
+               float* C, int64_t ldc) {
   if constexpr (R > 0) {
     if (rows == R) return tile<R>(K, A, lda, B, bias, add, C, ldc);
     last_rows<R - 1>(rows, K, A, lda, B, bias, add, C, ldc);
@@ -105,7 +109,8 @@ void product(int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const
   }
 }
 
-void layer_norm(int64_t rows, int64_t channels, const float* x, int64_t ldx, const float* weight, const float* bias, float eps, float* out) {
+void layer_norm(int64_t rows, int64_t channels, const float* x, int64_t ldx, const float* weight, const float* bias,
+                float eps, float* out) {
   const int64_t whole = channels - channels % V;
   for (int64_t row = 0; row < rows; ++row, x += ldx, out += channels) {
     Vector total{};
@@ -121,7 +126,8 @@ void layer_norm(int64_t rows, int64_t channels, const float* x, int64_t ldx, con
     float variance = sum(squares);
     for (int64_t c = whole; c < channels; ++c) variance += (x[c] - mean) * (x[c] - mean);
     const float factor = 1.0f / __builtin_sqrtf(variance / channels + eps);
-    for (int64_t c = 0; c < whole; c += V) store(out + c, (load(x + c) - mean) * factor * load(weight + c) + load(bias + c));
+    for (int64_t c = 0; c < whole; c += V)
+      store(out + c, (load(x + c) - mean) * factor * load(weight + c) + load(bias + c));
     for (int64_t c = whole; c < channels; ++c) out[c] = (x[c] - mean) * factor * weight[c] + bias[c];
   }
 }
@@ -142,11 +148,12 @@ void gelu_rows(int64_t rows, int64_t channels, const float* x, int64_t ldx, floa
   }
 }
 
-void deformed_patches(int64_t row, int64_t width, const float* image, int64_t in_height, int64_t in_width, int64_t channels,
-                      const float* offsets, int64_t ldo, float* out) {
+void deformed_patches(int64_t row, int64_t width, const float* image, int64_t in_height, int64_t in_width,
+                      int64_t channels, const float* offsets, int64_t ldo, float* out) {
   for (int64_t x = 0; x < width; ++x, offsets += ldo) {
     for (int64_t tap = 0; tap < 4; ++tap, out += channels) {
-      const auto c = dcn::corners(2 * row + tap / 2 + offsets[2 * tap], 2 * x + tap % 2 + offsets[2 * tap + 1], in_height, in_width);
+      const auto c = dcn::corners(2 * row + tap / 2 + offsets[2 * tap], 2 * x + tap % 2 + offsets[2 * tap + 1],
+                                  in_height, in_width);
       dcn::gather(c, 1.0f, image, channels, out, 0, channels, 1);
     }
   }
@@ -154,7 +161,8 @@ void deformed_patches(int64_t row, int64_t width, const float* image, int64_t in
 
 // bias + the products of 3 x 3 taps of one vector of channels at one token; the map ends at its left or right.
 template <bool kLeft, bool kRight>
-INLINE Vector taps(const float* above, const float* here, const float* below, int64_t stride, const Vector* w, Vector total) {
+INLINE Vector taps(const float* above, const float* here, const float* below, int64_t stride, const Vector* w,
+                   Vector total) {
   const float* rows[3] = {above, here, below};
   for (int i = 0; i < 3; ++i) {
     if (kLeft) total += load(rows[i] - stride) * w[3 * i];
@@ -166,8 +174,8 @@ INLINE Vector taps(const float* above, const float* here, const float* below, in
 
 // Calls use(token, channel, value of the convolution, a vector) along a row.
 template <typename Use>
-INLINE void convolve(int64_t width, int64_t channels, const float* above, const float* here, const float* below, int64_t stride,
-                     const float* weight, int64_t ldw, const float* bias, const Use& use) {
+INLINE void convolve(int64_t width, int64_t channels, const float* above, const float* here, const float* below,
+                     int64_t stride, const float* weight, int64_t ldw, const float* bias, const Use& use) {
   for (int64_t c = 0; c < channels; c += V) {
     Vector w[9];
     for (int tap = 0; tap < 9; ++tap) w[tap] = load(weight + tap * ldw + c);
@@ -187,16 +195,23 @@ INLINE void convolve(int64_t width, int64_t channels, const float* above, const 
   }
 }
 
-void depthwise_gelu(int64_t width, int64_t channels, const float* above, const float* here, const float* below, int64_t stride,
-                    const float* weight, int64_t ldw, const float* bias, float* out, int64_t out_stride) {
-  convolve(width, channels, above, here, below, stride, weight, ldw, bias,
-           [&](int64_t x, int64_t c, Vector value) __attribute__((always_inline)) { store(out + x * out_stride + c, gelu(value)); });
+void depthwise_gelu(int64_t width, int64_t channels, const float* above, const float* here, const float* below,
+                    int64_t stride, const float* weight, int64_t ldw, const float* bias, float* out,
+                    int64_t out_stride) {
+  convolve(
+      width, channels, above, here, below, stride, weight, ldw,
+      bias, [&](int64_t x, int64_t c, Vector value) __attribute__((always_inline)) {
+        store(out + x * out_stride + c, gelu(value));
+      });
 }
 
-void depthwise(int64_t width, int64_t channels, const float* above, const float* here, const float* below, int64_t stride,
-               const float* weight, int64_t ldw, float* out, int64_t out_stride) {
-  convolve(width, channels, above, here, below, stride, weight, ldw, nullptr,
-           [&](int64_t x, int64_t c, Vector value) __attribute__((always_inline)) { store(out + x * out_stride + c, value); });
+void depthwise(int64_t width, int64_t channels, const float* above, const float* here, const float* below,
+               int64_t stride, const float* weight, int64_t ldw, float* out, int64_t out_stride) {
+  convolve(
+      width, channels, above, here, below, stride, weight, ldw,
+      nullptr, [&](int64_t x, int64_t c, Vector value) __attribute__((always_inline)) {
+        store(out + x * out_stride + c, value);
+      });
 }
 
 void depthwise_gelu_gradient(int64_t width, int64_t channels, const float* above, const float* here, const float* below,
@@ -205,12 +220,13 @@ void depthwise_gelu_gradient(int64_t width, int64_t channels, const float* above
   for (int64_t c = 0; c < channels; c += V) {
     Vector sums[9], total{};
     for (int tap = 0; tap < 9; ++tap) sums[tap] = Vector{};
-    convolve(width, V, above + c, here + c, below + c, stride, weight + c, ldw, bias + c,
-             [&](int64_t x, int64_t, Vector value) __attribute__((always_inline)) {
-               const Vector g = load(gradient + x * gradient_stride + c) * gelu_slope(value);
-               store(linear + x * gradient_stride + c, g);
-               total += g;
-             });
+    convolve(
+        width, V, above + c, here + c, below + c, stride, weight + c, ldw,
+        bias + c, [&](int64_t x, int64_t, Vector value) __attribute__((always_inline)) {
+          const Vector g = load(gradient + x * gradient_stride + c) * gelu_slope(value);
+          store(linear + x * gradient_stride + c, g);
+          total += g;
+        });
     const float* rows[3] = {above + c, here + c, below + c};
     for (int64_t x = 0; x < width; ++x) {
       const Vector g = load(linear + x * gradient_stride + c);
@@ -221,7 +237,8 @@ void depthwise_gelu_gradient(int64_t width, int64_t channels, const float* above
         if (x < width - 1) sums[3 * i + 2] += g * load(at + stride);
       }
     }
-    for (int tap = 0; tap < 9; ++tap) store(weight_gradient + tap * ldw + c, load(weight_gradient + tap * ldw + c) + sums[tap]);
+    for (int tap = 0; tap < 9; ++tap)
+      store(weight_gradient + tap * ldw + c, load(weight_gradient + tap * ldw + c) + sums[tap]);
     store(bias_gradient + c, load(bias_gradient + c) + total);
   }
 }
@@ -252,8 +269,8 @@ INLINE float exponentials(float* x, int64_t M) {
   return sum(total);
 }
 
-void attention(int64_t T, int64_t M, int64_t d, const float* queries, int64_t ldq, const float* keys, const float* values, float* out,
-               int64_t ldo, float* scratch) {
+void attention(int64_t T, int64_t M, int64_t d, const float* queries, int64_t ldq, const float* keys,
+               const float* values, float* out, int64_t ldo, float* scratch) {
   const int64_t wide = panels(M), deep = panels(d);
   float *logits = scratch, *mix = scratch + kStrip * wide;
   for (int64_t t = 0; t < T; t += kStrip) {
@@ -268,8 +285,8 @@ void attention(int64_t T, int64_t M, int64_t d, const float* queries, int64_t ld
   }
 }
 
-void window_attention(int64_t windows, int64_t size, int64_t d, int64_t channels, const float* qkv, const int64_t* tokens, float* out,
-                      const int64_t* out_tokens, float* scratch) {
+void window_attention(int64_t windows, int64_t size, int64_t d, int64_t channels, const float* qkv,
+                      const int64_t* tokens, float* out, const int64_t* out_tokens, float* scratch) {
   const int64_t wide = (size + V - 1) / V * V;
   for (int64_t w = 0; w < windows; ++w, tokens += size, out_tokens += size) {
     for (int64_t i = 0; i < size; ++i) {
@@ -303,9 +320,18 @@ void window_attention(int64_t windows, int64_t size, int64_t d, int64_t channels
 
 }  // namespace
 
-const Kernels KERNELS = {KERNELS_NAME,   kPanel,    product,           layer_norm,       add,
-                         gelu_rows,      deformed_patches,
-                         depthwise_gelu, attention, attention_scratch, window_attention, depthwise_gelu_gradient,
+const Kernels KERNELS = {KERNELS_NAME,
+                         kPanel,
+                         product,
+                         layer_norm,
+                         add,
+                         gelu_rows,
+                         deformed_patches,
+                         depthwise_gelu,
+                         attention,
+                         attention_scratch,
+                         window_attention,
+                         depthwise_gelu_gradient,
                          depthwise};
 
 }  // namespace litv2::native

@@ -13,7 +13,9 @@ namespace {
 const Kernels& widest() {
   // For tests: a processor also runs the kernels of lesser ones.
   const char* wanted = std::getenv("LITV2_NATIVE_KERNELS");
-  const auto allowed = [&](const Kernels& k) { return wanted == nullptr || *wanted == '\0' || wanted == std::string_view(k.name); };
+  const auto allowed = [&](const Kernels& k) {
+    return wanted == nullptr || *wanted == '\0' || wanted == std::string_view(k.name);
+  };
 #ifdef __x86_64__
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && allowed(avx512_kernels))
@@ -35,8 +37,8 @@ namespace {
 
 // (N, K) -> (panels, K, panel), see Kernels.
 Tensor pack(const Tensor& weight_) {
-  TORCH_CHECK_VALUE(weight_.dim() == 2 && weight_.scalar_type() == at::kFloat && weight_.device().is_cpu(), "pack: ", weight_.sizes(), " ",
-                    weight_.scalar_type(), ", expected a float32 matrix on the CPU");
+  TORCH_CHECK_VALUE(weight_.dim() == 2 && weight_.scalar_type() == at::kFloat && weight_.device().is_cpu(),
+                    "pack: ", weight_.sizes(), " ", weight_.scalar_type(), ", expected a float32 matrix on the CPU");
   const Tensor weight = weight_.contiguous();
   const int64_t N = weight.size(0), K = weight.size(1), panel = kernels().panel, panels = round_up(N, panel) / panel;
   const Tensor out = at::empty({panels, K, panel}, weight.options());
@@ -70,17 +72,22 @@ TORCH_LIBRARY_FRAGMENT(litv2, m) {
       "native_feed_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc1, Tensor fc1_bias, "
       "Tensor depthwise, Tensor depthwise_bias, Tensor fc2, Tensor fc2_bias) -> Tensor");
   m.def(
-      "native_hilo(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor proj, Tensor proj_bias, Tensor kv, "
+      "native_hilo(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor proj, Tensor proj_bias, Tensor "
+      "kv, "
       "Tensor kv_bias, Tensor h_proj, Tensor h_proj_bias, Tensor l_proj, Tensor l_proj_bias, int h_heads, int l_heads, "
       "int window_size) -> Tensor");
   m.def(
-      "native_patch_embed(Tensor image, int patch, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps) -> "
+      "native_patch_embed(Tensor image, int patch, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, "
+      "float eps) -> "
       "Tensor");
   m.def(
-      "native_token_merging(Tensor x, Tensor offset_top, Tensor offset_bottom, Tensor offset_bias, Tensor weight, Tensor bias, "
+      "native_token_merging(Tensor x, Tensor offset_top, Tensor offset_bottom, Tensor offset_bias, Tensor weight, "
+      "Tensor bias, "
       "int out_channels) -> Tensor");
   m.def("native_depthwise_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor");
-  m.def("native_depthwise_gelu_backward(Tensor gradient, Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "native_depthwise_gelu_backward(Tensor gradient, Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor, "
+      "Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(litv2, CPU, m) {

@@ -25,21 +25,21 @@ inline const float* pointer(const Tensor& tensor) { return tensor.const_data_ptr
 // The weights of one product: (panels, K, panel), see Kernels.
 inline void check_packed(const char* name, const Tensor& weight, int64_t K, int64_t N) {
   const int64_t panel = kernels().panel;
-  TORCH_CHECK_VALUE(weight.sizes() == at::IntArrayRef({round_up(N, panel) / panel, K, panel}) && weight.is_contiguous() &&
-                        weight.scalar_type() == at::kFloat,
-                    name, ": ", weight.sizes(), " ", weight.scalar_type(), ", expected weights of ", K, " inputs and ", N,
-                    " outputs, packed into panels of ", panel);
+  TORCH_CHECK_VALUE(weight.sizes() == at::IntArrayRef({round_up(N, panel) / panel, K, panel}) &&
+                        weight.is_contiguous() && weight.scalar_type() == at::kFloat,
+                    name, ": ", weight.sizes(), " ", weight.scalar_type(), ", expected weights of ", K, " inputs and ",
+                    N, " outputs, packed into panels of ", panel);
 }
 
 inline void check_sizes(const char* name, std::initializer_list<std::pair<Tensor, int64_t>> vectors) {
   for (const auto& [vector, size] : vectors)
-    TORCH_CHECK_VALUE(vector.numel() == size && vector.is_contiguous() && vector.scalar_type() == at::kFloat, name, ": ",
-                      vector.sizes(), " ", vector.scalar_type(), ", expected ", size, " float32 numbers");
+    TORCH_CHECK_VALUE(vector.numel() == size && vector.is_contiguous() && vector.scalar_type() == at::kFloat, name,
+                      ": ", vector.sizes(), " ", vector.scalar_type(), ", expected ", size, " float32 numbers");
 }
 
 inline Tensor checked_map(const char* name, const Tensor& x) {
-  TORCH_CHECK_VALUE(x.dim() == 4 && x.scalar_type() == at::kFloat && x.device().is_cpu() && x.size(1) > 0 && x.size(2) > 0 &&
-                        x.size(3) > 0,
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.scalar_type() == at::kFloat && x.device().is_cpu() && x.size(1) > 0 &&
+                        x.size(2) > 0 && x.size(3) > 0,
                     name, ": x is ", x.sizes(), " ", x.scalar_type(), " on ", x.device(),
                     ", expected a float32 map (B, H, W, C) on the CPU");
   return x.contiguous();
@@ -72,14 +72,15 @@ Tensor feed_forward(const Tensor& x, const Tensor& norm_weight, const Tensor& no
                     const Tensor& fc1_bias, const Tensor& depthwise, const Tensor& depthwise_bias, const Tensor& fc2,
                     const Tensor& fc2_bias);
 Tensor hilo(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, double eps, const Tensor& proj,
-            const Tensor& proj_bias, const Tensor& kv, const Tensor& kv_bias, const Tensor& h_proj, const Tensor& h_proj_bias,
-            const Tensor& l_proj, const Tensor& l_proj_bias, int64_t h_heads, int64_t l_heads, int64_t window_size);
-Tensor patch_embed(const Tensor& image, int64_t patch, const Tensor& weight, const Tensor& bias, const Tensor& norm_weight,
-                   const Tensor& norm_bias, double eps);
+            const Tensor& proj_bias, const Tensor& kv, const Tensor& kv_bias, const Tensor& h_proj,
+            const Tensor& h_proj_bias, const Tensor& l_proj, const Tensor& l_proj_bias, int64_t h_heads,
+            int64_t l_heads, int64_t window_size);
+Tensor patch_embed(const Tensor& image, int64_t patch, const Tensor& weight, const Tensor& bias,
+                   const Tensor& norm_weight, const Tensor& norm_bias, double eps);
 Tensor token_merging(const Tensor& x, const Tensor& offset_top, const Tensor& offset_bottom, const Tensor& offset_bias,
                      const Tensor& weight, const Tensor& bias, int64_t out_channels);
 Tensor depthwise_gelu(const Tensor& x, const Tensor& weight, const Tensor& bias);
-std::tuple<Tensor, Tensor, Tensor> depthwise_gelu_backward(const Tensor& gradient, const Tensor& x, const Tensor& weight,
-                                                           const Tensor& bias);
+std::tuple<Tensor, Tensor, Tensor> depthwise_gelu_backward(const Tensor& gradient, const Tensor& x,
+                                                           const Tensor& weight, const Tensor& bias);
 
 }  // namespace litv2::native

@@ -20,29 +20,32 @@ void for_each_band(int64_t rows, int64_t width, const Use& use) {
 }  // namespace
 
 // image (B, in, H, W) of any strides, H and W multiples of `patch`; weight: packed, its inputs ordered (in, y, x).
-Tensor patch_embed(const Tensor& image, int64_t patch, const Tensor& weight, const Tensor& bias, const Tensor& norm_weight,
-                   const Tensor& norm_bias, double eps) {
+Tensor patch_embed(const Tensor& image, int64_t patch, const Tensor& weight, const Tensor& bias,
+                   const Tensor& norm_weight, const Tensor& norm_bias, double eps) {
   const Kernels& k = kernels();
   TORCH_CHECK_VALUE(image.dim() == 4 && image.scalar_type() == at::kFloat && image.device().is_cpu() && patch > 0 &&
-                        image.size(2) % patch == 0 && image.size(3) % patch == 0 && image.size(1) > 0 && image.size(2) > 0 &&
-                        image.size(3) > 0,
-                    "patch_embed: an image of ", image.sizes(), " ", image.scalar_type(), ", expected float32 (B, C, H, W) of whole ",
-                    patch, " x ", patch, " patches");
+                        image.size(2) % patch == 0 && image.size(3) % patch == 0 && image.size(1) > 0 &&
+                        image.size(2) > 0 && image.size(3) > 0,
+                    "patch_embed: an image of ", image.sizes(), " ", image.scalar_type(),
+                    ", expected float32 (B, C, H, W) of whole ", patch, " x ", patch, " patches");
   const int64_t in = image.size(1), K = in * patch * patch, C = norm_weight.numel(), wide = round_up(C, k.panel);
   check_packed("patch_embed", weight, K, C);
   check_sizes("patch_embed", {{bias, wide}, {norm_bias, C}, {norm_weight, C}});
   const int64_t height = image.size(2) / patch, width = image.size(3) / patch;
-  const Tensor out = at::empty({image.size(0), height, width, C}, image.options().memory_format(at::MemoryFormat::Contiguous));
+  const Tensor out =
+      at::empty({image.size(0), height, width, C}, image.options().memory_format(at::MemoryFormat::Contiguous));
   const float* pixels = pointer(image);
   float* to = out.data_ptr<float>();
-  const int64_t per_image = image.stride(0), per_channel = image.stride(1), per_row = image.stride(2), per_column = image.stride(3);
+  const int64_t per_image = image.stride(0), per_channel = image.stride(1), per_row = image.stride(2),
+                per_column = image.stride(3);
   for_each_band(image.size(0) * height, width, [&](int64_t first, int64_t last) {
     const int64_t tokens = (last - first) * width;
     Scratch scratch;
     float *columns = scratch.take(tokens * K), *sum = scratch.take(tokens * wide), *column = columns;
     for (int64_t row = first; row < last; ++row) {
       for (int64_t x = 0; x < width; ++x) {
-        const float* corner = pixels + row / height * per_image + row % height * patch * per_row + x * patch * per_column;
+        const float* corner =
+            pixels + row / height * per_image + row % height * patch * per_row + x * patch * per_column;
         for (int64_t c = 0; c < in; ++c) {
           for (int64_t i = 0; i < patch; ++i) {
             const float* from = corner + c * per_channel + i * per_row;
@@ -52,14 +55,15 @@ Tensor patch_embed(const Tensor& image, int64_t patch, const Tensor& weight, con
       }
     }
     k.product(tokens, C, K, columns, K, pointer(weight), k.panel * K, pointer(bias), false, sum, wide);
-    k.layer_norm(tokens, C, sum, wide, pointer(norm_weight), pointer(norm_bias), static_cast<float>(eps), to + first * width * C);
+    k.layer_norm(tokens, C, sum, wide, pointer(norm_weight), pointer(norm_bias), static_cast<float>(eps),
+                 to + first * width * C);
   });
   return out;
 }
 
-// x (B, H, W, C) -> (B, H / 2, W / 2, out). offset_top and offset_bottom: the offset convolution's weights of the upper and
-// of the lower row of a patch, packed, 2 C inputs ordered (column, channel) and 8 outputs, (y, x) per tap. weight: packed,
-// 4 C inputs ordered (tap, channel).
+// x (B, H, W, C) -> (B, H / 2, W / 2, out). offset_top and offset_bottom: the offset convolution's weights of the upper
+// and of the lower row of a patch, packed, 2 C inputs ordered (column, channel) and 8 outputs, (y, x) per tap. weight:
+// packed, 4 C inputs ordered (tap, channel).
 Tensor token_merging(const Tensor& x_, const Tensor& offset_top, const Tensor& offset_bottom, const Tensor& offset_bias,
                      const Tensor& weight, const Tensor& bias, int64_t out_channels) {
   const Kernels& k = kernels();
@@ -77,15 +81,20 @@ Tensor token_merging(const Tensor& x_, const Tensor& offset_top, const Tensor& o
   for_each_band(x.size(0) * height, width, [&](int64_t first, int64_t last) {
     const int64_t count = (last - first) * width;
     Scratch scratch;
-    float *offsets = scratch.take(width * positions), *columns = scratch.take(count * 4 * C), *sum = scratch.take(count * wide);
+    float *offsets = scratch.take(width * positions), *columns = scratch.take(count * 4 * C),
+          *sum = scratch.take(count * wide);
     for (int64_t row = first; row < last; ++row) {
       const float* image = tokens + row / height * H * W * C;
       const float* upper = image + row % height * 2 * W * C;
-      k.product(width, 8, 2 * C, upper, 2 * C, pointer(offset_top), k.panel * 2 * C, pointer(offset_bias), false, offsets, positions);
-      k.product(width, 8, 2 * C, upper + W * C, 2 * C, pointer(offset_bottom), k.panel * 2 * C, nullptr, true, offsets, positions);
-      k.deformed_patches(row % height, width, image, H, W, C, offsets, positions, columns + (row - first) * width * 4 * C);
+      k.product(width, 8, 2 * C, upper, 2 * C, pointer(offset_top), k.panel * 2 * C, pointer(offset_bias), false,
+                offsets, positions);
+      k.product(width, 8, 2 * C, upper + W * C, 2 * C, pointer(offset_bottom), k.panel * 2 * C, nullptr, true, offsets,
+                positions);
+      k.deformed_patches(row % height, width, image, H, W, C, offsets, positions,
+                         columns + (row - first) * width * 4 * C);
     }
-    k.product(count, out_channels, 4 * C, columns, 4 * C, pointer(weight), k.panel * 4 * C, pointer(bias), false, sum, wide);
+    k.product(count, out_channels, 4 * C, columns, 4 * C, pointer(weight), k.panel * 4 * C, pointer(bias), false, sum,
+              wide);
     k.gelu(count, out_channels, sum, wide, to + first * width * out_channels);
   });
   return out;
