@@ -23,6 +23,7 @@ from torch import Tensor
 from harness import interleaved, table
 from litv2 import LITv2, create_model, fuse
 from litv2.export import Settings, classifier, export, load, suffix
+from litv2.optimize import make_form, why_not_native
 
 EXPORTS = {  # by name: format, dtype
     "onnxruntime, DeformConv node": ("onnx", "float32"),
@@ -74,10 +75,12 @@ def cases(
     x = torch.randn(batch, 3, size, size)
     fused = fuse(model)
     modules = {"eager": model, "eager, fuse()": fused, "compiled, fuse()": torch.compile(fused)}
+    if not why_not_native(x):
+        modules["native"] = make_form(model, "native", torch.float32)
     if bfloat16_is_native():
         half = fuse(model).bfloat16()
         modules |= {"eager, fuse(), bfloat16": half, "compiled, fuse(), bfloat16": torch.compile(half)}
-    functions = {name: partial(module, x.to(next(module.parameters()).dtype)) for name, module in modules.items() if only in name}
+    functions = {name: partial(module, x.bfloat16() if "bfloat16" in name else x) for name, module in modules.items() if only in name}
     functions = {"eager": partial(model, x)} | functions
     for name, (format, dtype) in EXPORTS.items():
         if only in name:

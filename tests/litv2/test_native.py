@@ -170,6 +170,15 @@ def test_forward_derivatives():
         assert close(torch.autograd.forward_ad.unpack_dual(y).tangent, results[1])
 
 
+def test_functional_derivatives():
+    x, weight, bias = (t.detach() for t in depthwise_case(2, 2, 2, 16))
+    for transform in (torch.func.grad, torch.func.hessian):
+        ours, theirs = (
+            transform(lambda bias, f=f: f(x, weight, bias).square().sum())(bias) for f in (depthwise_gelu, plain_depthwise_gelu)
+        )
+        assert close(ours, theirs, 1e-5)
+
+
 def test_opcheck():
     x, weight, bias = depthwise_case(2, 3, 5, 16)
     arguments = (x, weight.detach().flatten(1).t().contiguous().requires_grad_(), bias)
