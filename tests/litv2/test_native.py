@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -208,8 +209,7 @@ def forms_of(block: Block) -> list:
     return [lambda x: native.infer_block(block, x), native_block(block)]
 
 
-@pytest.mark.parametrize("alpha", [0, 0.3, 0.5, 0.9, 1])
-@pytest.mark.parametrize("window", [0, 1, 2, 3, 4, 7])
+@pytest.mark.parametrize("window, alpha", [(0, 0.5), (1, 0.5), *product((2, 3, 4, 7), (0, 0.3, 0.5, 0.9, 1))])
 def test_block(window, alpha):
     block = make_block(32, 4, window, alpha)
     forms = forms_of(block)
@@ -344,7 +344,7 @@ ARGUMENTS = [
 def test_native_form(arguments):
     model = tiny_model(**arguments).eval()
     form = native_form(model)
-    for shape in ((1, 3, 64, 64), (3, 3, 65, 111), (5, 3, 33, 132)):
+    for shape in ((1, 3, 64, 64), (3, 3, 65, 111), (2, 3, 33, 132)):
         x = normal(0, *shape)[:, : model.in_chans]
         exact = copy.deepcopy(model).double()
         for ours in (form, model):

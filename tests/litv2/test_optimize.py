@@ -162,7 +162,7 @@ def test_the_fastest_is_chosen(monkeypatch, order):
 
 @pytest.mark.extra
 def test_compiled():
-    model = fill(Pyramid(num_classes=0, embed_dim=16, depths=(1, 1), num_heads=(1, 2), local_ws=(0, 2), alpha=0.5))
+    model = fill(Pyramid(num_classes=0, embed_dim=16, depths=(1,), num_heads=(2,), local_ws=(2,), alpha=0.5))
     fast = optimize(model, normal(0, 1, 3, 32, 32), forms=["compiled"], report=None)
     assert fast.form == "compiled" and fast.errors.keys() == {"plain", "compiled"}
     for shape in ((1, 3, 32, 32), (2, 3, 36, 41)):
