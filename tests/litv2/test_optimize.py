@@ -17,6 +17,12 @@ needs_native = pytest.mark.skipif(native.problem is not None, reason=f"the nativ
 QUICK = ("native", "fused")
 
 
+@pytest.fixture(autouse=True)
+def one_round(monkeypatch):
+    """Nothing here depends on what is faster."""
+    monkeypatch.setattr(optimizer, "ROUNDS", 1)
+
+
 class Pyramid(LITv2):
     """A backbone: a tuple of maps."""
 
@@ -57,7 +63,7 @@ def test_same_numbers(build, dtype, form):
     assert (fast.form, fast.dtype, fast.arithmetic) == (form, dtype, torch.float32 if form == "native" else dtype)
     assert fast.seconds.keys() == fast.errors.keys() == {"plain", form} and all(s > 0 for s in fast.seconds.values())
     plain = copy.deepcopy(model).eval().to(dtype)
-    for shape in ((2, 3, 64, 64), (1, 3, 65, 111), (5, 3, 33, 40)):
+    for shape in ((2, 3, 64, 64), (1, 3, 65, 111), (3, 3, 33, 40)):
         x = normal(1, *shape).to(dtype)
         results, expected = fast(x), exact(model, x)
         assert type(results) is {LITv2: Tensor, Pyramid: tuple, ListPyramid: list}[build] and all(
