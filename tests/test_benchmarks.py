@@ -32,9 +32,10 @@ WORDS = {  # of their tables
 }
 
 
-@pytest.mark.parametrize(
-    "script", [pytest.param(script, marks=pytest.mark.extra if script == "runtimes.py" else ()) for script in COMMANDS]
-)
+EXTRA = ("deform_conv.py", "training.py", "loader.py", "runtimes.py")
+
+
+@pytest.mark.parametrize("script", [pytest.param(script, marks=pytest.mark.extra if script in EXTRA else ()) for script in COMMANDS])
 def test_runs(script, tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / script, *COMMANDS[script].split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
