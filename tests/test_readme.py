@@ -69,11 +69,11 @@ def test_all_commands_are_known():
         "make test-core",
         "pip install -r requirements.txt",
         "pip install -e .",
+        "cd litv2/native && python setup.py build_ext --inplace",  # run by make test
         "cd classification",
         "make mm",
         "pip install onedl-mim && mim install onedl-mmcv==2.3.6 && pip install -r requirements-mm.txt",
         "cd detection",
-        "cd litv2/native && python setup.py build_ext --inplace",  # run by make test
         "cd mm_modules/DCN && python setup.py build_ext --inplace",  # run by make test
         "python -m mm_modules.DCN",  # run in mm_modules/test_compiled.py
     ]

@@ -39,16 +39,17 @@ else:
 
 def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """gelu(3 x 3 depthwise convolution with zero padding): x (B, H, W, C), weight (C, 1, 3, 3), bias (C,) -> (B, H, W, C)."""
-    if not _takes(x, weight):
+    if not takes_depthwise_gelu(x, weight):
         x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=len(weight))
         return F.gelu(x).permute(0, 2, 3, 1)
     return torch.ops.litv2.native_depthwise_gelu(x, weight.flatten(1).t().contiguous(), bias)
 
 
-def _takes(x: Tensor, weight: Tensor) -> bool:
+def takes_depthwise_gelu(x: Tensor, weight: Tensor) -> bool:
     """Whether the native operator computes this: eager or compiled on the CPU in float32, not under autocast, not in an export."""
     return (
         problem is None
+        and isinstance(x, Tensor)  # not a proxy of torch.fx
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.shape[-1] % 16 == 0
