@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from attention_layers import DIM, HEADS, LAYERS, SIZE, Size, Window
-from harness import COLOURS, figure, parser, peak_memory, publish, rounded, samples
+from harness import COLOURS, figure, parser, peak_memory, publish, rounded, samples, say
 from hilo import HiLo
 
 # How a layer is made ready; None for a layer that the mode does not have.
@@ -194,7 +194,8 @@ def measure(layers: dict[str, nn.Module], size: Size, args: argparse.Namespace) 
             ready = MODES[mode](layer)
             if ready is not None:
                 calls[f"{name}, {mode}"] = partial(_train if args.training else _call, ready, x, size)
-    for call in calls.values():  # compiles
+    for name, call in calls.items():  # compiles
+        say(f"preparing {name}, {size[0]} x {size[1]}")
         call()
     memory = {name: _peak(call, x.device) / 2**20 for name, call in calls.items()}
     seconds = samples(calls, args.rounds, args.warm_up)

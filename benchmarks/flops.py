@@ -40,34 +40,6 @@ from mm_modules.DCN import DeformConv2dPack, deform_conv
 
 ROOT = Path(__file__).resolve().parents[1]
 
-PUBLISHED = {  # by name in the zoo: parameters in M and multiply-adds in G, as they are printed; the paper's tables and the release
-    "litv2_small": ("27.844", "3.734"),
-    "litv2_medium": ("48.830", "7.479"),
-    "litv2_base": ("86.521", "13.194"),
-    "litv2_base_384": ("86.521", "39.709"),
-    "litv2_small_alpha00": (None, "3.965"),
-    "litv2_small_alpha02": (None, "3.881"),
-    "litv2_small_alpha04": (None, "3.815"),
-    "litv2_small_alpha05": (None, "3.769"),
-    "litv2_small_alpha07": (None, "3.742"),
-    "litv2_small_alpha09": (None, "3.734"),
-    "litv2_small_alpha10": (None, "3.70"),
-    "retinanet_litv2_s_fpn_1x_coco": ("38.01", "242.39"),
-    "retinanet_litv2_s_fpn_1x_coco_ws_4": ("38", "230"),
-    "retinanet_litv2_m_fpn_1x_coco": ("59", "348"),
-    "retinanet_litv2_m_fpn_1x_coco_ws_4": ("59", "312"),
-    "retinanet_litv2_b_fpn_1x_coco": ("97", "481"),
-    "retinanet_litv2_b_fpn_1x_coco_ws_4": ("97", "430"),
-    "mask_rcnn_litv2_s_fpn_1x_coco": ("47", "261"),
-    "mask_rcnn_litv2_s_fpn_1x_coco_ws_4": ("47", "249"),
-    "mask_rcnn_litv2_m_fpn_1x_coco": ("68", "367"),
-    "mask_rcnn_litv2_m_fpn_1x_coco_ws_4": ("68", "315"),
-    "mask_rcnn_litv2_b_fpn_1x_coco": ("106", "500"),
-    "mask_rcnn_litv2_b_fpn_1x_coco_ws_4": ("106", "449"),
-    "litv2_s_fpn_r50_512x512_80k_ade20k": ("31.45", "41.29"),
-    "litv2_m_fpn_r50_512x512_80k_ade20k": ("52", "63"),
-    "litv2_b_fpn_r50_512x512_80k_ade20k": ("90", "93"),
-}
 TERMS = ("offsets", "norms", "biases", "pooling", "deformable")
 TASKS = ("classification", "detection", "segmentation")
 
@@ -79,7 +51,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     deform_conv.backend = "torch"  # of plain operations, which every counter sees
     tasks = [task for task in args.only if task == "classification" or mm_packages()]
-    rows = [row(ZOO[name]) for name in PUBLISHED if ZOO[name].task in tasks]
+    rows = [row(entry) for entry in ZOO.values() if entry.task in tasks]
     if not rows:
         raise SystemExit("error: nothing is left to count")
     publish(rows, args.out, "G multiply-adds of one image", plot)
@@ -103,21 +75,20 @@ def row(entry: Entry) -> dict:
         forward = model.to_empty(device="cpu")  # without initialisation, which takes longer than all that follows
         ours = model.flops(*size)
     else:
-        from litv2.mm_flops import _Forward, count_flops
+        from litv2.mm_flops import CountedForward, count_flops
         from litv2.mm_tools import build_model, load_config
 
         size, terms = ((800, 1280) if entry.task == "detection" else (512, 512)), dense_terms
         model = build_model(load_config(ROOT / entry.task / "configs/litv2" / f"{entry.config}.py"))
         ours = count_flops(model, *size)["published"]
-        forward = _Forward(model)
+        forward = CountedForward(model)
     torchs, products, sums = count(forward, size, terms)
-    parameters, published = PUBLISHED[entry.name]
-    result = dict(model=entry.name, published_M=parameters, parameters_M=round(sum(p.numel() for p in model.parameters()) / 1e6, 3))
-    result |= dict(published=published, ours=round(ours / 1e9, 3), torch=round(torchs / 1e9, 3))
+    result = dict(model=entry.name, published_M=entry.parameters, parameters_M=round(sum(p.numel() for p in model.parameters()) / 1e6, 3))
+    result |= dict(published=entry.gflops, ours=round(ours / 1e9, 3), torch=round(torchs / 1e9, 3))
     result |= {term: round(sums[term] / 1e9, 3) for term in TERMS}
     unexplained = ours - torchs - sums.total()
-    result |= {"unexplained_%": round(100 * unexplained / ours, 4), "published_%": round(100 * (float(published) * 1e9 / ours - 1), 2)}
-    return result | dict(note=note(ours, products, published))
+    result |= {"unexplained_%": round(100 * unexplained / ours, 4), "published_%": round(100 * (float(entry.gflops) * 1e9 / ours - 1), 2)}
+    return result | dict(note=note(ours, products, entry.gflops))
 
 
 def count(forward: nn.Module, size: tuple[int, int], terms) -> tuple[int, Counter, Counter]:

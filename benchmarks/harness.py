@@ -32,6 +32,11 @@ def samples(functions: dict[str, Callable[[], object]], rounds: int, warm_up: in
     return seconds
 
 
+def say(what: str) -> None:
+    """Progress, for those who wait: on stderr, the table alone is on stdout."""
+    print(what, file=sys.stderr, flush=True)
+
+
 def interleaved(functions: dict[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, float]:
     """Median seconds of each function over ``rounds`` turns."""
     return {name: statistics.median(values) for name, values in samples(functions, rounds, warm_up).items()}

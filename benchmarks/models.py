@@ -1,6 +1,7 @@
 """LITv2-S, M and B against the models of their accuracy, measured in one interleaved run.
 
     python benchmarks/models.py --batch-size 8 --threads 2  # float32
+    python benchmarks/models.py --models ours paper         # without the newer models: compiling takes a minute or two per model
     python benchmarks/models.py --models litv2_small resnet50 --modes eager
     python benchmarks/models.py --device cuda --dtype float16 --batch-size 64 --warm-up 50 --rounds 30  # the paper's 50 + 30 forwards
 
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness import COLOURS, figure, gemm_rate, parser, peak_memory, publish, rounded, samples
+from harness import COLOURS, figure, gemm_rate, parser, peak_memory, publish, rounded, samples, say
 from litv2 import LITv2
 from litv2.optimize import make_form, why_not_native
 
@@ -43,7 +44,7 @@ class Candidate:
     top1: float  # published, percent
     rtx3090: int | None  # published images/s
     options: tuple[tuple[str, object], ...] = ()
-    group: str = "paper"
+    group: str = "paper"  # of GROUPS
 
 
 CANDIDATES = [
@@ -71,11 +72,13 @@ CANDIDATES = [
     Candidate("ConvNeXtV2-T", "convnextv2_tiny", 82.5, None, group="today"),
 ]
 
+GROUPS = dict(ours="LITv2", paper="models of the paper's table", today="newer models")
+
 
 def main() -> None:
     flags = parser(__doc__, "models")
-    names = [candidate.timm for candidate in CANDIDATES if candidate.timm]
-    flags.add_argument("--models", nargs="+", default=names, choices=names, metavar="NAME", help=f"of {', '.join(names)}")
+    names = [*GROUPS, *(candidate.timm for candidate in CANDIDATES if candidate.timm)]
+    flags.add_argument("--models", nargs="+", default=list(GROUPS), choices=names, metavar="NAME", help=f"of {', '.join(names)}")
     flags.add_argument("--modes", nargs="+", default=MODES, choices=MODES, metavar="MODE", help=f"of {', '.join(MODES)}")
     flags.add_argument("--batch-size", type=int, default=8)
     flags.add_argument("--img-size", type=int, default=224)
@@ -88,12 +91,14 @@ def main() -> None:
     torch._inductor.config.freezing = not on_gpu
     warnings.filterwarnings("ignore", category=UserWarning)
 
-    chosen = [candidate for candidate in CANDIDATES if candidate.timm in args.models]
+    chosen = [candidate for candidate in CANDIDATES if candidate.timm and {candidate.timm, candidate.group} & {*args.models}]
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device, dtype=getattr(torch, args.dtype))
     functions, facts = {}, {}
     with torch.inference_mode():
         for candidate in chosen:
+            say(f"preparing {candidate.name}")
             functions |= prepare(candidate, images, args.modes, facts)
+        say(f"timing: {args.warm_up} + {args.rounds} rounds of {len(functions)} functions")
         seconds = samples(functions, args.rounds, args.warm_up)
         gemm = gemm_rate(images.dtype, args.device)
 
@@ -173,9 +178,8 @@ def row(candidate: Candidate, seconds: dict[str, list[float]], facts: dict, gemm
 
 def plot(rows: list[dict], path: Path) -> None:
     """Published accuracy against measured speed, a point per model."""
-    labels = {"ours": "LITv2", "paper": "models of the paper's table", "today": "newer models"}
     with figure(path) as axes:
-        for group, label in labels.items():
+        for group, label in GROUPS.items():
             points = [row for row in rows if row["group"] == group and row["images_per_s"]]
             axes.scatter(
                 [row["images_per_s"] for row in points], [row["top1"] for row in points], color=COLOURS[group], label=label, zorder=3

@@ -32,7 +32,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from harness import COLOURS, figure, parser, peak_memory, publish, samples
+from harness import COLOURS, figure, parser, peak_memory, publish, samples, say
 from models import CANDIDATES
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "classification"))
@@ -103,6 +103,8 @@ def run(rank: int, processes: int, args: argparse.Namespace) -> list[dict]:
             for mode in args.modes:
                 step = training_step(name, batch, device, mode == "compiled", checkpointing == "on")
                 steps |= {(KNOWN[name].name, mode, dtype, checkpointing): partial(step, PRECISIONS[dtype]) for dtype in args.dtypes}
+    if rank == 0:
+        say(f"{processes} process(es): {args.rounds} rounds of {len(steps)} steps; each is compiled in its first")
     seconds = samples(steps, args.rounds)
     return [row(case, processes, threads, values, peak(steps[case], device), args.batch_size) for case, values in seconds.items()]
 

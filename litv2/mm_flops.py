@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hilo import HiLo
 from mm_modules.DCN import DeformConv2dPack
 
-__all__ = ["count_flops"]
+__all__ = ["CountedForward", "count_flops"]
 
 
 def count_flops(model: nn.Module, height: int, width: int) -> dict[str, int]:
@@ -45,7 +45,7 @@ def count_flops(model: nn.Module, height: int, width: int) -> dict[str, int]:
     hooks = [module.register_forward_hook(counters[type(module)]) for module in model.modules() if type(module) in counters]
     try:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):  # shapes alone: it takes no time
-            seen, _ = get_model_complexity_info(_Forward(model), (3, height, width), print_per_layer_stat=False, as_strings=False)
+            seen, _ = get_model_complexity_info(CountedForward(model), (3, height, width), print_per_layer_stat=False, as_strings=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -53,7 +53,7 @@ def count_flops(model: nn.Module, height: int, width: int) -> dict[str, int]:
     return dict(published=published, full=published + extra["deformable"], products=extra["products"])
 
 
-class _Forward(nn.Module):
+class CountedForward(nn.Module):
     """The forward pass that is counted. Of a two-stage detector: 1000 boxes and 100 masks, whatever the image shows."""
 
     def __init__(self, model: nn.Module):

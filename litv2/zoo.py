@@ -20,6 +20,34 @@ from .model import LITv2, litv2_base, litv2_medium, litv2_small
 __all__ = ["ZOO", "Entry", "create_model", "load_model", "lookup"]
 
 RELEASES = "https://github.com/ziplab/LITv2/releases/download"
+COSTS = {  # parameters in M and multiply-adds in G, as the paper's tables and the release print them
+    "litv2_small": ("27.844", "3.734"),
+    "litv2_medium": ("48.830", "7.479"),
+    "litv2_base": ("86.521", "13.194"),
+    "litv2_base_384": ("86.521", "39.709"),
+    "litv2_small_alpha00": (None, "3.965"),
+    "litv2_small_alpha02": (None, "3.881"),
+    "litv2_small_alpha04": (None, "3.815"),
+    "litv2_small_alpha05": (None, "3.769"),
+    "litv2_small_alpha07": (None, "3.742"),
+    "litv2_small_alpha09": (None, "3.734"),
+    "litv2_small_alpha10": (None, "3.70"),
+    "retinanet_litv2_s_fpn_1x_coco": ("38.01", "242.39"),
+    "retinanet_litv2_s_fpn_1x_coco_ws_4": ("38", "230"),
+    "retinanet_litv2_m_fpn_1x_coco": ("59", "348"),
+    "retinanet_litv2_m_fpn_1x_coco_ws_4": ("59", "312"),
+    "retinanet_litv2_b_fpn_1x_coco": ("97", "481"),
+    "retinanet_litv2_b_fpn_1x_coco_ws_4": ("97", "430"),
+    "mask_rcnn_litv2_s_fpn_1x_coco": ("47", "261"),
+    "mask_rcnn_litv2_s_fpn_1x_coco_ws_4": ("47", "249"),
+    "mask_rcnn_litv2_m_fpn_1x_coco": ("68", "367"),
+    "mask_rcnn_litv2_m_fpn_1x_coco_ws_4": ("68", "315"),
+    "mask_rcnn_litv2_b_fpn_1x_coco": ("106", "500"),
+    "mask_rcnn_litv2_b_fpn_1x_coco_ws_4": ("106", "449"),
+    "litv2_s_fpn_r50_512x512_80k_ade20k": ("31.45", "41.29"),
+    "litv2_m_fpn_r50_512x512_80k_ade20k": ("52", "63"),
+    "litv2_b_fpn_r50_512x512_80k_ade20k": ("90", "93"),
+}
 VARIANTS = {"small": litv2_small, "medium": litv2_medium, "base": litv2_base}
 
 
@@ -28,8 +56,9 @@ class Entry:
     """One published file.
 
     ``task`` is classification, detection or segmentation; ``window`` is ``local_ws`` of the model; ``figures`` has the published
-    accuracies in percent by metric; ``image_size`` is (height, width) of the recipe in pixels; ``config`` is the stem of the
-    configuration in detection/ or segmentation/, None for a classifier.
+    accuracies in percent by metric; ``parameters`` in M and ``gflops``, multiply-adds in G, are as they were printed (detectors at
+    800 x 1280); ``image_size`` is (height, width) of the recipe in pixels; ``config`` is the stem of the configuration in detection/
+    or segmentation/, None for a classifier.
     """
 
     name: str
@@ -40,6 +69,8 @@ class Entry:
     alpha: float
     window: tuple[int, int, int, int]
     figures: dict[str, float]
+    parameters: str | None
+    gflops: str
     image_size: tuple[int, int]
     config: str | None = None
 
@@ -47,7 +78,7 @@ class Entry:
 def _entries() -> list[Entry]:
     def add(name, file, task, variant, figures, size, tag="v1.0", alpha=0.9, window=(0, 0, 2, 1)) -> None:
         config = None if task == "classification" else name
-        entries.append(Entry(name, file, f"{RELEASES}/{tag}/{file}", task, variant, alpha, window, figures, size, config))
+        entries.append(Entry(name, file, f"{RELEASES}/{tag}/{file}", task, variant, alpha, window, figures, *COSTS[name], size, config))
 
     entries: list[Entry] = []
     for variant, top1 in (("small", 82.0), ("medium", 83.3), ("base", 83.6)):

@@ -13,25 +13,9 @@ from mm_helpers import VARIANTS, as_published, backbone_settings, config_files, 
 
 pytestmark = pytest.mark.extra
 
-# (parameters in M, published GFLOPs at 800 x 1280)
-PUBLISHED = {
-    "retinanet_litv2_s_fpn_1x_coco": ("38.01", "242.39"),
-    "retinanet_litv2_s_fpn_1x_coco_ws_4": ("38", "230"),
-    "retinanet_litv2_m_fpn_1x_coco": ("59", "348"),
-    "retinanet_litv2_m_fpn_1x_coco_ws_4": ("59", "312"),
-    "retinanet_litv2_b_fpn_1x_coco": ("97", "481"),
-    "retinanet_litv2_b_fpn_1x_coco_ws_4": ("97", "430"),
-    "mask_rcnn_litv2_s_fpn_1x_coco": ("47", "261"),
-    "mask_rcnn_litv2_s_fpn_1x_coco_ws_4": ("47", "249"),
-    "mask_rcnn_litv2_m_fpn_1x_coco": ("68", "367"),
-    "mask_rcnn_litv2_m_fpn_1x_coco_ws_4": ("68", "315"),
-    "mask_rcnn_litv2_b_fpn_1x_coco": ("106", "500"),
-    "mask_rcnn_litv2_b_fpn_1x_coco_ws_4": ("106", "449"),
-}
-
 
 def test_the_twelve_names():
-    assert {path.stem for path in config_files("detection")} == set(PUBLISHED)
+    assert {path.stem for path in config_files("detection")} == {entry.config for entry in ZOO.values() if entry.task == "detection"}
 
 
 @pytest.mark.parametrize("path", config_files("detection"), ids=lambda path: path.stem)
@@ -42,7 +26,7 @@ def test_config(path):
     detector, variant = ("retinanet", path.stem[16]) if "retinanet" in path.stem else ("mask_rcnn", path.stem[16])
 
     # the published size and cost
-    parameters, gflops = PUBLISHED[path.stem]
+    parameters, gflops = ZOO[path.stem].parameters, ZOO[path.stem].gflops
     count = count_flops(model, 800, 1280)
     counted = count["published"]
     if path.stem == "mask_rcnn_litv2_m_fpn_1x_coco_ws_4":  # the one published number that forgot attention's products

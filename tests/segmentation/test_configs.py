@@ -12,9 +12,6 @@ from mm_helpers import VARIANTS, as_published, backbone_settings, config_files, 
 
 pytestmark = pytest.mark.extra
 
-# (parameters in M, published GFLOPs at 512 x 512)
-PUBLISHED = {"s": ("31.45", "41.29"), "m": ("52", "63"), "b": ("90", "93")}
-
 
 def test_the_three_names():
     assert [path.stem for path in config_files("segmentation")] == [f"litv2_{v}_fpn_r50_512x512_80k_ade20k" for v in "bms"]
@@ -29,7 +26,7 @@ def test_config(path):
     variant = path.stem[6]
 
     # the published size and cost
-    parameters, gflops = PUBLISHED[variant]
+    parameters, gflops = ZOO[path.stem].parameters, ZOO[path.stem].gflops
     count = count_flops(model, 512, 512)
     assert as_published(sum(p.numel() for p in model.parameters()) / 1e6, parameters) == parameters
     assert as_published(count["published"] / 1e9, gflops) == gflops

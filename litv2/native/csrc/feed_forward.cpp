@@ -1,5 +1,6 @@
 // x + fc2(gelu(depthwise(fc1(norm(x))))), the feed-forward half of a block, in one pass over bands of rows: the hidden
-// map, four times the size of x, never leaves the cache.
+// map, four times the size of x, never leaves the cache. Threads share the rows of the maps, or where these are few the
+// hidden channels, and then sum what they have.
 
 #include "operators.h"
 
@@ -8,6 +9,7 @@ namespace {
 
 constexpr int64_t kBandTokens = 224;  // about so many tokens are worked on at once
 constexpr int64_t kChunk = 96;        // hidden channels at once, whole panels
+constexpr int64_t kFewRows = 8;       // a thread with fewer would spend much on the rows around its own
 
 struct FeedForward {
   const Kernels& k;
@@ -16,14 +18,15 @@ struct FeedForward {
   float eps;
   const float *fc1, *fc1_bias, *depthwise, *depthwise_bias, *fc2, *fc2_bias;
 
-  // Rows first to last, counted through all images, band by band. Of each chunk of hidden channels the cache holds
-  // `band + 2` rows: those of the band, one above and one below. The next band begins with the last two.
-  void run(const float* x, float* out, int64_t first, int64_t last) const {
+  // Rows first to last, counted through all images, band by band, of the hidden channels from `from` to `to`. Of each
+  // chunk of these the cache holds `band + 2` rows: those of the band, one above and one below. The next band begins
+  // with the last two. The first channels bring x and fc2's bias into the sum.
+  void run(const float* x, float* out, int64_t first, int64_t last, int64_t from, int64_t to) const {
     const int64_t band = std::clamp<int64_t>((kBandTokens + width / 2) / width, 1, last - first);
     const int64_t row = width * channels, wide = round_up(channels, k.panel);
     Scratch scratch;
     float* tokens = scratch.take((band + 2) * row);
-    float* hidden_rows = scratch.take((band + 2) * width * hidden);
+    float* hidden_rows = scratch.take((band + 2) * width * (to - from));
     float* activated = scratch.take(band * width * kChunk);
     float* sum = scratch.take(band * width * wide);
     float* zeros = scratch.take(width * kChunk);
@@ -36,9 +39,9 @@ struct FeedForward {
       const int64_t end = begin + rows < last || last % height != 0 ? rows + 2 : rows + 1;
       k.layer_norm((end - known) * width, channels, x + (begin - 1 + known) * row, channels, norm_weight, norm_bias,
                    eps, tokens);
-      for (int64_t c = 0; c < hidden; c += kChunk) {
-        const int64_t chunk = std::min(kChunk, hidden - c), hidden_row = width * chunk;
-        float* h = hidden_rows + (band + 2) * width * c;
+      for (int64_t c = from; c < to; c += kChunk) {
+        const int64_t chunk = std::min(kChunk, to - c), hidden_row = width * chunk;
+        float* h = hidden_rows + (band + 2) * width * (c - from);
         if (known == 2) std::copy_n(h + band * hidden_row, 2 * hidden_row, h);
         k.product((end - known) * width, chunk, channels, tokens, channels, fc1 + c * channels, k.panel * channels,
                   fc1_bias + c, false, h + known * hidden_row, chunk);
@@ -49,9 +52,12 @@ struct FeedForward {
                            depthwise_bias + c, activated + i * hidden_row, chunk);
         }
         k.product(rows * width, channels, chunk, activated, chunk, fc2 + c * k.panel, k.panel * hidden,
-                  c == 0 ? fc2_bias : nullptr, c > 0, sum, wide);
+                  c == 0 ? fc2_bias : nullptr, c > from, sum, wide);
       }
-      k.add(rows * width, channels, x + begin * row, sum, wide, out + begin * row);
+      if (from == 0)
+        k.add(rows * width, channels, x + begin * row, sum, wide, out + begin * row);
+      else
+        for (int64_t i = 0; i < rows * width; ++i) std::copy_n(sum + i * wide, channels, out + begin * row + i * channels);
     }
   }
 };
@@ -89,11 +95,27 @@ Tensor feed_forward(const Tensor& x_, const Tensor& norm_weight, const Tensor& n
                          pointer(fc2),
                          pointer(fc2_bias)};
   const Tensor out = at::empty_like(x);
-  const int64_t rows = x.size(0) * height, pieces = std::min<int64_t>(rows, at::get_num_threads());
-  at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      pass.run(pointer(x), out.data_ptr<float>(), rows * i / pieces, rows * (i + 1) / pieces);
+  const int64_t rows = x.size(0) * height, row = x.size(2) * channels, threads = at::get_num_threads();
+  const int64_t row_pieces = std::clamp<int64_t>(rows / kFewRows, 1, threads), chunks = (hidden + kChunk - 1) / kChunk;
+  const int64_t hidden_pieces = std::clamp<int64_t>(threads / row_pieces, 1, chunks);
+  const Tensor rest = at::empty({hidden_pieces - 1, rows * row}, x.options());
+  float *sum = out.data_ptr<float>(), *others = rest.data_ptr<float>();
+  at::parallel_for(0, row_pieces * hidden_pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t i = piece / hidden_pieces, j = piece % hidden_pieces;
+      pass.run(pointer(x), j == 0 ? sum : others + (j - 1) * rows * row, rows * i / row_pieces,
+               rows * (i + 1) / row_pieces, chunks * j / hidden_pieces * kChunk,
+               std::min(hidden, chunks * (j + 1) / hidden_pieces * kChunk));
+    }
   });
+  if (hidden_pieces > 1) {
+    at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t j = 0; j + 1 < hidden_pieces; ++j) {
+        const float* other = others + j * rows * row;
+        k.add((end - begin) * x.size(2), channels, sum + begin * row, other + begin * row, channels, sum + begin * row);
+      }
+    });
+  }
   return out;
 }
 

@@ -22,20 +22,18 @@ struct HiLo {
   int64_t projected() const { return 3 * h_channels() + (window == 1 ? 3 : 1) * l_channels(); }
   int64_t projected_stride() const { return round_up(projected(), k.panel); }
 
-  // Bands of whole rows of windows, the same for each image.
-  int64_t band_rows() const {
-    const int64_t bands = std::max<int64_t>(1, (kBandTokens + padded_width * window / 2) / (padded_width * window));
-    return std::min(padded_height, bands * window);
-  }
-  int64_t bands() const { return (padded_height + band_rows() - 1) / band_rows(); }
-
-  // Calls use(image, first row, rows) for each band, on all threads.
+  // Calls use(image, first row, rows) for each band, on all threads. Bands are whole rows of windows, the same for each
+  // image; there is one for each thread, if there are so many rows of windows.
   template <typename Use>
   void for_each_band(const Use& use) const {
-    at::parallel_for(0, images * bands(), 1, [&](int64_t begin, int64_t end) {
+    const int64_t window_rows = padded_height / window, tokens = padded_height * padded_width;
+    const int64_t per_image = (at::get_num_threads() + images - 1) / std::max<int64_t>(images, 1);
+    const int64_t wanted = std::max((tokens + kBandTokens / 2) / kBandTokens, per_image);
+    const int64_t bands = std::clamp<int64_t>(wanted, 1, window_rows);
+    at::parallel_for(0, images * bands, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t row = i % bands() * band_rows();
-        use(i / bands(), row, std::min(band_rows(), padded_height - row));
+        const int64_t first = window_rows * (i % bands) / bands, last = window_rows * (i % bands + 1) / bands;
+        use(i / bands, first * window, (last - first) * window);
       }
     });
   }

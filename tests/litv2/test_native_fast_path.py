@@ -1,0 +1,183 @@
+"""When eager inference computes whole blocks natively: only where nobody could tell."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim, export
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from helpers import fill, max_difference, normal
+from litv2 import layers, native
+from litv2.layers import Block
+from native_helpers import close, in_float64
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The blocks that ``infer_block`` has computed."""
+    seen = []
+    monkeypatch.setattr(layers, "infer_block", lambda block, x: (seen.append(block), native.infer_block(block, x))[1])
+    return seen
+
+
+X = (2, 16, 16, 16)  # MIN_TOKENS
+SMALL = (2, 16, 15, 16)
+
+
+def plain_block(window: int = 2, **kwargs) -> Block:
+    return fill(Block(16, 2, window, 0.5, **kwargs)).eval()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_fast_path_is_taken(calls, mode):
+    block = plain_block(drop=0.1, attn_drop=0.1, drop_path=0.1)
+    x = normal(0, *X)
+    with mode():
+        assert close(block(x), in_float64(block, x)) and calls == [block]
+        block.register_forward_hook(lambda *_: None)  # its own
+        block(x)
+        assert len(calls) == 2
+        plain_block(window=0)(x)
+        assert len(calls) == 3
+        block(normal(0, *SMALL))
+        assert len(calls) == 3
+
+
+@torch.no_grad()
+def test_fast_path_sees_new_weights(calls):
+    block = plain_block()
+    x = normal(0, *X)
+    before = block(x)
+    block.mlp.fc2.weight.data.mul_(2)
+    block.attn.l_kv.weight.data[3] = 0.5
+    block.norm1.bias = nn.Parameter(torch.ones(16))
+    after = block(x)
+    assert len(calls) == 2 and max_difference(before, after) > 0.1 and close(after, in_float64(block, x))
+
+
+class ScaledLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Subclass(Tensor):
+    pass
+
+
+def a_hook(block: Block) -> None:
+    block.attn.l_kv.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def a_pre_hook(block: Block) -> None:
+    block.mlp.dwconv.register_forward_pre_hook(lambda module, inputs: 2 * inputs[0])
+
+
+def another_layer(block: Block) -> None:
+    block.mlp.fc1 = fill(ScaledLinear(16, 64))
+
+
+def another_forward(block: Block) -> None:
+    block.mlp.fc1.forward = lambda x: F.linear(x, 2 * block.mlp.fc1.weight)
+
+
+def no_norm(block: Block) -> None:
+    block.norm2 = nn.Identity()
+
+
+def norm_without_affine(block: Block) -> None:
+    block.norm1 = nn.LayerNorm(16, elementwise_affine=False)
+
+
+def norm_without_bias(block: Block) -> None:
+    block.norm1 = nn.LayerNorm(16, bias=False)
+
+
+def parametrized(block: Block) -> None:
+    nn.utils.parametrizations.weight_norm(block.attn.l_q)
+
+
+def dropout_alone(block: Block) -> None:
+    """Dropout at inference, for uncertainty."""
+    block.mlp.drop.train()
+
+
+def weights_of_a_subclass(block: Block) -> None:
+    block.mlp.fc1.weight = nn.Parameter(block.mlp.fc1.weight.detach().as_subclass(Subclass))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        a_hook,
+        a_pre_hook,
+        another_layer,
+        another_forward,
+        no_norm,
+        norm_without_affine,
+        norm_without_bias,
+        parametrized,
+        dropout_alone,
+        weights_of_a_subclass,
+    ],
+)
+@torch.no_grad()
+def test_no_fast_path_for_a_changed_block(calls, change):
+    block = plain_block(drop=0.5)
+    change(block)
+    x = normal(0, *X)
+    torch.manual_seed(1)
+    ours = block(x)
+    assert not calls
+    if change is dropout_alone:
+        assert not torch.equal(ours, block(x))
+    else:
+        assert close(ours, block.double()(x.double()))
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_fast_path_for_who_looks_inside(calls):
+    block = plain_block()
+    x = normal(0, *X)
+    assert block(x).requires_grad
+    block.train()
+    with torch.no_grad():
+        block(x)
+        block.eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            block(x)
+        with Seen() as seen:
+            block(x)
+        assert not any("litv2" in name for name in seen.names) and "aten::convolution" in seen.names
+        removed = nn.modules.module.register_module_forward_hook(lambda *_: None)  # of all modules
+        block(x)
+        removed.remove()
+        block(x.as_subclass(Subclass))
+        torch.jit.trace(block, x, check_trace=False)
+        block.bfloat16()(x.bfloat16())
+    assert not calls
+
+
+@torch.no_grad()
+def test_traced_graphs_serve_every_size(calls):
+    """No branch on the number of tokens is in an exported program, without gradients either."""
+    block = plain_block()
+    program = export(block, (normal(0, *X),), dynamic_shapes=({0: Dim("b"), 1: Dim.AUTO, 2: Dim.AUTO},))
+    assert "litv2" not in str(program.graph)
+    for shape in ((1, 5, 7, 16), (5, 30, 21, 16)):
+        x = normal(0, *shape)
+        assert close(program.module()(x), in_float64(block, x))
+    assert not calls
