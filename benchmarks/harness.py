@@ -60,16 +60,19 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def gemm_rate(dtype: torch.dtype = torch.float32, device: str = "cpu", n: int = 2048) -> float:
-    """Multiply-adds per second of an n x n x n product: what the device's arithmetic can give."""
-    a, b = torch.randn(2, n, n).to(device, dtype)
+GEMM_SIZE = 2048  # of the square product that stands for what the device's arithmetic can give
+
+
+def gemm(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Callable[[], None]:
+    """A product of GEMM_SIZE**3 multiply-adds, to be timed in turn with what it is compared with."""
+    a, b = torch.randn(2, GEMM_SIZE, GEMM_SIZE).to(device, dtype)
 
     def product() -> None:
         a @ b
         if device != "cpu":
             torch.cuda.synchronize()
 
-    return n**3 / interleaved({"product": product}, rounds=7)["product"]
+    return product
 
 
 def environment(device: str = "cpu") -> dict:

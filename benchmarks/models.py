@@ -7,9 +7,9 @@
 
 Each model is timed eager, in the memory format that is the faster one for it, and compiled, on a CPU with frozen weights; LITv2 in its
 native form too (``litv2.optimize``), which on a processor without instructions for bfloat16 takes and gives bfloat16 but computes in
-float32. GEMM share: FLOPs x images/s over the rate of a large matrix product in the same dtype, measured in the same run. Weights are
-random. Published figures stand beside: top-1 on ImageNet at 224 pixels and, from the release, images/s on an RTX 3090 (batch 64,
-float16). Models that timm does not have are shown with their published figures alone. Writes JSON, CSV and a plot.
+float32. GEMM share: FLOPs x images/s over the rate of a large matrix product in the same dtype, which takes turns with the models.
+Weights are random. Published figures stand beside: top-1 on ImageNet at 224 pixels and, from the release, images/s on an RTX 3090 (batch
+64, float16). Models that timm does not have are shown with their published figures alone. Writes JSON, CSV and a plot.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness import COLOURS, figure, gemm_rate, parser, peak_memory, publish, rounded, samples, say
+from harness import COLOURS, GEMM_SIZE, figure, gemm, parser, peak_memory, publish, rounded, samples, say
 from litv2 import LITv2
 from litv2.optimize import make_form, why_not_native
 
@@ -99,12 +99,12 @@ def main() -> None:
             say(f"preparing {candidate.name}")
             functions |= prepare(candidate, images, args.modes, facts)
         say(f"timing: {args.warm_up} + {args.rounds} rounds of {len(functions)} functions")
-        seconds = samples(functions, args.rounds, args.warm_up)
-        gemm = gemm_rate(images.dtype, args.device)
+        seconds = samples(functions | {"GEMM": gemm(images.dtype, args.device)}, args.rounds, args.warm_up)
+    rate = GEMM_SIZE**3 / statistics.median(seconds.pop("GEMM"))
 
-    rows = [row(candidate, seconds, facts, gemm, args) for candidate in CANDIDATES if candidate in chosen or candidate.timm is None]
+    rows = [row(candidate, seconds, facts, rate, args) for candidate in CANDIDATES if candidate in chosen or candidate.timm is None]
     title = f"{args.dtype}, batch {args.batch_size}, {args.img_size} x {args.img_size}, medians of {args.rounds} interleaved rounds"
-    about = dict(batch_size=args.batch_size, img_size=args.img_size, dtype=args.dtype, gemm_GFLOPs=round(gemm / 1e9, 1))
+    about = dict(batch_size=args.batch_size, img_size=args.img_size, dtype=args.dtype, gemm_GFLOPs=round(rate / 1e9, 1))
     publish(rows, args.out, f"{title}, GEMM {about['gemm_GFLOPs']} G multiply-adds/s", plot, device=args.device, **about)
 
 
@@ -157,7 +157,7 @@ def _peak(function: Callable[[], object], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device)
 
 
-def row(candidate: Candidate, seconds: dict[str, list[float]], facts: dict, gemm: float, args: argparse.Namespace) -> dict:
+def row(candidate: Candidate, seconds: dict[str, list[float]], facts: dict, rate: float, args: argparse.Namespace) -> dict:
     """A line of the table; times are in ms, p10 and p90 of the faster mode beside its median."""
     own = facts.get(candidate.name, {})
     result = dict(model=candidate.name, group=candidate.group, top1=candidate.top1, parameters_M=rounded(own.get("parameters"), 1))
@@ -171,7 +171,7 @@ def row(candidate: Candidate, seconds: dict[str, list[float]], facts: dict, gemm
         p10_ms=rounded(1e3 * ordered[len(ordered) // 10], 1) if best else None,
         p90_ms=rounded(1e3 * ordered[(9 * len(ordered)) // 10], 1) if best else None,
         images_per_s=rounded(args.batch_size / medians[best], 1) if best else None,
-        gemm_share=rounded(own["gflops"] * 1e9 * args.batch_size / medians[best] / gemm, 2) if best else None,
+        gemm_share=rounded(own["gflops"] * 1e9 * args.batch_size / medians[best] / rate, 2) if best else None,
     )
     return result | dict(published_RTX3090=candidate.rtx3090)
 
@@ -181,6 +181,8 @@ def plot(rows: list[dict], path: Path) -> None:
     with figure(path) as axes:
         for group, label in GROUPS.items():
             points = [row for row in rows if row["group"] == group and row["images_per_s"]]
+            if not points:
+                continue
             axes.scatter(
                 [row["images_per_s"] for row in points], [row["top1"] for row in points], color=COLOURS[group], label=label, zorder=3
             )

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hilo import HiLo
+from mm_modules.DCN.backend_compiled import in_transform
 
 from .weights import feed_forward_arguments, hilo_arguments
 
@@ -65,8 +66,7 @@ _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compil
 
 def _is_watched() -> bool:
     """Whether somebody counts or replaces operators (a dispatch mode), or wants derivatives that the native ones do not have."""
-    modes = torch._C._len_torch_dispatch_stack() > 0
-    return modes or torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    return torch._C._len_torch_dispatch_stack() > 0 or in_transform()
 
 
 def takes_block(block: nn.Module, x: Tensor) -> bool:

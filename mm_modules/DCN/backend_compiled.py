@@ -28,7 +28,13 @@ else:
 
 
 def supports(input: Tensor) -> bool:
-    return input.device.type in devices and input.dtype in DTYPES
+    transformed = not torch.compiler.is_compiling() and in_transform()
+    return input.device.type in devices and input.dtype in DTYPES and not transformed
+
+
+def in_transform() -> bool:
+    """Whether torch.func's transforms or forward-mode derivatives are at work: for them operators like ours have no rules."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask) -> Tensor:

@@ -48,7 +48,7 @@ def choose_backend(input: Tensor) -> Callable[..., Tensor]:
         return backend_onnx.deform_conv2d
     if backend != "auto":
         if not BACKENDS[backend].supports(input):
-            problem = BACKENDS[backend].problem or f"has no kernel for {input.dtype} on {input.device.type}"
+            problem = BACKENDS[backend].problem or f"has no kernel for {input.dtype} on {input.device.type}, or none of this derivative"
             raise RuntimeError(f"LITV2_DCN_BACKEND={backend}: this backend {problem}")
         return BACKENDS[backend].deform_conv2d
     if not (_is_exporting() or torch.jit.is_tracing()):

@@ -162,6 +162,22 @@ def test_compile_and_export(monkeypatch):
     assert max_difference(program.module()(x), module(x)) < 1e-6
 
 
+def test_forward_derivatives(monkeypatch):
+    """The operator has none (it would give zeros): plain PyTorch stands in, and a backend that was asked for by name says so."""
+    input, offset, weight, bias, _ = (None if value is None else value.detach() for value in tensors(DTM))
+    tangents, h = (torch.randn_like(input), torch.randn_like(offset)), 1e-6
+
+    def convolve(input, offset):
+        return deform_conv.deform_conv2d(input, offset, weight, bias, *DTM)
+
+    ours = torch.func.jvp(convolve, (input, offset), tangents)[1]
+    ahead, behind = (convolve(input + s * h * tangents[0], offset + s * h * tangents[1]) for s in (1, -1))
+    assert max_difference(ours, (ahead - behind) / (2 * h)) < 1e-6
+    monkeypatch.setattr(deform_conv, "backend", "compiled")
+    with pytest.raises(RuntimeError, match="none of this derivative"):
+        torch.func.jvp(convolve, (input, offset), tangents)
+
+
 def test_double_backward_is_an_error():
     input, offset, weight, *_ = tensors(DTM)
     (gradient,) = torch.autograd.grad(operator(input, offset, weight, None, None, *DTM).square().sum(), input, create_graph=True)
