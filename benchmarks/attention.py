@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from attention_layers import DIM, HEADS, LAYERS, SIZE, Size, Window
-from harness import COLOURS, figure, parser, peak_memory, publish, rounded, samples, say
+from harness import COLOURS, device_name, figure, non_negative, parser, peak_memory, positive, publish, rounded, samples, say
 from hilo import HiLo
 
 # How a layer is made ready; None for a layer that the mode does not have.
@@ -66,16 +66,16 @@ def main() -> None:
     flags.add_argument("--layers", nargs="+", choices=list(BUILD), metavar="NAME", help=f"of {'; '.join(BUILD)}")
     flags.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=list(MODES))
     flags.add_argument("--training", action="store_true", help="forward and backward in place of forward")
-    flags.add_argument("--batch-size", type=int, help="64 for layers and alpha, else 1")
-    flags.add_argument("--dim", type=int)
-    flags.add_argument("--heads", type=int)
-    flags.add_argument("--sides", type=int, nargs="+", help="of the map: several for resolution, else one")
-    flags.add_argument("--windows", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6, 7], help="for --over window")
+    flags.add_argument("--batch-size", type=positive, help="64 for layers and alpha, else 1")
+    flags.add_argument("--dim", type=positive)
+    flags.add_argument("--heads", type=positive)
+    flags.add_argument("--sides", type=positive, nargs="+", help="of the map: several for resolution, else one")
+    flags.add_argument("--windows", type=positive, nargs="+", default=[1, 2, 3, 4, 5, 6, 7], help="for --over window")
     flags.add_argument("--alphas", type=float, nargs="+", default=list(TOP1), help="for --over alpha")
     flags.add_argument("--limit", type=float, default=300, help="GFLOPs of a call; what takes more is not timed (default: 300)")
     flags.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    flags.add_argument("--device", default="cpu")
-    flags.add_argument("--warm-up", type=int, default=2, help="rounds before those that count")
+    flags.add_argument("--device", type=device_name, default="cpu")
+    flags.add_argument("--warm-up", type=non_negative, default=2, help="rounds before those that count")
     args = flags.parse_args()
     for name, value in DEFAULTS[args.over].items():
         if getattr(args, name) is None:
@@ -86,7 +86,7 @@ def main() -> None:
     torch._inductor.config.freezing = args.device == "cpu" and not args.training
     torch._dynamo.config.recompile_limit = 256  # layers of one class are compiled one by one
 
-    if args.over != "layers" and args.out == flags.get_default("out"):
+    if args.over != "layers" and str(args.out) == flags.get_default("out"):
         args.out = args.out.with_name(f"attention_{args.over}")
     experiment, draw = EXPERIMENTS[args.over]
     with torch.inference_mode(not args.training):
@@ -363,7 +363,7 @@ def plot_resolution(rows: list[dict], path: Path) -> None:
         for axis, label in zip(axes, ("GFLOPs (multiply-adds)", "images/s in the fastest mode", "peak memory of a call, MiB")):
             axis.set_xscale("log", base=2)
             sides = sorted({row["side"] for row in rows})
-            axis.set_xticks(sides, [str(side) for side in sides])
+            axis.set_xticks(sides, [str(side) for side in sides], rotation=45)
             axis.minorticks_off()
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter("{x:g}")

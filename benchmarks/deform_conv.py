@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness import interleaved, peak_memory, table
+from harness import interleaved, peak_memory, positive, table
 from litv2 import litv2_small
 from litv2.layers import DeformableTokenMerging
 from mm_modules.DCN import backend_compiled, backend_torch, backend_torchvision
@@ -24,9 +24,9 @@ BACKENDS = {"torchvision": backend_torchvision, "torch": backend_torch, "compile
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batch-size", type=positive, default=16)
+    parser.add_argument("--threads", type=positive, default=2)
+    parser.add_argument("--rounds", type=positive, default=9)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if backend_compiled.problem:

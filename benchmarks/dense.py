@@ -15,7 +15,7 @@ import copy
 import numpy as np
 import torch
 
-from harness import interleaved, peak_memory, table
+from harness import interleaved, peak_memory, positive, table
 from litv2.mm_tools import arguments, build_model, command, load_config
 
 # The import before says what to do where these fail.
@@ -69,9 +69,11 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("config")
     parser.add_argument("--synthetic", action="store_true", help="random images of --shape: no data set is needed")
-    parser.add_argument("--shape", type=int, nargs=2, metavar=("H", "W"), help="default: 800 1216 for detectors, 512 512 for segmenters")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--shape", type=positive, nargs=2, metavar=("H", "W"), help="default: 800 1216 for detectors, 512 512 for segmenters"
+    )
+    parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

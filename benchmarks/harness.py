@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import csv
 import json
+import os
 import platform
 import statistics
 import sys
@@ -92,14 +93,47 @@ def environment(device: str = "cpu") -> dict:
     )
 
 
-def parser(doc: str, stem: str, threads: bool = True) -> argparse.ArgumentParser:
+def positive(text: str, least: int = 1) -> int:
+    """Of a flag: a whole number of at least 1."""
+    if int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text}, expected at least {least}")
+    return int(text)
+
+
+def non_negative(text: str) -> int:
+    """Of a flag: a whole number of at least 0."""
+    return positive(text, 0)
+
+
+def device_name(text: str) -> str:
+    """Of a flag: "cpu", or a CUDA device that is there."""
+    try:
+        torch.empty(1, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from error
+    return text
+
+
+def stem(text: str) -> Path:
+    """Of a flag: a path whose folder is made now, not when hours of measuring are over."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(f"{path.parent} is read-only")
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot be written: {error}") from error
+    return path
+
+
+def parser(doc: str, name: str, threads: bool = True) -> argparse.ArgumentParser:
     """A benchmark's command line: its docstring is the help; --out, and --threads and --rounds for those that time something."""
     result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    out = Path("output/benchmarks") / stem
-    result.add_argument("--out", type=Path, default=out, metavar="STEM", help=f"of the files that are written (default: {out})")
+    out = f"output/benchmarks/{name}"
+    result.add_argument("--out", type=stem, default=out, metavar="STEM", help=f"of the files that are written (default: {out})")
     if threads:
-        result.add_argument("--threads", type=int, default=torch.get_num_threads())
-        result.add_argument("--rounds", type=int, default=11, help="in which each function runs once after the other; medians are printed")
+        result.add_argument("--threads", type=positive, default=torch.get_num_threads())
+        result.add_argument("--rounds", type=positive, default=11, help="in which each function runs once after the other (default: 11)")
     return result
 
 
@@ -109,7 +143,6 @@ def publish(rows: list[dict], out: Path, title: str, draw: Callable[[list[dict],
     Rows are flat and have the same keys; None is an empty cell. ``draw(rows, path)`` draws the plot (see ``figure``).
     """
     about = dict(title=title, environment=environment(about.get("device", "cpu")), **about)
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(dict(about, rows=rows), indent=2) + "\n")
     with open(out.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])

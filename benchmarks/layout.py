@@ -13,7 +13,7 @@ import copy
 
 import torch
 
-from harness import interleaved, table
+from harness import interleaved, positive, table
 from litv2 import litv2_small
 from litv2.layers import DeformableTokenMerging, DepthwiseConv
 
@@ -46,10 +46,10 @@ def with_copies(model: torch.nn.Module) -> torch.nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--img-size", type=int, default=224)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batch-size", type=positive, default=8)
+    parser.add_argument("--img-size", type=positive, default=224)
+    parser.add_argument("--threads", type=positive, default=2)
+    parser.add_argument("--rounds", type=positive, default=15)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     ours = litv2_small().eval()

@@ -31,7 +31,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from harness import COLOURS, figure, parser, publish, samples
+from harness import COLOURS, device_name, figure, non_negative, parser, positive, publish, samples
 from runtimes import scikit_learn_images
 from training import PRECISIONS, random_batch, training_step
 
@@ -52,14 +52,14 @@ def main() -> None:
     flags = parser(__doc__, "loader")
     flags.set_defaults(rounds=3)
     flags.add_argument("--data-path", type=Path, metavar="DIR", help="with DIR/train/CLASS/IMAGE; default: images made on the spot")
-    flags.add_argument("--images", type=int, default=512, help="in each source; a round passes once through all")
+    flags.add_argument("--images", type=positive, default=512, help="in each source; a round passes once through all")
     flags.add_argument("--sources", nargs="+", default=list(SOURCES), choices=SOURCES)
-    flags.add_argument("--workers", nargs="+", type=int, default=[0, 1, 2], metavar="N")
-    flags.add_argument("--batch-size", type=int, default=32)
-    flags.add_argument("--img-size", type=int, default=224)
+    flags.add_argument("--workers", nargs="+", type=non_negative, default=[0, 1, 2], metavar="N")
+    flags.add_argument("--batch-size", type=positive, default=32)
+    flags.add_argument("--img-size", type=positive, default=224)
     flags.add_argument("--consumed", type=float, metavar="IMAGES_PER_S", help="by training; default: a step is measured")
     flags.add_argument("--dtype", default="float32", choices=PRECISIONS, help="of the step that is measured")
-    flags.add_argument("--device", default="cpu", help="of the step that is measured")
+    flags.add_argument("--device", type=device_name, default="cpu", help="of the step that is measured")
     args = flags.parse_args()
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")

@@ -29,7 +29,21 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness import COLOURS, GEMM_SIZE, figure, gemm, parser, peak_memory, publish, rounded, samples, say
+from harness import (
+    COLOURS,
+    GEMM_SIZE,
+    device_name,
+    figure,
+    gemm,
+    non_negative,
+    parser,
+    peak_memory,
+    positive,
+    publish,
+    rounded,
+    samples,
+    say,
+)
 from litv2 import LITv2
 from litv2.optimize import make_form, why_not_native
 
@@ -80,11 +94,11 @@ def main() -> None:
     names = [*GROUPS, *(candidate.timm for candidate in CANDIDATES if candidate.timm)]
     flags.add_argument("--models", nargs="+", default=list(GROUPS), choices=names, metavar="NAME", help=f"of {', '.join(names)}")
     flags.add_argument("--modes", nargs="+", default=MODES, choices=MODES, metavar="MODE", help=f"of {', '.join(MODES)}")
-    flags.add_argument("--batch-size", type=int, default=8)
-    flags.add_argument("--img-size", type=int, default=224)
+    flags.add_argument("--batch-size", type=positive, default=8)
+    flags.add_argument("--img-size", type=positive, default=224)
     flags.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    flags.add_argument("--device", default="cpu")
-    flags.add_argument("--warm-up", type=int, default=2, help="rounds before those that count")
+    flags.add_argument("--device", type=device_name, default="cpu")
+    flags.add_argument("--warm-up", type=non_negative, default=2, help="rounds before those that count")
     args = flags.parse_args()
     on_gpu = args.device != "cpu"
     torch.set_num_threads(args.threads)
@@ -98,6 +112,8 @@ def main() -> None:
         for candidate in chosen:
             say(f"preparing {candidate.name}")
             functions |= prepare(candidate, images, args.modes, facts)
+        if not functions:
+            raise SystemExit(f"error: none of these models has a mode of {', '.join(args.modes)} here")
         say(f"timing: {args.warm_up} + {args.rounds} rounds of {len(functions)} functions")
         seconds = samples(functions | {"GEMM": gemm(images.dtype, args.device)}, args.rounds, args.warm_up)
     rate = GEMM_SIZE**3 / statistics.median(seconds.pop("GEMM"))

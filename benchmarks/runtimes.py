@@ -20,7 +20,7 @@ import torch
 import torch._inductor.config
 from torch import Tensor
 
-from harness import interleaved, table
+from harness import interleaved, positive, table
 from litv2 import LITv2, create_model, fuse
 from litv2.export import Settings, classifier, export, load, suffix
 from litv2.optimize import make_form, why_not_native
@@ -37,10 +37,10 @@ EXPORTS = {  # by name: format, dtype
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="litv2_small")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--img-size", type=int, default=224)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[1, 8])
+    parser.add_argument("--img-size", type=positive, default=224)
+    parser.add_argument("--threads", type=positive, default=2)
+    parser.add_argument("--rounds", type=positive, default=15)
     parser.add_argument("--only", default="", metavar="TEXT", help="of the rows after eager's only those whose name has it")
     parser.add_argument("--images", type=Path, help="folder of images for int8's calibration")
     args = parser.parse_args()

@@ -32,7 +32,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from harness import COLOURS, figure, parser, peak_memory, publish, samples, say
+from harness import COLOURS, device_name, figure, parser, peak_memory, positive, publish, samples, say
 from models import CANDIDATES
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "classification"))
@@ -53,11 +53,11 @@ def main() -> None:
     flags.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=PRECISIONS)
     flags.add_argument("--grad-checkpointing", nargs="+", default=["off", "on"], choices=["off", "on"], help="of LITv2; off for the others")
     flags.add_argument(
-        "--processes", nargs="+", type=int, default=[1], metavar="N", help="numbers of processes, each with 1/N of the batch"
+        "--processes", nargs="+", type=positive, default=[1], metavar="N", help="numbers of processes, each with 1/N of the batch"
     )
-    flags.add_argument("--batch-size", type=int, default=16, help="of all processes together")
-    flags.add_argument("--img-size", type=int, default=224)
-    flags.add_argument("--device", default="cpu")
+    flags.add_argument("--batch-size", type=positive, default=16, help="of all processes together")
+    flags.add_argument("--img-size", type=positive, default=224)
+    flags.add_argument("--device", type=device_name, default="cpu")
     args = flags.parse_args()
     rows = [row for processes in args.processes for row in measured(processes, args)]
     title = f"training steps, batch {args.batch_size}, {args.img_size} x {args.img_size}, medians of {args.rounds} interleaved rounds"

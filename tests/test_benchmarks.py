@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
 from helpers import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
+import harness  # noqa: E402
 
 COMMANDS = {
     "attention.py": "--layers HiLo MSA --modes eager --batch-size 1 --rounds 1",
@@ -85,6 +89,22 @@ def test_detectors_and_segmenters(task, config):
     done = subprocess.run([sys.executable, "tools/benchmark.py", *flags], cwd=ROOT / task, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert all(f"| {row} | " in done.stdout for row in ("image to result", "backbone", "peak memory, MiB"))
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--rounds 0", "--rounds: 0, expected at least 1"),
+        ("--threads two", "invalid positive value: 'two'"),
+        ("--out {file}/models", "--out: cannot be written: .*Not a directory|--out: cannot be written: .*File exists"),
+    ],
+)
+def test_wrong_flags(flags, words, tmp_path, capsys):
+    """Before anything is measured, the folder of the results included."""
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        harness.parser("", "models").parse_args(flags.format(file=tmp_path / "file").split())
+    assert re.search(words, capsys.readouterr().err)
 
 
 def test_every_benchmark_is_run():
