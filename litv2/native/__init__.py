@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hilo import HiLo
-from mm_modules.DCN.backend_compiled import in_transform
+from mm_modules.DCN.backend_torch import in_transform
 
 from .weights import feed_forward_arguments, hilo_arguments
 

@@ -11,6 +11,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from .backend_torch import in_transform
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BUILD = "build it with: cd mm_modules/DCN && python setup.py build_ext --inplace"
 
@@ -30,11 +32,6 @@ else:
 def supports(input: Tensor) -> bool:
     transformed = not torch.compiler.is_compiling() and in_transform()
     return input.device.type in devices and input.dtype in DTYPES and not transformed
-
-
-def in_transform() -> bool:
-    """Whether torch.func's transforms or forward-mode derivatives are at work: for them operators like ours have no rules."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask) -> Tensor:

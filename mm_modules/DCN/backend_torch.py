@@ -16,6 +16,11 @@ def supports(input: Tensor) -> bool:
     return True
 
 
+def in_transform() -> bool:
+    """Whether torch.func's transforms or forward-mode derivatives are at work: some fast operators have no rules for them."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
 def deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask) -> Tensor:
     """See ``mm_modules.DCN.deform_conv2d``, which has checked the arguments; ``offset`` and ``mask`` are float32 or better."""
     B, C, H, W = input.shape
@@ -86,7 +91,7 @@ def _corners(y: Tensor, x: Tensor, H: int, W: int) -> tuple[Tensor, Tensor]:
 
 def _weighted_gather(rows: Tensor, index: Tensor, factor: Tensor) -> Tensor:
     """``sum_j factor[n, j] * rows[index[n, j]]``: rows (R, C), index and factor (N, 4) -> (N, C) in the dtype of rows."""
-    if rows.device.type == "cpu" and rows.dtype == factor.dtype and not torch.compiler.is_compiling():
+    if rows.device.type == "cpu" and rows.dtype == factor.dtype and not (torch.compiler.is_compiling() or in_transform()):
         # One pass without temporaries, and faster. Low precision stays below: this would round the factors.
         return F.embedding_bag(index, rows, per_sample_weights=factor, mode="sum")
     total = sum(rows.index_select(0, index[:, j]) * factor[:, j : j + 1] for j in range(index.shape[1]))
