@@ -4,7 +4,8 @@
 * ``infer_block`` computes a whole block in two passes where no gradients are wanted, and nobody looks inside;
 * ``native_form`` (form.py) is the model for inference with its weights packed once, see ``litv2.optimize``.
 
-Without them torch's own operators compute the same. ``problem`` says why they are not in use, None if they are.
+Without them torch's own operators compute the same, to rounding: as there, the last bits may depend on the number of threads
+and of images. ``problem`` says why they are not in use, None if they are.
 """
 
 from __future__ import annotations

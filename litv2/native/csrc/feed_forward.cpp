@@ -54,10 +54,12 @@ struct FeedForward {
         k.product(rows * width, channels, chunk, activated, chunk, fc2 + c * k.panel, k.panel * hidden,
                   c == 0 ? fc2_bias : nullptr, c > from, sum, wide);
       }
-      if (from == 0)
+      if (from == 0) {
         k.add(rows * width, channels, x + begin * row, sum, wide, out + begin * row);
-      else
-        for (int64_t i = 0; i < rows * width; ++i) std::copy_n(sum + i * wide, channels, out + begin * row + i * channels);
+      } else {
+        for (int64_t i = 0; i < rows * width; ++i)
+          std::copy_n(sum + i * wide, channels, out + begin * row + i * channels);
+      }
     }
   }
 };
