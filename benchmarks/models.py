@@ -45,7 +45,7 @@ from harness import (
     say,
 )
 from litv2 import LITv2
-from litv2.optimize import make_form, why_not_native
+from litv2.optimize import make_form, why_not
 
 MODES = ["eager", "compiled", "native"]
 FORMATS = {"channels-first": torch.contiguous_format, "channels-last": torch.channels_last}
@@ -154,8 +154,9 @@ def prepare(candidate: Candidate, images: Tensor, modes: list[str], facts: dict)
             compiled = torch.compile(model.to(memory_format=torch.channels_last))
         compiled(last)
         functions[f"{candidate.name}, compiled"] = partial(_synchronised, compiled, last)
-    if "native" in modes and isinstance(model, LITv2) and not why_not_native(images):
-        functions[f"{candidate.name}, native"] = partial(_synchronised, make_form(model, "native", images.dtype), own)
+    if "native" in modes and isinstance(model, LITv2) and not why_not("native", images):
+        form = "native" if why_not("native-bfloat16", images) else "native-bfloat16"
+        functions[f"{candidate.name}, native"] = partial(_synchronised, make_form(model, form, images.dtype), own)
     return functions
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from harness import interleaved, positive, table
 from litv2 import LITv2, create_model, fuse
 from litv2.export import Settings, classifier, export, load, suffix
-from litv2.optimize import make_form, why_not_native
+from litv2.optimize import make_form, why_not
 
 EXPORTS = {  # by name: format, dtype
     "onnxruntime, DeformConv node": ("onnx", "float32"),
@@ -75,7 +75,7 @@ def cases(
     x = torch.randn(batch, 3, size, size)
     fused = fuse(model)
     modules = {"eager": model, "eager, fuse()": fused, "compiled, fuse()": torch.compile(fused)}
-    if not why_not_native(x):
+    if not why_not("native", x):
         modules["native"] = make_form(model, "native", torch.float32)
     if bfloat16_is_native():
         half = fuse(model).bfloat16()

@@ -18,10 +18,11 @@ from .fused import fuse
 from .model import LITv2
 from .native.form import native_form
 
-__all__ = ["FORMS", "Optimized", "make_form", "optimize", "why_not_native"]
+__all__ = ["FORMS", "Optimized", "make_form", "optimize", "why_not"]
 
 FORMS = {
     "native": "float32 blocks in two passes each, weights packed once",
+    "native-bfloat16": "the same with bfloat16 products",
     "compiled": "folded by fuse(), frozen weights, generated code",
     "fused": "folded by fuse(), torch's operators",
 }
@@ -36,7 +37,7 @@ class Optimized(nn.Module):
         dtype: of images and results.
         arithmetic: dtype of the weights and of what is computed.
         seconds: of the example, by form; of the plain model too.
-        errors: largest error over the largest value of the plain float32 model's results, by form.
+        errors: largest error over the largest value of the plain float32 model's results, by form; of those left out too.
     """
 
     def __init__(self, module: Callable[[Tensor], object], form: str, dtype: torch.dtype, arithmetic: torch.dtype):
@@ -71,15 +72,16 @@ def optimize(
         model: a classifier or backbone; it is left as it is. Later changes of its weights do not reach the result.
         example: images (B, in_chans, H, W) on the device that will be used, as many as in earnest.
         dtype: of the images and the results, None for the model's. With bfloat16 on a processor that has no instructions
-            for it, the native form computes in float32: faster there, and more exact.
+            for it, the native form computes in float32: faster there, and more exact. On one that has them there is
+            also "native-bfloat16", whose products alone are rounded.
         forms: those to try, of ``FORMS``; None for all that this machine has. Compiling takes about a minute.
         report: what gets the lines that say what was done; None for nobody.
 
     Raises:
         TypeError: the model is not a LITv2.
         ValueError: an unknown form, or none that can be had here.
-        RuntimeError: a form's results are further from the plain float32 model's than 1e-4 of their largest value, in lower
-            precision than twice the plain model's in that precision.
+        RuntimeError: of every form the results are further from the plain float32 model's than 1e-4 of their largest value, in
+            lower precision than twice the plain model's in that precision. One of several is left out, which is said.
     """
     if not isinstance(model, LITv2):
         raise TypeError(f"optimize: expected a LITv2, not {type(model).__name__}; of a detector or segmenter optimize the backbone")
@@ -91,12 +93,14 @@ def optimize(
     say = report or (lambda line: None)
     dtype = dtype or next(model.parameters()).dtype
     example = example.to(dtype)
-    missing = why_not_native(example)
-    if missing and forms is not None and "native" in forms:
-        say(f"native: left out, {missing}")
-    forms = [form for form in FORMS if (forms is None or form in forms) and not (form == "native" and missing)]
+    missing = {form: why_not(form, example) for form in FORMS if forms is None or form in forms}
+    if forms is not None:
+        for form, reason in missing.items():
+            if reason:
+                say(f"{form}: left out, {reason}")
+    forms = [form for form, reason in missing.items() if not reason]
     if not forms:
-        raise ValueError(f"optimize: the native form cannot be had: {missing}")
+        raise ValueError(f"optimize: none of these forms can be had: {missing}")
 
     plain = Optimized(_plain(model, dtype), "plain", dtype, dtype)
     exact = _tensors(Optimized(_plain(model, torch.float32), "plain", torch.float32, torch.float32)(example))
@@ -105,9 +109,14 @@ def optimize(
     for form in forms:
         candidates[form] = make_form(model, form, dtype)
     errors = {form: _error(_tensors(candidate(example)), exact) for form, candidate in candidates.items()}
-    for form in forms:
+    for form in tuple(forms):
         if not errors[form] <= allowed:
-            raise RuntimeError(f"optimize: the {form} form is {errors[form]:.1e} from the plain model, {allowed:.1e} are allowed")
+            refused = f"{errors[form]:.1e} from the plain model, {allowed:.1e} are allowed"
+            if forms == [form]:
+                raise RuntimeError(f"optimize: the {form} form is {refused}")
+            say(f"{form}: left out, {refused}")
+            forms.remove(form)
+            del candidates[form]
     seconds = _times(candidates, example)
     best = candidates[min(forms, key=seconds.get)]
     best.seconds, best.errors = seconds, errors
@@ -115,15 +124,21 @@ def optimize(
         about = FORMS.get(form, "the model as it is")
         kind = "" if candidates[form].arithmetic == dtype else f" in {candidates[form].arithmetic}".replace("torch.", "")
         chosen = "  <- chosen" if form == best.form else ""
-        say(f"{form + ':':10}{1e3 * seconds[form]:9.1f} ms{kind}, error {errors[form]:.0e}, {about}{chosen}")
+        say(f"{form + ':':17}{1e3 * seconds[form]:9.1f} ms{kind}, error {errors[form]:.0e}, {about}{chosen}")
     return best
 
 
-def why_not_native(example: Tensor) -> str | None:
-    """The reason why the native form cannot be had for these images, or None."""
+def why_not(form: str, example: Tensor) -> str | None:
+    """The reason why a form cannot be had for these images, or None."""
+    if not form.startswith("native"):
+        return None
     if native.problem is not None:
         return native.problem
-    return None if example.device.type == "cpu" else f"it is for the CPU, not for {example.device.type}"
+    if example.device.type != "cpu":
+        return f"it is for the CPU, not for {example.device.type}"
+    if form == "native-bfloat16" and not (example.dtype == torch.bfloat16 and torch.ops.litv2.native_has_bfloat16()):
+        return f"it is for bfloat16 images, not for {example.dtype}, on processors with bfloat16 products"
+    return None
 
 
 def _plain(model: LITv2, dtype: torch.dtype) -> LITv2:
@@ -132,8 +147,9 @@ def _plain(model: LITv2, dtype: torch.dtype) -> LITv2:
 
 def make_form(model: LITv2, form: str, dtype: torch.dtype) -> Optimized:
     """One of ``FORMS``, neither proven nor timed."""
-    if form == "native":
-        return Optimized(native_form(_plain(model, torch.float32)), form, dtype, torch.float32)
+    if form.startswith("native"):
+        products = torch.bfloat16 if form == "native-bfloat16" else torch.float32
+        return Optimized(native_form(_plain(model, torch.float32), products), form, dtype, torch.float32)
     fused = fuse(model).to(dtype)
     if form == "compiled":
         return Optimized(torch.compile(fused, options={"freezing": True}), form, dtype, dtype)

@@ -45,20 +45,24 @@ class NativePatchEmbed(Operator):
         return super().forward(x)
 
 
-def native_block(block: Block) -> nn.Sequential:
+def native_block(block: Block, products: torch.dtype = torch.float32) -> nn.Sequential:
     """(B, H, W, dim) -> (B, H, W, dim)."""
-    parts = [] if block.attn is None else [Operator("native_hilo", **hilo_arguments(block.attn, block.norm1))]
-    return nn.Sequential(*parts, Operator("native_feed_forward", **feed_forward_arguments(block.mlp, block.norm2)))
+    parts = [] if block.attn is None else [Operator("native_hilo", **hilo_arguments(block.attn, block.norm1, products))]
+    return nn.Sequential(*parts, Operator("native_feed_forward", **feed_forward_arguments(block.mlp, block.norm2, products)))
 
 
 @torch.no_grad()
-def native_form(model: LITv2) -> LITv2:
-    """A copy of the model (classifier or backbone) for inference on the CPU in float32, of native operators."""
+def native_form(model: LITv2, products: torch.dtype = torch.float32) -> LITv2:
+    """A copy of the model (classifier or backbone) for inference on the CPU in float32, of native operators.
+
+    With ``products=torch.bfloat16`` the factors of the products with weights are rounded to bfloat16; all else, and the sums, stay
+    float32: so do the patch embedding, the offsets of token merging, the products inside attention, and the classifier.
+    """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     model.patch_embed = NativePatchEmbed(model.patch_embed)
     for stage in model.layers:
         stage.grad_checkpointing = False
-        stage.blocks = nn.ModuleList(native_block(block) for block in stage.blocks)
+        stage.blocks = nn.ModuleList(native_block(block, products) for block in stage.blocks)
         if stage.downsample is not None:
-            stage.downsample = Operator("native_token_merging", **token_merging_arguments(stage.downsample))
+            stage.downsample = Operator("native_token_merging", **token_merging_arguments(stage.downsample, products))
     return model

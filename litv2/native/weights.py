@@ -1,4 +1,4 @@
-"""The arguments of the native operators, of the plain modules whose work they do."""
+"""The arguments of the native operators, of the plain modules whose work they do. ``dtype`` is that of their products."""
 
 from __future__ import annotations
 
@@ -14,29 +14,34 @@ if TYPE_CHECKING:
     from ..layers import DeformableTokenMerging, Mlp, PatchEmbed
 
 
-def packed(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weight (N, K) -> (panels, K, panel), the layout that the products read (csrc/kernels.h), and the bias as long as the panels."""
+def packed(weight: Tensor, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Weight (N, K) in the layout that the products read (csrc/operators.h, Matrix), and the bias as long as its panels.
+
+    ``dtype`` is that of the product: with bfloat16 both of its factors are rounded to it, sums are float32;
+    inputs that are not a multiple of 32 stay in float32.
+    """
     bias = weight.new_zeros(len(weight)) if bias is None else bias
+    weight = weight if weight.shape[1] % 32 else weight.to(dtype)  # oneDNN's bfloat16 products take 32 inputs at once
     return torch.ops.litv2.native_pack(weight), F.pad(bias, (0, _missing(len(bias))))
 
 
 def _missing(n: int) -> int:
-    """What n lacks to whole panels."""
-    return -n % torch.ops.litv2.native_panel()
+    """What n lacks to the columns that a product writes at once."""
+    return -n % torch.ops.litv2.native_columns()
 
 
-def feed_forward_arguments(mlp: Mlp, norm: nn.LayerNorm) -> dict[str, Tensor | float]:
+def feed_forward_arguments(mlp: Mlp, norm: nn.LayerNorm, dtype: torch.dtype = torch.float32) -> dict[str, Tensor | float]:
     """The arguments of the operator ``native_feed_forward`` after x: x + mlp(norm(x))."""
     conv = mlp.dwconv.dwconv
-    rest = _missing(len(conv.bias))  # hidden channels up to a whole panel, all zero
-    fc1, fc1_bias = packed(mlp.fc1.weight, mlp.fc1.bias)
-    fc2, fc2_bias = packed(F.pad(mlp.fc2.weight, (0, rest)) if rest else mlp.fc2.weight, mlp.fc2.bias)
+    rest = _missing(len(conv.bias))  # hidden channels up to whole columns, all zero
+    fc1, fc1_bias = packed(F.pad(mlp.fc1.weight, (0, 0, 0, rest)) if rest else mlp.fc1.weight, mlp.fc1.bias, dtype)
+    fc2, fc2_bias = packed(F.pad(mlp.fc2.weight, (0, rest)) if rest else mlp.fc2.weight, mlp.fc2.bias, dtype)
     depthwise = F.pad(conv.weight.flatten(1).t(), (0, rest)).contiguous()  # (9, hidden)
     result = dict(norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, fc1=fc1, fc1_bias=fc1_bias)
     return result | dict(depthwise=depthwise, depthwise_bias=F.pad(conv.bias, (0, rest)), fc2=fc2, fc2_bias=fc2_bias)
 
 
-def hilo_arguments(attn: HiLo, norm: nn.LayerNorm) -> dict[str, Tensor | float | int]:
+def hilo_arguments(attn: HiLo, norm: nn.LayerNorm, dtype: torch.dtype = torch.float32) -> dict[str, Tensor | float | int]:
     """The arguments of the operator ``native_hilo`` after x: x + attn(norm(x))."""
     none = norm.weight.new_zeros(0)
     weights, biases = [], []  # of the product of all tokens
@@ -52,14 +57,14 @@ def hilo_arguments(attn: HiLo, norm: nn.LayerNorm) -> dict[str, Tensor | float |
         if attn.l_q.bias is not None:
             biases.append(attn.l_q.bias * attn.scale)
         if attn.window_size > 1:
-            result["kv"], result["kv_bias"] = packed(attn.l_kv.weight, attn.l_kv.bias)
+            result["kv"], result["kv_bias"] = packed(attn.l_kv.weight, attn.l_kv.bias, dtype)
         else:
             weights.append(attn.l_kv.weight)
             biases += [] if attn.l_kv.bias is None else [attn.l_kv.bias]
-    result["proj"], result["proj_bias"] = packed(torch.cat(weights), torch.cat(biases) if biases else None)
+    result["proj"], result["proj_bias"] = packed(torch.cat(weights), torch.cat(biases) if biases else None, dtype)
     for name, heads in (("h_proj", attn.h_heads), ("l_proj", attn.l_heads)):
         linear = getattr(attn, name) if heads else None
-        result[name], result[f"{name}_bias"] = packed(linear.weight, linear.bias) if heads else (none, none)
+        result[name], result[f"{name}_bias"] = packed(linear.weight, linear.bias, dtype) if heads else (none, none)
     return result | dict(h_heads=attn.h_heads, l_heads=attn.l_heads, window_size=attn.window_size)
 
 
@@ -70,12 +75,12 @@ def patch_embed_arguments(embed: PatchEmbed) -> dict[str, Tensor | float | int]:
     return dict(patch=embed.patch_size, weight=weight, bias=bias, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps)
 
 
-def token_merging_arguments(merging: DeformableTokenMerging) -> dict[str, Tensor | int]:
-    """The arguments of the operator ``native_token_merging`` after x: gelu(norm(dconv(x))) in evaluation mode."""
+def token_merging_arguments(merging: DeformableTokenMerging, dtype: torch.dtype = torch.float32) -> dict[str, Tensor | int]:
+    """The arguments of the operator ``native_token_merging`` after x: gelu(norm(dconv(x))) in evaluation mode. Offsets stay float32."""
     conv, norm = merging.dconv, merging.norm_layer
     factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
     columns = (conv.weight * factor.view(-1, 1, 1, 1)).permute(0, 2, 3, 1).flatten(1)  # inputs ordered (tap, channel)
-    weight, bias = packed(columns, (conv.bias - norm.running_mean) * factor + norm.bias)
+    weight, bias = packed(columns, (conv.bias - norm.running_mean) * factor + norm.bias, dtype)
     offset = conv.conv_offset.weight.permute(0, 2, 3, 1).flatten(2)  # (8, row, column and channel)
     top, offset_bias = packed(offset[:, 0], conv.conv_offset.bias)
     result = dict(offset_top=top, offset_bottom=packed(offset[:, 1], None)[0], offset_bias=offset_bias)

@@ -263,6 +263,28 @@ def test_nan_is_not_lost(window, alpha):
     assert native.infer_block(block, x).isnan().any(-1).all()
 
 
+@pytest.mark.parametrize("window, alpha, dim, heads", [(0, 0.5, 32, 4), (1, 0.5, 32, 4), (2, 0.5, 64, 4), (3, 0.9, 96, 3), (2, 0, 64, 2)])
+@torch.no_grad()
+def test_block_of_bfloat16_products(window, alpha, dim, heads):
+    """The plain block in float64 with both factors of each linear layer rounded: from that, far closer than rounding is from exact."""
+    block = make_block(dim, heads, window, alpha)
+    if block.attn is not None:
+        block.attn.scale = 0.25  # a power of two: it is folded into the weights before these are rounded
+    rounded = copy.deepcopy(block).double()
+    for linear in [module for module in rounded.modules() if isinstance(module, nn.Linear)]:
+        linear.weight.copy_(linear.weight.bfloat16())
+        linear.register_forward_pre_hook(lambda _, inputs: inputs[0].bfloat16().double())
+    form = native_block(block, torch.bfloat16)
+    for B, H, W in ((1, 1, 1), (2, 5, 6), (3, 14, 14)):
+        x = normal(dim, B, H, W, dim)
+        exact, expected = in_float64(block, x), rounded(x.double())
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            ours = form(x)
+            assert ours.dtype == torch.float32
+            assert (ours - expected).abs().mean() < 0.1 * (expected - exact).abs().mean()
+
+
 # Patch embedding and token merging
 
 
@@ -449,10 +471,10 @@ def test_wrong_numbers(name, changes):
         getattr(torch.ops.litv2, f"native_{name}")(**{**case, **changes})
 
 
-def test_hidden_channels_are_whole_panels():
-    """All sizes fit together, but the last panel is not whole: the kernels would write beyond it."""
-    panel = torch.ops.litv2.native_panel()
-    for hidden in (panel + 1, panel - 1, 0):
+def test_hidden_channels_are_whole_columns():
+    """All sizes fit together, but the last columns are not whole: the kernels would write beyond them."""
+    columns = torch.ops.litv2.native_columns()
+    for hidden in (columns + 1, columns - 1, 0):
         packed = dict(fc1=torch.ops.litv2.native_pack(torch.zeros(hidden, 24)), fc2=torch.ops.litv2.native_pack(torch.zeros(24, hidden)))
         vectors = dict(fc1_bias=torch.zeros(hidden), depthwise=torch.zeros(9, hidden), depthwise_bias=torch.zeros(hidden))
         with pytest.raises(ValueError, match="hidden"):
@@ -465,6 +487,13 @@ def test_pack():
         packed = torch.ops.litv2.native_pack(weight.t().contiguous().t())
         assert packed.shape == (-(-N // panel), K, panel)
         assert torch.equal(packed.transpose(1, 2).reshape(-1, K), F.pad(weight, (0, 0, 0, -N % panel)))
+    for N, K in ((1, 32), (20, 64), (64, 96)):
+        weight = normal(N, N, K).bfloat16()
+        packed = torch.ops.litv2.native_pack(weight.t().contiguous().t())
+        assert packed.shape == (-(-N // 32), K // 2, 32, 2)
+        assert torch.equal(packed.transpose(1, 2).reshape(-1, K), F.pad(weight, (0, 0, 0, -N % 32)))
     for wrong in (torch.zeros(3), torch.zeros(2, 3, 4), torch.zeros(2, 3).double()):
-        with pytest.raises(ValueError, match="pack: .* expected a float32 matrix on the CPU"):
+        with pytest.raises(ValueError, match="pack: .* expected a float32 or bfloat16 matrix on the CPU"):
             torch.ops.litv2.native_pack(wrong)
+    with pytest.raises(ValueError, match="of 3 inputs, expected a multiple of 32"):
+        torch.ops.litv2.native_pack(torch.zeros(2, 3).bfloat16())

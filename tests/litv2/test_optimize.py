@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from helpers import TINY, fill, max_difference, normal, tiny_model
 from litv2 import LITv2, native, optimize
-from litv2.optimize import FORMS, Optimized
+from litv2.optimize import FORMS, Optimized, make_form
 
 optimizer = __import__("sys").modules["litv2.optimize"]  # the function has the module's name
 needs_native = pytest.mark.skipif(native.problem is not None, reason=f"the native operators: {native.problem}")
@@ -108,12 +108,28 @@ def test_silent_in_lower_precision(capsys):
     assert capsys.readouterr().out == ""
 
 
+@needs_native
+def test_bfloat16_products():
+    """As good as bfloat16 can be; where the processor has no such products the form is left out, which is said."""
+    model, x, lines = fill(tiny_model()).eval(), normal(0, 2, 3, 64, 80).bfloat16(), []
+    with torch.no_grad():
+        errors = [
+            error([run(x)], exact(model, x))
+            for run in (make_form(model, "native-bfloat16", torch.bfloat16), copy.deepcopy(model).bfloat16())
+        ]
+    assert 1e-4 < errors[0] < errors[1]
+    fast = optimize(model, x, torch.bfloat16, ["native-bfloat16", "native"], lines.append)
+    if not torch.ops.litv2.native_has_bfloat16():
+        assert fast.form == "native" and lines[0].startswith("native-bfloat16: left out, it is for bfloat16 images")
+    assert optimize(model, x.float(), forms=["native-bfloat16", "native"], report=None).form == "native"
+
+
 def test_without_the_native_form(monkeypatch):
     monkeypatch.setattr(native, "problem", "not built")
     x, lines = normal(0, 1, 3, 64, 64), []
     fast = optimize(tiny_model(), x, forms=QUICK, report=lines.append)
     assert fast.form == "fused" and lines[0] == "native: left out, not built" and len(lines) == 3
-    with pytest.raises(ValueError, match="the native form cannot be had: not built"):
+    with pytest.raises(ValueError, match="none of these forms can be had: .*not built"):
         optimize(tiny_model(), x, forms=["native"])
 
 
@@ -122,7 +138,7 @@ def test_without_the_native_form(monkeypatch):
     [
         (nn.Linear(3, 3), None, TypeError, "expected a LITv2, not Linear"),
         (nn.Sequential(nn.Identity()), ["fused"], TypeError, "of a detector or segmenter optimize the backbone"),
-        (None, ["fused", "quick"], ValueError, r"unknown forms \['quick'\]; there are native, compiled, fused"),
+        (None, ["fused", "quick"], ValueError, r"unknown forms \['quick'\]; there are native, native-bfloat16, compiled, fused"),
         (None, "fused", ValueError, "unknown forms"),
         (None, [], ValueError, "no forms"),
     ],
@@ -151,9 +167,18 @@ class Wrong(nn.Module):
 def test_a_wrong_form_is_refused(monkeypatch, form, build, which, factor):
     maker = {"native": "native_form", "fused": "fuse"}[form]
     right = getattr(optimizer, maker)
-    monkeypatch.setattr(optimizer, maker, lambda model: Wrong(right(model), which, factor))
+    monkeypatch.setattr(optimizer, maker, lambda *arguments: Wrong(right(*arguments), which, factor))
     with pytest.raises(RuntimeError, match=f"the {form} form is .* from the plain model, 1.0e-04 are allowed"):
         optimize(fill(build(**TINY)), normal(0, 1, 3, 64, 64), forms=[form], report=None)
+
+
+@needs_native
+def test_a_wrong_form_among_others_is_left_out(monkeypatch):
+    right, lines = optimizer.fuse, []
+    monkeypatch.setattr(optimizer, "fuse", lambda model: Wrong(right(model), 0, 1.001))
+    fast = optimize(tiny_model(), normal(0, 1, 3, 64, 64), forms=QUICK, report=lines.append)
+    assert fast.form == "native" and fast.errors["fused"] > 1e-4 and "fused" not in fast.seconds
+    assert lines[0].startswith("fused: left out, ") and len(lines) == 3
 
 
 @needs_native

@@ -16,14 +16,15 @@ struct FeedForward {
   int64_t height, width, channels, hidden;
   const float *norm_weight, *norm_bias;
   float eps;
-  const float *fc1, *fc1_bias, *depthwise, *depthwise_bias, *fc2, *fc2_bias;
+  Matrix fc1, fc2;
+  const float *fc1_bias, *depthwise, *depthwise_bias, *fc2_bias;
 
   // Rows first to last, counted through all images, band by band, of the hidden channels from `from` to `to`. Of each
   // chunk of these the cache holds `band + 2` rows: those of the band, one above and one below. The next band begins
   // with the last two. The first channels bring x and fc2's bias into the sum.
   void run(const float* x, float* out, int64_t first, int64_t last, int64_t from, int64_t to) const {
     const int64_t band = std::clamp<int64_t>((kBandTokens + width / 2) / width, 1, last - first);
-    const int64_t row = width * channels, wide = round_up(channels, k.panel);
+    const int64_t row = width * channels, wide = round_up(channels, kColumns);
     Scratch scratch;
     float* tokens = scratch.take((band + 2) * row);
     float* hidden_rows = scratch.take((band + 2) * width * (to - from));
@@ -43,16 +44,16 @@ struct FeedForward {
         const int64_t chunk = std::min(kChunk, to - c), hidden_row = width * chunk;
         float* h = hidden_rows + (band + 2) * width * (c - from);
         if (known == 2) std::copy_n(h + band * hidden_row, 2 * hidden_row, h);
-        k.product((end - known) * width, chunk, channels, tokens, channels, fc1 + c * channels, k.panel * channels,
-                  fc1_bias + c, false, h + known * hidden_row, chunk);
+        product(k, (end - known) * width, chunk, channels, tokens, channels, fc1, 0, c, fc1_bias + c, false,
+                h + known * hidden_row, chunk);
         for (int64_t i = 0; i < rows; ++i) {
           const float* above = (begin + i) % height > 0 ? h + i * hidden_row : zeros;
           const float* below = (begin + i + 1) % height > 0 ? h + (i + 2) * hidden_row : zeros;
           k.depthwise_gelu(width, chunk, above, h + (i + 1) * hidden_row, below, chunk, depthwise + c, hidden,
                            depthwise_bias + c, activated + i * hidden_row, chunk);
         }
-        k.product(rows * width, channels, chunk, activated, chunk, fc2 + c * k.panel, k.panel * hidden,
-                  c == 0 ? fc2_bias : nullptr, c > from, sum, wide);
+        product(k, rows * width, channels, chunk, activated, chunk, fc2, c, 0, c == 0 ? fc2_bias : nullptr, c > from,
+                sum, wide);
       }
       if (from == 0) {
         k.add(rows * width, channels, x + begin * row, sum, wide, out + begin * row);
@@ -72,16 +73,14 @@ Tensor feed_forward(const Tensor& x_, const Tensor& norm_weight, const Tensor& n
   const Kernels& k = kernels();
   const Tensor x = checked_map("feed_forward", x_);
   const int64_t height = x.size(1), channels = x.size(3), hidden = fc1_bias.numel();
-  TORCH_CHECK_VALUE(hidden > 0 && hidden % k.panel == 0, "feed_forward: ", hidden,
-                    " hidden channels, expected a multiple of ", k.panel);
-  check_packed("fc1", fc1, channels, hidden);
-  check_packed("fc2", fc2, hidden, channels);
+  TORCH_CHECK_VALUE(hidden > 0 && hidden % kColumns == 0, "feed_forward: ", hidden,
+                    " hidden channels, expected a multiple of ", kColumns);
   check_sizes("feed_forward", {{norm_weight, channels},
                                {norm_bias, channels},
                                {fc1_bias, hidden},
                                {depthwise, 9 * hidden},
                                {depthwise_bias, hidden},
-                               {fc2_bias, round_up(channels, k.panel)}});
+                               {fc2_bias, round_up(channels, kColumns)}});
   const FeedForward pass{k,
                          height,
                          x.size(2),
@@ -90,11 +89,11 @@ Tensor feed_forward(const Tensor& x_, const Tensor& norm_weight, const Tensor& n
                          pointer(norm_weight),
                          pointer(norm_bias),
                          static_cast<float>(eps),
-                         pointer(fc1),
+                         packed("fc1", fc1, channels, hidden),
+                         packed("fc2", fc2, hidden, channels),
                          pointer(fc1_bias),
                          pointer(depthwise),
                          pointer(depthwise_bias),
-                         pointer(fc2),
                          pointer(fc2_bias)};
   const Tensor out = at::empty_like(x);
   const int64_t rows = x.size(0) * height, row = x.size(2) * channels, threads = at::get_num_threads();

@@ -20,7 +20,7 @@ struct HiLo {
   int64_t cells() const { return padded_height * padded_width / (window * window); }  // of the pooled map
   // Of one token: Hi-Fi's q, k, v, then Lo-Fi's q, and k, v where nothing is pooled.
   int64_t projected() const { return 3 * h_channels() + (window == 1 ? 3 : 1) * l_channels(); }
-  int64_t projected_stride() const { return round_up(projected(), k.panel); }
+  int64_t projected_stride() const { return round_up(projected(), kColumns); }
 
   // Calls use(image, first row, rows) for each band, on all threads. Bands are whole rows of windows, the same for each
   // image; there is one for each thread, if there are so many rows of windows.
@@ -40,11 +40,13 @@ struct HiLo {
 };
 
 struct Linear {
-  const float *weight, *bias;
+  Matrix weight;
+  const float* bias;
 };
 
 // x -> norm -> projected tokens, and the mean of the normalised tokens over each window.
-void project(const HiLo& a, const float* x, Linear norm, float eps, Linear linear, float* projected, float* pooled) {
+void project(const HiLo& a, const float* x, const float* norm_weight, const float* norm_bias, float eps, Linear linear,
+             float* projected, float* pooled) {
   const int64_t C = a.channels, s = a.window, stride = a.projected_stride();
   a.for_each_band([&](int64_t image, int64_t first, int64_t rows) {
     Scratch scratch;
@@ -53,12 +55,12 @@ void project(const HiLo& a, const float* x, Linear norm, float eps, Linear linea
       float* row = tokens + i * a.padded_width * C;
       const int64_t inside = first + i < a.height ? a.width : 0;
       if (inside > 0)
-        a.k.layer_norm(inside, C, x + ((image * a.height + first + i) * a.width) * C, C, norm.weight, norm.bias, eps,
+        a.k.layer_norm(inside, C, x + ((image * a.height + first + i) * a.width) * C, C, norm_weight, norm_bias, eps,
                        row);
       std::fill(row + inside * C, row + a.padded_width * C, 0.0f);
     }
-    a.k.product(rows * a.padded_width, a.projected(), C, tokens, C, linear.weight, a.k.panel * C, linear.bias, false,
-                projected + (image * a.padded_height + first) * a.padded_width * stride, stride);
+    product(a.k, rows * a.padded_width, a.projected(), C, tokens, C, linear.weight, 0, 0, linear.bias, false,
+            projected + (image * a.padded_height + first) * a.padded_width * stride, stride);
     if (s == 1 || a.l_heads == 0) return;
     const int64_t across = a.padded_width / s;
     float* cell = pooled + (image * a.cells() + first / s * across) * C;
@@ -77,8 +79,8 @@ void project_pooled(const HiLo& a, const float* pooled, Linear linear, float* kv
   const int64_t rows = a.images * a.cells(), pieces = (rows + kPooledRows - 1) / kPooledRows;
   at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kPooledRows, last = std::min(rows, end * kPooledRows);
-    a.k.product(last - first, 2 * a.l_channels(), a.channels, pooled + first * a.channels, a.channels, linear.weight,
-                a.k.panel * a.channels, linear.bias, false, kv + first * stride, stride);
+    product(a.k, last - first, 2 * a.l_channels(), a.channels, pooled + first * a.channels, a.channels, linear.weight,
+            0, 0, linear.bias, false, kv + first * stride, stride);
   });
 }
 
@@ -106,7 +108,7 @@ void pack_heads(const HiLo& a, const float* kv, int64_t stride, float* keys, flo
 void attend(const HiLo& a, const float* x, const float* projected, const float* keys, const float* values,
             Linear h_proj, Linear l_proj, float* out) {
   const int64_t C = a.channels, s = a.window, d = a.head, M = a.cells(), panel = a.k.panel;
-  const int64_t stride = a.projected_stride(), wide = round_up(C, panel) + panel, Dh = a.h_channels(),
+  const int64_t stride = a.projected_stride(), wide = round_up(C, kColumns) + kColumns, Dh = a.h_channels(),
                 Dl = a.l_channels();
   const int64_t keys_size = round_up(M, panel) * d, values_size = round_up(d, panel) * M, size = s * s;
   a.for_each_band([&](int64_t image, int64_t first, int64_t rows) {
@@ -126,7 +128,7 @@ void attend(const HiLo& a, const float* x, const float* projected, const float* 
       for (int64_t h = 0; h < a.h_heads; ++h)
         a.k.window_attention(T / size, size, d, Dh, from + h * d, tokens.data(), mixed + h * d, out_tokens.data(),
                              logits);
-      a.k.product(T, Dh, Dh, mixed, C, h_proj.weight, panel * Dh, h_proj.bias, false, sum, wide);
+      product(a.k, T, Dh, Dh, mixed, C, h_proj.weight, 0, 0, h_proj.bias, false, sum, wide);
     }
     if (Dl > 0) {
       float* logits = scratch.take(a.k.attention_scratch(M, d));
@@ -135,7 +137,7 @@ void attend(const HiLo& a, const float* x, const float* projected, const float* 
         a.k.attention(T, M, d, from + 3 * Dh + h * d, stride, keys + i * keys_size, values + i * values_size,
                       mixed + Dh + h * d, C, logits);
       }
-      a.k.product(T, Dl, Dl, mixed + Dh, C, l_proj.weight, panel * Dl, l_proj.bias, false, sum + Dh, wide);
+      product(a.k, T, Dl, Dl, mixed + Dh, C, l_proj.weight, 0, 0, l_proj.bias, false, sum + Dh, wide);
     }
     for (int64_t i = 0; i < rows && first + i < a.height; ++i) {
       const int64_t at = (image * a.height + first + i) * a.width * C;
@@ -168,39 +170,35 @@ Tensor hilo(const Tensor& x_, const Tensor& norm_weight, const Tensor& norm_bias
                round_up(x.size(2), s)};
   const int64_t Dh = a.h_channels(), Dl = a.l_channels();
   const bool pools = s > 1 && Dl > 0;
-  check_packed("hilo, proj", proj, C, a.projected());
-  check_sizes("hilo", {{norm_weight, C}, {norm_bias, C}, {proj_bias, a.projected_stride()}});
-  if (pools) {
-    check_packed("hilo, kv", kv, C, 2 * Dl);
-    check_sizes("hilo, kv", {{kv_bias, round_up(2 * Dl, k.panel)}});
-  }
-  if (Dh > 0) {
-    check_packed("hilo, h_proj", h_proj, Dh, Dh);
-    check_sizes("hilo, h_proj", {{h_proj_bias, round_up(Dh, k.panel)}});
-  }
-  if (Dl > 0) {
-    check_packed("hilo, l_proj", l_proj, Dl, Dl);
-    check_sizes("hilo, l_proj", {{l_proj_bias, round_up(Dl, k.panel)}});
-  }
+  check_sizes("hilo", {{norm_weight, C}, {norm_bias, C}});
+  const auto linear = [](const char* name, bool used, const Tensor& weight, const Tensor& bias, int64_t in,
+                         int64_t out) -> Linear {
+    if (!used) return {};
+    check_sizes(name, {{bias, round_up(out, kColumns)}});
+    return {packed(name, weight, in, out), pointer(bias)};
+  };
+  const Linear projection = linear("hilo, proj", true, proj, proj_bias, C, a.projected());
+  const Linear pooled_projection = linear("hilo, kv", pools, kv, kv_bias, C, 2 * Dl);
+  const Linear h_out = linear("hilo, h_proj", Dh > 0, h_proj, h_proj_bias, Dh, Dh);
+  const Linear l_out = linear("hilo, l_proj", Dl > 0, l_proj, l_proj_bias, Dl, Dl);
 
   const int64_t M = a.cells(), tokens = a.images * a.padded_height * a.padded_width;
   const auto room = [&](int64_t floats) { return at::empty({floats}, x.options()); };
   const auto write = [](const Tensor& tensor) { return tensor.data_ptr<float>(); };
   const Tensor projected = room(tokens * a.projected_stride()), pooled = room(pools ? a.images * M * C : 0);
-  project(a, pointer(x), {pointer(norm_weight), pointer(norm_bias)}, static_cast<float>(eps),
-          {pointer(proj), pointer(proj_bias)}, write(projected), write(pooled));
+  project(a, pointer(x), pointer(norm_weight), pointer(norm_bias), static_cast<float>(eps), projection,
+          write(projected), write(pooled));
 
-  const int64_t kv_stride = pools ? round_up(2 * Dl, k.panel) : a.projected_stride();
+  const int64_t kv_stride = pools ? round_up(2 * Dl, kColumns) : a.projected_stride();
   const Tensor pooled_kv = room(pools ? a.images * M * kv_stride : 0);
   const Tensor keys = room(a.images * l_heads * round_up(M, k.panel) * a.head);
   const Tensor values = room(a.images * l_heads * round_up(a.head, k.panel) * M);
-  if (pools) project_pooled(a, pointer(pooled), {pointer(kv), pointer(kv_bias)}, write(pooled_kv), kv_stride);
+  if (pools) project_pooled(a, pointer(pooled), pooled_projection, write(pooled_kv), kv_stride);
   if (Dl > 0)
     pack_heads(a, pools ? pointer(pooled_kv) : pointer(projected) + 3 * Dh + Dl, kv_stride, write(keys), write(values));
 
   const Tensor out = at::empty_like(x);
-  attend(a, pointer(x), pointer(projected), pointer(keys), pointer(values), {pointer(h_proj), pointer(h_proj_bias)},
-         {pointer(l_proj), pointer(l_proj_bias)}, write(out));
+  attend(a, pointer(x), pointer(projected), pointer(keys), pointer(values), h_out, l_out, write(out));
   return out;
 }
 

@@ -19,6 +19,9 @@ struct Kernels {
   void (*product)(int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const float* B, int64_t panel_stride,
                   const float* bias, bool add, float* C, int64_t ldc);
 
+  // Rows of K numbers rounded to the nearest bfloat16 (its bits), one after the other.
+  void (*to_bfloat16)(int64_t M, int64_t K, const float* A, int64_t lda, uint16_t* out);
+
   // Rows of `channels` normalised, scaled and shifted.
   void (*layer_norm)(int64_t rows, int64_t channels, const float* x, int64_t ldx, const float* weight,
                      const float* bias, float eps, float* out);

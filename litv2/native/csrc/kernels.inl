@@ -8,6 +8,7 @@ namespace {
 constexpr int64_t V = VECTOR_FLOATS, kPanel = 2 * V;
 typedef float Vector __attribute__((vector_size(4 * VECTOR_FLOATS), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * VECTOR_FLOATS), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(2 * VECTOR_FLOATS), aligned(2), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -106,6 +107,21 @@ void product(int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const
         tile<PRODUCT_ROWS>(depth, A + m * lda + k, lda, panel, start, add || k > 0, C + m * ldc + n, ldc);
       last_rows<PRODUCT_ROWS - 1>(M - m, depth, A + m * lda + k, lda, panel, start, add || k > 0, C + m * ldc + n, ldc);
     }
+  }
+}
+
+INLINE Integers bfloat16_bits(Vector x) {
+  const Integers bits = reinterpret_cast<const Integers&>(x);
+  const Integers rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to the nearest, ties to even
+  return x == x ? rounded : Integers{} + 0x7fc0;
+}
+
+void to_bfloat16(int64_t M, int64_t K, const float* A, int64_t lda, uint16_t* out) {
+  for (int64_t m = 0; m < M; ++m, A += lda, out += K) {
+    int64_t k = 0;
+    for (; k + V <= K; k += V)
+      *reinterpret_cast<Halves*>(out + k) = __builtin_convertvector(bfloat16_bits(load(A + k)), Halves);
+    for (; k < K; ++k) out[k] = static_cast<uint16_t>(bfloat16_bits(all(A[k]))[0]);
   }
 }
 
@@ -323,6 +339,7 @@ void window_attention(int64_t windows, int64_t size, int64_t d, int64_t channels
 const Kernels KERNELS = {KERNELS_NAME,
                          kPanel,
                          product,
+                         to_bfloat16,
                          layer_norm,
                          add,
                          gelu_rows,

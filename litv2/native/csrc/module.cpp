@@ -36,10 +36,7 @@ const Kernels& kernels() {
 namespace {
 
 // (N, K) -> (panels, K, panel), see Kernels.
-Tensor pack(const Tensor& weight_) {
-  TORCH_CHECK_VALUE(weight_.dim() == 2 && weight_.scalar_type() == at::kFloat && weight_.device().is_cpu(),
-                    "pack: ", weight_.sizes(), " ", weight_.scalar_type(), ", expected a float32 matrix on the CPU");
-  const Tensor weight = weight_.contiguous();
+Tensor pack_floats(const Tensor& weight) {
   const int64_t N = weight.size(0), K = weight.size(1), panel = kernels().panel, panels = round_up(N, panel) / panel;
   const Tensor out = at::empty({panels, K, panel}, weight.options());
   const float* from = pointer(weight);
@@ -62,10 +59,28 @@ Tensor pack(const Tensor& weight_) {
   return out;
 }
 
+// (N, K) -> (panels, K / 2, kColumns, 2): two rows of the matrix interleaved.
+Tensor pack_bfloat16s(const Tensor& weight) {
+  const int64_t N = weight.size(0), K = weight.size(1), panels = round_up(N, kColumns) / kColumns;
+  TORCH_CHECK_VALUE(K % kInputs == 0, "pack: bfloat16 weights of ", K, " inputs, expected a multiple of ", kInputs);
+  const Tensor filled = at::constant_pad_nd(weight, {0, 0, 0, panels * kColumns - N});
+  return filled.view({panels, kColumns, K / 2, 2}).transpose(1, 2).contiguous();
+}
+
+Tensor pack(const Tensor& weight) {
+  const bool bfloat16s = weight.scalar_type() == at::kBFloat16;
+  TORCH_CHECK_VALUE(weight.dim() == 2 && (weight.scalar_type() == at::kFloat || bfloat16s) && weight.device().is_cpu(),
+                    "pack: ", weight.sizes(), " ", weight.scalar_type(),
+                    ", expected a float32 or bfloat16 matrix on the CPU");
+  return bfloat16s ? pack_bfloat16s(weight) : pack_floats(weight.contiguous());
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(litv2, m) {
   m.def("native_panel() -> int", [] { return kernels().panel; });
+  m.def("native_columns() -> int", [] { return kColumns; });
+  m.def("native_has_bfloat16() -> bool", has_bfloat16);
   m.def("native_pack(Tensor weight) -> Tensor");
   m.def("native_kernels() -> str", [] { return std::string(kernels().name); });
   m.def(

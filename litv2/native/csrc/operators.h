@@ -22,13 +22,38 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 
 inline const float* pointer(const Tensor& tensor) { return tensor.const_data_ptr<float>(); }
 
-// The weights of one product: (panels, K, panel), see Kernels.
-inline void check_packed(const char* name, const Tensor& weight, int64_t K, int64_t N) {
+// Results of products are written by so many columns: their rows and biases are filled up to a multiple of it.
+constexpr int64_t kColumns = 32;
+
+// Of bfloat16 products: a multiple of it, what a tile of the matrix unit holds.
+constexpr int64_t kInputs = 32;
+
+// The weights (K x N) of a product, packed (module.cpp): float32, or bfloat16 for bfloat16 products.
+struct Matrix {
+  const float* floats;            // panels of kernels().panel columns
+  const at::BFloat16* bfloat16s;  // or panels of kColumns, two rows interleaved
+  int64_t K;
+};
+
+// C (M x N) = bias + A (M x K) B, B being K rows and N columns of the matrix from (row, column) on, or C += A B; see
+// Kernels::product. In bfloat16 A is rounded to it, sums are float32; row and K are multiples of kInputs then.
+void product(const Kernels& k, int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const Matrix& B,
+             int64_t row, int64_t column, const float* bias, bool add, float* C, int64_t ldc);
+
+// Whether oneDNN has bfloat16 products for this processor.
+bool has_bfloat16();
+
+inline Matrix packed(const char* name, const Tensor& weight, int64_t K, int64_t N) {
   const int64_t panel = kernels().panel;
-  TORCH_CHECK_VALUE(weight.sizes() == at::IntArrayRef({round_up(N, panel) / panel, K, panel}) &&
-                        weight.is_contiguous() && weight.scalar_type() == at::kFloat,
-                    name, ": ", weight.sizes(), " ", weight.scalar_type(), ", expected weights of ", K, " inputs and ",
-                    N, " outputs, packed into panels of ", panel);
+  const bool floats =
+      weight.scalar_type() == at::kFloat && weight.sizes() == at::IntArrayRef({round_up(N, panel) / panel, K, panel});
+  const bool bfloat16s = weight.scalar_type() == at::kBFloat16 && K % kInputs == 0 &&
+                         weight.sizes() == at::IntArrayRef({round_up(N, kColumns) / kColumns, K / 2, kColumns, 2});
+  TORCH_CHECK_VALUE((floats || bfloat16s) && weight.is_contiguous(), name, ": ", weight.sizes(), " ",
+                    weight.scalar_type(), ", expected weights of ", K, " inputs and ", N,
+                    " outputs, packed into panels of ", panel);
+  return {floats ? weight.const_data_ptr<float>() : nullptr,
+          bfloat16s ? weight.const_data_ptr<at::BFloat16>() : nullptr, K};
 }
 
 inline void check_sizes(const char* name, std::initializer_list<std::pair<Tensor, int64_t>> vectors) {

@@ -28,8 +28,8 @@ Tensor patch_embed(const Tensor& image, int64_t patch, const Tensor& weight, con
                         image.size(2) > 0 && image.size(3) > 0,
                     "patch_embed: an image of ", image.sizes(), " ", image.scalar_type(),
                     ", expected float32 (B, C, H, W) of whole ", patch, " x ", patch, " patches");
-  const int64_t in = image.size(1), K = in * patch * patch, C = norm_weight.numel(), wide = round_up(C, k.panel);
-  check_packed("patch_embed", weight, K, C);
+  const int64_t in = image.size(1), K = in * patch * patch, C = norm_weight.numel(), wide = round_up(C, kColumns);
+  const Matrix matrix = packed("patch_embed", weight, K, C);
   check_sizes("patch_embed", {{bias, wide}, {norm_bias, C}, {norm_weight, C}});
   const int64_t height = image.size(2) / patch, width = image.size(3) / patch;
   const Tensor out =
@@ -54,7 +54,7 @@ Tensor patch_embed(const Tensor& image, int64_t patch, const Tensor& weight, con
         }
       }
     }
-    k.product(tokens, C, K, columns, K, pointer(weight), k.panel * K, pointer(bias), false, sum, wide);
+    product(k, tokens, C, K, columns, K, matrix, 0, 0, pointer(bias), false, sum, wide);
     k.layer_norm(tokens, C, sum, wide, pointer(norm_weight), pointer(norm_bias), static_cast<float>(eps),
                  to + first * width * C);
   });
@@ -70,10 +70,10 @@ Tensor token_merging(const Tensor& x_, const Tensor& offset_top, const Tensor& o
   const Tensor x = checked_map("token_merging", x_);
   const int64_t H = x.size(1), W = x.size(2), C = x.size(3), height = H / 2, width = W / 2;
   TORCH_CHECK_VALUE(height > 0 && width > 0, "token_merging: a map of ", H, " x ", W, ", expected at least 2 x 2");
-  const int64_t wide = round_up(out_channels, k.panel), positions = round_up(8, k.panel);
-  check_packed("token_merging, offsets", offset_top, 2 * C, 8);
-  check_packed("token_merging, offsets", offset_bottom, 2 * C, 8);
-  check_packed("token_merging", weight, 4 * C, out_channels);
+  const int64_t wide = round_up(out_channels, kColumns), positions = round_up(8, kColumns);
+  const Matrix top = packed("token_merging, offsets", offset_top, 2 * C, 8);
+  const Matrix bottom = packed("token_merging, offsets", offset_bottom, 2 * C, 8);
+  const Matrix matrix = packed("token_merging", weight, 4 * C, out_channels);
   check_sizes("token_merging", {{offset_bias, positions}, {bias, wide}});
   const Tensor out = at::empty({x.size(0), height, width, out_channels}, x.options());
   const float* tokens = pointer(x);
@@ -86,15 +86,12 @@ Tensor token_merging(const Tensor& x_, const Tensor& offset_top, const Tensor& o
     for (int64_t row = first; row < last; ++row) {
       const float* image = tokens + row / height * H * W * C;
       const float* upper = image + row % height * 2 * W * C;
-      k.product(width, 8, 2 * C, upper, 2 * C, pointer(offset_top), k.panel * 2 * C, pointer(offset_bias), false,
-                offsets, positions);
-      k.product(width, 8, 2 * C, upper + W * C, 2 * C, pointer(offset_bottom), k.panel * 2 * C, nullptr, true, offsets,
-                positions);
+      product(k, width, 8, 2 * C, upper, 2 * C, top, 0, 0, pointer(offset_bias), false, offsets, positions);
+      product(k, width, 8, 2 * C, upper + W * C, 2 * C, bottom, 0, 0, nullptr, true, offsets, positions);
       k.deformed_patches(row % height, width, image, H, W, C, offsets, positions,
                          columns + (row - first) * width * 4 * C);
     }
-    k.product(count, out_channels, 4 * C, columns, 4 * C, pointer(weight), k.panel * 4 * C, pointer(bias), false, sum,
-              wide);
+    product(k, count, out_channels, 4 * C, columns, 4 * C, matrix, 0, 0, pointer(bias), false, sum, wide);
     k.gelu(count, out_channels, sum, wide, to + first * width * out_channels);
   });
   return out;
