@@ -6,8 +6,8 @@
     python benchmarks/models.py --device cuda --dtype float16 --batch-size 64 --warm-up 50 --rounds 30  # the paper's 50 + 30 forwards
 
 Each model is timed eager, in the memory format that is the faster one for it, and compiled, on a CPU with frozen weights; LITv2 in its
-native form too (``litv2.optimize``), which on a processor without instructions for bfloat16 takes and gives bfloat16 but computes in
-float32. GEMM share: FLOPs x images/s over the rate of a large matrix product in the same dtype, which takes turns with the models.
+native form too (``litv2.optimize``): at bfloat16 that with bfloat16 products, where the processor has none that in float32.
+GEMM share: FLOPs x images/s over the rate of a large matrix product in the same dtype, which takes turns with the models.
 Weights are random. Published figures stand beside: top-1 on ImageNet at 224 pixels and, from the release, images/s on an RTX 3090 (batch
 64, float16). Models that timm does not have are shown with their published figures alone. Writes JSON, CSV and a plot.
 """
