@@ -2,7 +2,8 @@
 
 * ``depthwise_gelu`` is used by every feed-forward network of the model, in training too;
 * ``infer_block`` computes a whole block in two passes where no gradients are wanted, and nobody looks inside;
-* ``native_form`` (form.py) is the model for inference with its weights packed once, see ``litv2.optimize``.
+* ``native_form`` (form.py) is the model for inference with its weights packed once, see ``litv2.optimize``; there products with weights
+  may be bfloat16 (csrc/product.cpp).
 
 Without them torch's own operators compute the same, to rounding: as there, the last bits may depend on the number of threads
 and of images. ``problem`` says why they are not in use, None if they are.

@@ -51,7 +51,7 @@ inline Matrix packed(const char* name, const Tensor& weight, int64_t K, int64_t 
                          weight.sizes() == at::IntArrayRef({round_up(N, kColumns) / kColumns, K / 2, kColumns, 2});
   TORCH_CHECK_VALUE((floats || bfloat16s) && weight.is_contiguous(), name, ": ", weight.sizes(), " ",
                     weight.scalar_type(), ", expected weights of ", K, " inputs and ", N,
-                    " outputs, packed into panels of ", panel);
+                    " outputs, packed by native_pack");
   return {floats ? weight.const_data_ptr<float>() : nullptr,
           bfloat16s ? weight.const_data_ptr<at::BFloat16>() : nullptr, K};
 }
