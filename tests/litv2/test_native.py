@@ -103,17 +103,64 @@ def test_depthwise_gelu_of_any_strides():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_depthwise_gelu_where_the_operator_does_not_serve(dtype):
+def test_depthwise_gelu_where_the_operator_does_not_serve(dtype, monkeypatch):
+    monkeypatch.setattr(native, "has_bfloat16", True)
     case = [t.to(dtype) for t in depthwise_case(2, 5, 6, 20 if dtype == torch.float32 else 32)]
     y = depthwise_gelu(*case)
     assert y.dtype == dtype and torch.equal(y, plain_depthwise_gelu(*case))
 
 
-def test_depthwise_gelu_under_autocast():
-    case = depthwise_case(2, 5, 6, 32)
-    with torch.autocast("cpu", torch.bfloat16):
+@pytest.mark.parametrize("cast, served", [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, True)])
+def test_depthwise_gelu_under_autocast_where_it_does_not_serve(cast, served, monkeypatch):
+    monkeypatch.setattr(native, "has_bfloat16", not served)
+    case = depthwise_case(2, 5, 6, 32 if cast == torch.float16 else 20 if served else 32)
+    with torch.autocast("cpu", cast):
         y = depthwise_gelu(*case)
-        assert y.dtype == torch.bfloat16 and torch.equal(y, plain_depthwise_gelu(*case))
+        assert y.dtype == cast and torch.equal(y, plain_depthwise_gelu(*case))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_depthwise_gelu_in_bfloat16(autocast, monkeypatch):
+    """Where the processor has no instructions for it: what float32 gives, rounded, and not further from the truth than torch's."""
+    monkeypatch.setattr(native, "has_bfloat16", False)
+    case, gradient = depthwise_case(2, 5, 6, 32), normal(3, 2, 5, 6, 32).bfloat16()
+    dtypes = [torch.bfloat16] + 2 * [torch.float32 if autocast else torch.bfloat16]
+    case = [t.detach().to(dtype).requires_grad_() for t, dtype in zip(case, dtypes)]
+    results = {}
+    for function in (depthwise_gelu, plain_depthwise_gelu):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = function(*case)
+        results[function] = y, *torch.autograd.grad(y, case, gradient)
+    assert "native_depthwise_gelu" in results[depthwise_gelu][0].grad_fn.name()
+    for function, dtype in ((depthwise_gelu, torch.float32), (plain_depthwise_gelu, torch.float64)):
+        wider = [t.detach().to(dtype).requires_grad_() for t in case]
+        y = function(*wider)
+        results[dtype] = y, *torch.autograd.grad(y, wider, gradient.to(dtype))
+    for ours, theirs, unrounded, exact in zip(*results.values()):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, unrounded.to(ours.dtype))
+        assert max_difference(ours, exact) <= max_difference(theirs, exact)
+
+
+@pytest.mark.extra
+def test_training_in_bfloat16(monkeypatch):
+    """Losses and gradients of a model under autocast are no more than twice as far from float32's as torch's operators take them."""
+    model, x = fill(tiny_model()).train(), normal(0, 2, 3, 64, 96)
+    targets = torch.tensor([3, 7])
+
+    def gradients(autocast: bool = True) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = F.cross_entropy(model(x), targets)
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    def error(results: list[Tensor]) -> float:
+        return sum((a.double() - b).square().sum() for a, b in zip(results, exact)).sqrt().item()
+
+    exact = gradients(autocast=False)
+    errors = []
+    for emulated in (True, False):
+        monkeypatch.setattr(native, "has_bfloat16", not emulated)
+        errors.append(error(gradients()))
+    assert 0 < errors[0] < 2 * errors[1]
 
 
 def test_empty_batch():
@@ -153,22 +200,28 @@ def test_functional_derivatives():
         assert close(ours, theirs, 1e-5)
 
 
-def test_opcheck():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
     x, weight, bias = depthwise_case(2, 3, 5, 16)
+    x = x.detach().to(dtype).requires_grad_()
     arguments = (x, weight.detach().flatten(1).t().contiguous().requires_grad_(), bias)
     torch.library.opcheck(torch.ops.litv2.native_depthwise_gelu, arguments)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.extra)])
-def test_compiled_training(backend):
+def test_compiled_training(backend, autocast, monkeypatch):
+    monkeypatch.setattr(native, "has_bfloat16", False)
     mlp = fill(Mlp(16, 32))
     compiled = torch.compile(mlp, backend=backend, fullgraph=True)
     for shape in ((2, 3, 5, 16), (1, 6, 7, 16)):
         x = normal(0, *shape).requires_grad_()
-        (y, *gradients), (z, *expected) = (
-            (f(x), *torch.autograd.grad(f(x).square().sum(), (x, *mlp.parameters()))) for f in (compiled, mlp)
-        )
-        assert close(y, z) and all(close(a, b, 1e-5) for a, b in zip(gradients, expected))
+        results = []
+        for f in (compiled, mlp):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = f(x)
+            results.append((y, *torch.autograd.grad(y.square().sum(), (x, *mlp.parameters()))))
+        assert all(close(a, b, 2e-2 if autocast else 1e-5) for a, b in zip(*results))
 
 
 # Blocks
@@ -440,6 +493,8 @@ def test_wrong_arguments(name):
                 continue
             if other.numel() == value.numel() and other.dtype == value.dtype and value.dim() < 3:
                 continue  # nothing but the number counts
+            if (name, key, other.dtype) == ("native_depthwise_gelu", "x", torch.bfloat16):
+                continue
             with pytest.raises(ValueError):
                 operator(**{**case, key: other})
 

@@ -27,8 +27,9 @@ void check(const char* name, const Tensor& x, const Tensor& weight, const Tensor
 
 }  // namespace
 
-// weight: (9, C), see Kernels.
+// weight: (9, C), see Kernels. Of bfloat16 maps only x and the result are bfloat16.
 Tensor depthwise_gelu(const Tensor& x_, const Tensor& weight, const Tensor& bias) {
+  if (x_.scalar_type() == at::kBFloat16) return depthwise_gelu(x_.to(at::kFloat), weight, bias).to(at::kBFloat16);
   const Kernels& k = kernels();
   const Tensor x = checked_map("depthwise_gelu", x_);
   check("depthwise_gelu", x, weight, bias);
@@ -50,6 +51,13 @@ Tensor depthwise_gelu(const Tensor& x_, const Tensor& weight, const Tensor& bias
 // Gradients of x, weight (9, C) and bias.
 std::tuple<Tensor, Tensor, Tensor> depthwise_gelu_backward(const Tensor& gradient_, const Tensor& x_,
                                                            const Tensor& weight, const Tensor& bias) {
+  if (x_.scalar_type() == at::kBFloat16) {
+    TORCH_CHECK_VALUE(gradient_.scalar_type() == at::kBFloat16, "depthwise_gelu_backward: a gradient of ",
+                      gradient_.scalar_type(), " for a map of ", x_.scalar_type());
+    auto gradients = depthwise_gelu_backward(gradient_.to(at::kFloat), x_.to(at::kFloat), weight, bias);
+    std::get<0>(gradients) = std::get<0>(gradients).to(at::kBFloat16);
+    return gradients;
+  }
   const Kernels& k = kernels();
   const Tensor x = checked_map("depthwise_gelu_backward", x_),
                gradient = checked_map("depthwise_gelu_backward", gradient_);
