@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hilo import HiLo
 from mm_modules.DCN import DeformConv2dPack
 
+from .bfloat16 import products_in_float32
 from .native import depthwise_gelu, infer_block, takes_block, takes_depthwise_gelu
 
 
@@ -136,10 +137,11 @@ class Block(nn.Module):
         if takes_block(self, x):
             return infer_block(self, x)
         B, H, W, C = x.shape
-        if self.attn is not None:
-            y = self.attn(self.norm1(x).reshape(B, H * W, C), H, W)
-            x = x + self.drop_path(y.reshape(B, H, W, C))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        with products_in_float32(x):
+            if self.attn is not None:
+                y = self.attn(self.norm1(x).reshape(B, H * W, C), H, W)
+                x = x + self.drop_path(y.reshape(B, H, W, C))
+            return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def flops(self, H: int, W: int) -> int:
         norm = H * W * self.norm2.normalized_shape[0]

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from hilo import HiLo
 from mm_modules.DCN.backend_torch import in_transform
 
+from .. import bfloat16
+from ..bfloat16 import compute_dtype
 from .weights import feed_forward_arguments, hilo_arguments
 
 BUILD = "build them with: cd litv2/native && python setup.py build_ext --inplace"
@@ -45,15 +47,14 @@ def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if not takes_depthwise_gelu(x, weight):
         x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=len(weight))
         return F.gelu(x).permute(0, 2, 3, 1)
-    x = x.to(_dtype_of_convolution(x))
+    x = x.to(compute_dtype(x))
     return torch.ops.litv2.native_depthwise_gelu(x, weight.float().flatten(1).t().contiguous(), bias.float())
 
 
 def takes_depthwise_gelu(x: Tensor, weight: Tensor) -> bool:
     """Whether the native operator computes this: eager or compiled on the CPU, not in an export, in float32.
 
-    In bfloat16, and under autocast to it, only where the processor has no instructions for it: there torch's convolution
-    goes channel by channel. The operator computes in float32 and rounds the result.
+    In bfloat16, and under autocast to it, only where torch emulates it; the operator rounds the result.
     """
     return (
         problem is None
@@ -61,15 +62,11 @@ def takes_depthwise_gelu(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == "cpu"
         and {x.dtype, weight.dtype} <= {torch.float32, torch.bfloat16}
         and (x.dtype == weight.dtype or torch.is_autocast_enabled("cpu"))
-        and (_dtype_of_convolution(x) == torch.float32 or _dtype_of_convolution(x) == torch.bfloat16 and not has_bfloat16)
+        and (compute_dtype(x) == torch.float32 or compute_dtype(x) == torch.bfloat16 and bfloat16.emulated)
         and x.shape[-1] % 16 == 0
         and not (torch.jit.is_tracing() or _is_exporting())
         and (torch.compiler.is_compiling() or not _is_watched())
     )
-
-
-def _dtype_of_convolution(x: Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 # torch < 2.7 cannot tell an export from a compilation.
@@ -157,4 +154,3 @@ def _register() -> None:
 
 if problem is None:
     _register()
-    has_bfloat16: bool = torch.ops.litv2.native_has_bfloat16()  # of this processor

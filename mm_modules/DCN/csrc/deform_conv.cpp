@@ -133,6 +133,26 @@ Tensor group_outputs(const Tensor& matrix, const Geometry& g, int64_t i) {
   return matrix.narrow(-1, i * outputs, outputs);
 }
 
+// A matrix for a product on the CPU: in float32 where bfloat16 has no instructions and would go number by number.
+Tensor factor(const Tensor& matrix) {
+  static const bool emulated =
+      at::hasMKLDNN() &&
+      !c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_is_mkldnn_bf16_supported", "").typed<bool()>().call();
+  return emulated && matrix.is_cpu() && matrix.scalar_type() == at::kBFloat16 ? matrix.to(at::kFloat) : matrix;
+}
+
+// out = A B + bias
+void product(Tensor out, const Tensor& A, const Tensor& B, const Tensor& bias = {}) {
+  const Tensor a = factor(A), b = factor(B);
+  if (a.scalar_type() != out.scalar_type()) {
+    out.copy_(bias.defined() ? at::addmm(bias.to(a.scalar_type()), a, b) : at::mm(a, b));
+  } else if (bias.defined()) {
+    at::addmm_out(out, bias, a, b);
+  } else {
+    at::mm_out(out, a, b);
+  }
+}
+
 Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& weight,
                      const OptionalTensor& bias_or_none, const OptionalTensor& mask_or_none, at::IntArrayRef stride,
                      at::IntArrayRef padding, at::IntArrayRef dilation) {
@@ -145,12 +165,8 @@ Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& we
   for_each_chunk(g, input.options(), [&](int64_t first, int64_t count, const Tensor& columns) {
     kernels.gather(g, first, count, pixels, offset, mask, columns);
     for (int64_t i = 0; i < g.groups; ++i) {
-      Tensor part = group_outputs(out.narrow(0, first, count), g, i);
-      if (bias.defined()) {
-        at::addmm_out(part, group_outputs(bias, g, i), columns[i], matrices[i].t());
-      } else {
-        at::mm_out(part, columns[i], matrices[i].t());
-      }
+      product(group_outputs(out.narrow(0, first, count), g, i), columns[i], matrices[i].t(),
+              bias.defined() ? group_outputs(bias, g, i) : bias);
     }
   });
   return out.view({g.batch, g.out_height, g.out_width, weight.size(0)}).permute({0, 3, 1, 2});
@@ -204,18 +220,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(const Tensor& 
     if (need_weight) {
       kernels.gather(g, first, count, pixels, offset, mask, columns);
       for (int64_t i = 0; i < g.groups; ++i) {
-        const Tensor gradient_of_outputs = group_outputs(rows, g, i).t();
-        if (sums.dtype() == input.dtype()) {
-          weight_gradient[i].addmm_(gradient_of_outputs, columns[i]);
+        const Tensor gradient_of_outputs = factor(group_outputs(rows, g, i)).t(), inputs = factor(columns[i]);
+        if (sums.dtype() == inputs.dtype()) {
+          weight_gradient[i].addmm_(gradient_of_outputs, inputs);
         } else {
-          weight_gradient[i] += at::mm(gradient_of_outputs, columns[i]);
+          weight_gradient[i] += at::mm(gradient_of_outputs, inputs);
         }
       }
     }
     if (need_input || need_offset || need_mask) {
       for (int64_t i = 0; i < g.groups; ++i) {
-        Tensor part = columns[i];
-        at::mm_out(part, group_outputs(rows, g, i), matrices[i]);
+        product(columns[i], group_outputs(rows, g, i), matrices[i]);
       }
       kernels.scatter(pieces, first, count, columns, pixels, offset, mask, input_gradient, offset_gradient,
                       mask_gradient);
