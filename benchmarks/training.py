@@ -8,8 +8,9 @@ The step is the trainer's own (``classification/engine.py``): forward under auto
 gradients clipped to 5.0, AdamW. Models and images are channels-last, drop path is 0.2, weights and images are random. LITv2 is also
 run with gradient checkpointing. --processes 2 starts two that share the batch and the threads, with DistributedDataParallel (gloo on
 a CPU, NCCL on GPUs). Memory is what one process holds at most during a step beyond what it held before: weights and the optimizer's state
-are not in it, activations, gradients and buffers are. Compiling takes minutes per model on a CPU, and one without instructions for bfloat16
-emulates them, several times as slowly as float32. Writes JSON, CSV and a plot.
+are not in it, activations, gradients and buffers are. Compiling takes minutes per model on a CPU. On one without instructions for bfloat16
+torch emulates them, twenty times as slowly as float32: allow an hour. LITv2's eager blocks multiply in float32 there (litv2/bfloat16.py).
+Writes JSON, CSV and a plot.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import contextlib
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mm_modules.DCN.backend_torch import in_transform
@@ -40,13 +40,14 @@ def products_in_float32(x: Tensor) -> contextlib.AbstractContextManager:
 
 class _ProductsInFloat32(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.linear:
-            return _linear(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        return (_linear if func is F.linear else func)(*args, **(kwargs or {}))
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return _Linear.apply(input, weight, bias)
+    in_bfloat16 = compute_dtype(input) == torch.bfloat16 and (weight.dtype == input.dtype or torch.is_autocast_enabled("cpu"))
+    if in_bfloat16 and type(weight) in (Tensor, nn.Parameter) and {input.dtype, weight.dtype} <= {torch.float32, torch.bfloat16}:
+        return _Linear.apply(input, weight, bias)
+    return F.linear(input, weight, bias)
 
 
 class _Linear(torch.autograd.Function):

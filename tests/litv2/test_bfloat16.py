@@ -98,8 +98,16 @@ def test_inference():
     assert max_difference(ours, exact) < 2 * max_difference(theirs, exact)
 
 
-def test_float32_and_float16_are_left_alone():
-    x = normal(0, 3, 24)
+def test_other_dtypes_are_left_alone():
+    x, weight = normal(0, 3, 24), normal(1, 8, 24)
+    with products_in_float32(x.bfloat16()):
+        assert torch.equal(F.linear(x, weight), x @ weight.t())  # a layer that somebody keeps in float32
+        with pytest.raises(RuntimeError, match="dtype"):
+            F.linear(x.bfloat16(), weight)
+    with autocast(), products_in_float32(x):
+        assert F.linear(x.double(), weight.double()).dtype == torch.float64
+        with autocast(False):
+            assert F.linear(x, weight).dtype == torch.float32
     assert isinstance(products_in_float32(x), contextlib.nullcontext)
     assert isinstance(products_in_float32(x.half()), contextlib.nullcontext)
     with torch.autocast("cpu", torch.float16):
