@@ -204,7 +204,7 @@ def test_compiled():
 @pytest.mark.extra
 @needs_native
 def test_backbone():
-    backbone = pytest.importorskip("litv2.mm_backbone").LITv2Backbone
+    backbone = pytest.importorskip("litv2.mm_backbone", exc_type=ImportError).LITv2Backbone
     arguments = {key: value for key, value in TINY.items() if key != "num_classes"}
     model = fill(backbone(**arguments, out_indices=(1, 3), out_norms=(3,), frozen_stages=2))
     for form in QUICK:
