@@ -62,12 +62,12 @@ def test_the_model_stays_as_it_was():
 
 @torch.no_grad()
 def test_low_precision():
-    """No worse than twice the plain model's error, both against float32."""
+    """No worse than twice the plain model's error, both against float32, over some images: one alone is a matter of luck."""
     model = tiny_model().eval()
-    x = normal(1, 2, 3, 64, 96)
+    x = normal(1, 8, 3, 64, 96)
     exact, fused = model(x), fuse(model)
-    plain = max_difference(model.bfloat16()(x.bfloat16()), exact)
-    assert max_difference(fused.bfloat16()(x.bfloat16()), exact) <= 2 * plain
+    plain = (model.bfloat16()(x.bfloat16()) - exact).norm()
+    assert (fused.bfloat16()(x.bfloat16()) - exact).norm() <= 2 * plain
 
 
 def test_bad_arguments():

@@ -160,11 +160,11 @@ def test_initialisation():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
     model = tiny_model().eval()
-    x = normal(1, 2, 3, 64, 64)
+    x = normal(1, 8, 3, 64, 64)
     exact = model(x)
     with torch.autocast("cpu", dtype):
         low = model(x)
-    assert max_difference(low, exact) < 0.05 * exact.abs().max()
+    assert (low - exact).norm() < 0.1 * exact.norm()  # of all numbers: the largest differs from input to input
 
 
 def test_whole_model_in_bfloat16():
