@@ -160,11 +160,12 @@ def test_initialisation():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
     model = tiny_model().eval()
-    x = normal(1, 8, 3, 64, 64)
+    x = normal(1, 32, 3, 64, 64)
     exact = model(x)
     with torch.autocast("cpu", dtype):
         low = model(x)
-    assert (low - exact).norm() < 0.1 * exact.norm()  # of all numbers: the largest differs from input to input
+    errors = (low - exact).norm(dim=1) / exact.norm(dim=1)
+    assert errors.median() < 0.05  # of many images: the error of one is a matter of luck
 
 
 def test_whole_model_in_bfloat16():
