@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from attention_layers import DIM, HEADS, LAYERS, SIZE, Size, Window
 from attention_plots import plot_case, plot_choice, plot_layers, plot_resolution
-from harness import device_name, non_negative, parser, peak_memory, positive, publish, rounded, samples, say
+from harness import device_name, parser, peak_memory, positive, publish, rounded, samples, say
 from hilo import HiLo
 
 # How a layer is made ready; None for a layer that the mode does not have.
@@ -75,7 +75,6 @@ def main() -> None:
     flags.add_argument("--limit", type=float, default=300, help="GFLOPs of a call; what takes more is not timed (default: 300)")
     flags.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     flags.add_argument("--device", type=device_name, default="cpu")
-    flags.add_argument("--warm-up", type=non_negative, default=2, help="rounds before those that count")
     args = flags.parse_args()
     for name, value in DEFAULTS[args.over].items():
         if getattr(args, name) is None:

@@ -127,13 +127,14 @@ def stem(text: str) -> Path:
 
 
 def parser(doc: str, name: str, threads: bool = True) -> argparse.ArgumentParser:
-    """A benchmark's command line: its docstring is the help; --out, and --threads and --rounds for those that time something."""
+    """A benchmark's command line: its docstring is the help; --out, and for those that time something --threads, --rounds and --warm-up."""
     result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     out = f"output/benchmarks/{name}"
     result.add_argument("--out", type=stem, default=out, metavar="STEM", help=f"of the files that are written (default: {out})")
     if threads:
         result.add_argument("--threads", type=positive, default=torch.get_num_threads())
         result.add_argument("--rounds", type=positive, default=11, help="in which each function runs once after the other (default: 11)")
+        result.add_argument("--warm-up", type=non_negative, default=2, help="rounds before those that count (default: 2)")
     return result
 
 

@@ -70,7 +70,7 @@ def main() -> None:
         if args.consumed is None:
             step = training_step("litv2_small", random_batch(args.batch_size, args.img_size), distributed.pick_device(args.device))
             functions["training"] = partial(step, PRECISIONS[args.dtype])
-        seconds = samples(functions, args.rounds, warm_up=1)
+        seconds = samples(functions, args.rounds, args.warm_up)
     consumed = args.consumed or args.batch_size / statistics.median(seconds["training"])
     rows = [row(*key, [len(batches.sampler) / value for value in seconds[key]], consumed) for key, batches in loaders.items()]
     count = len(next(iter(loaders.values())).sampler)

@@ -29,21 +29,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness import (
-    COLOURS,
-    GEMM_SIZE,
-    device_name,
-    figure,
-    gemm,
-    non_negative,
-    parser,
-    peak_memory,
-    positive,
-    publish,
-    rounded,
-    samples,
-    say,
-)
+from harness import COLOURS, GEMM_SIZE, device_name, figure, gemm, parser, peak_memory, positive, publish, rounded, samples, say
 from litv2 import LITv2
 from litv2.optimize import make_form, why_not
 
@@ -98,7 +84,6 @@ def main() -> None:
     flags.add_argument("--img-size", type=positive, default=224)
     flags.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     flags.add_argument("--device", type=device_name, default="cpu")
-    flags.add_argument("--warm-up", type=non_negative, default=2, help="rounds before those that count")
     args = flags.parse_args()
     on_gpu = args.device != "cpu"
     torch.set_num_threads(args.threads)

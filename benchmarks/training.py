@@ -9,7 +9,8 @@ gradients clipped to 5.0, AdamW. Models and images are channels-last, drop path 
 run with gradient checkpointing. --processes 2 starts two that share the batch and the threads, with DistributedDataParallel (gloo on
 a CPU, NCCL on GPUs). Memory is what one process holds at most during a step beyond what it held before: weights and the optimizer's state
 are not in it, activations, gradients and buffers are. Compiling takes minutes per model on a CPU. On one without instructions for bfloat16
-torch emulates them, twenty times as slowly as float32: allow an hour. LITv2's eager blocks multiply in float32 there (litv2/bfloat16.py).
+torch emulates them, twenty times as slowly as float32: allow an hour with --rounds 1 --warm-up 1. LITv2's eager blocks multiply in float32
+there (litv2/bfloat16.py).
 Writes JSON, CSV and a plot.
 """
 
@@ -60,6 +61,8 @@ def main() -> None:
     flags.add_argument("--img-size", type=positive, default=224)
     flags.add_argument("--device", type=device_name, default="cpu")
     args = flags.parse_args()
+    if "compiled" in args.modes and not args.warm_up:
+        flags.error("--warm-up 0 would count the first round, in which the compiled steps are compiled: use at least 1, or --modes eager")
     rows = [row for processes in args.processes for row in measured(processes, args)]
     title = f"training steps, batch {args.batch_size}, {args.img_size} x {args.img_size}, medians of {args.rounds} interleaved rounds"
     publish(rows, args.out, title, plot, device=args.device, batch_size=args.batch_size, img_size=args.img_size)
@@ -105,8 +108,8 @@ def run(rank: int, processes: int, args: argparse.Namespace) -> list[dict]:
                 step = training_step(name, batch, device, mode == "compiled", checkpointing == "on")
                 steps |= {(KNOWN[name].name, mode, dtype, checkpointing): partial(step, PRECISIONS[dtype]) for dtype in args.dtypes}
     if rank == 0:
-        say(f"{processes} process(es): {args.rounds} rounds of {len(steps)} steps; each is compiled in its first")
-    seconds = samples(steps, args.rounds)
+        say(f"{processes} process(es): {args.warm_up} + {args.rounds} rounds of {len(steps)} steps; each is compiled in its first")
+    seconds = samples(steps, args.rounds, args.warm_up)
     return [row(case, processes, threads, values, peak(steps[case], device), args.batch_size) for case, values in seconds.items()]
 
 
