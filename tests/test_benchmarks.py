@@ -96,6 +96,7 @@ def test_detectors_and_segmenters(task, config):
     [
         ("--rounds 0", "--rounds: 0, expected at least 1"),
         ("--threads two", "invalid positive value: 'two'"),
+        ("--warm-up -1", "argument --warm-up: -1, expected at least 0"),
         ("--out {file}/models", "--out: cannot be written: .*Not a directory|--out: cannot be written: .*File exists"),
     ],
 )
@@ -105,6 +106,12 @@ def test_wrong_flags(flags, words, tmp_path, capsys):
     with pytest.raises(SystemExit):
         harness.parser("", "models").parse_args(flags.format(file=tmp_path / "file").split())
     assert re.search(words, capsys.readouterr().err)
+
+
+@pytest.mark.extra
+def test_compiling_is_not_timed():
+    done = subprocess.run([sys.executable, ROOT / "benchmarks/training.py", "--warm-up", "0"], capture_output=True, text=True)
+    assert done.returncode == 2 and "--warm-up 0 would count the first round" in done.stderr
 
 
 def test_every_benchmark_is_run():
