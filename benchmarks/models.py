@@ -194,7 +194,7 @@ def plot(rows: list[dict], path: Path) -> None:
                 axes.annotate(row["model"], place, xytext=shift, textcoords="offset points", fontsize=8, color=COLOURS[group])
         axes.set(xlabel="images/s in its fastest mode", ylabel="top-1 on ImageNet, published (%)")
         axes.margins(x=0.15)
-        axes.legend(fontsize=8, loc="lower left")
+        axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(GROUPS), frameon=False)  # a corner may have a model
 
 
 if __name__ == "__main__":
