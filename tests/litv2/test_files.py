@@ -1,0 +1,61 @@
+"""Files appear whole or not at all, and one process at a time has a shared one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from helpers import ROOT
+from litv2.files import atomic_write, one_process
+
+
+def test_the_file_appears_when_the_block_ends(tmp_path):
+    path = tmp_path / "a.txt"
+    with atomic_write(path) as draft:
+        draft.write_text("new")
+        assert draft.parent == tmp_path and not path.exists()
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_leaves_the_old_file_and_no_draft(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_write(path) as draft:
+        draft.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there nobody can ask whether a process lives")
+def test_drafts_of_killed_processes_are_removed_and_of_living_ones_are_not(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead, alive = tmp_path / f"a.txt.{ended.pid}.tmp", tmp_path / f"a.txt.{os.getppid()}.tmp"
+    others = tmp_path / f"b.txt.{ended.pid}.tmp"
+    for draft in (dead, alive, others):
+        draft.write_text("half")
+    with atomic_write(tmp_path / "a.txt") as draft:
+        draft.write_text("new")
+    assert not dead.exists() and alive.exists() and others.exists()
+
+
+def test_one_process_at_a_time(tmp_path):
+    """Two processes add 1 to a number fifty times each: none is lost."""
+    path = tmp_path / "n"
+    path.write_text("0")
+    program = f"""
+import sys, time; sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from litv2.files import one_process
+path = Path({str(path)!r})
+for _ in range(50):
+    with one_process(path):
+        n = int(path.read_text()); time.sleep(0.001); path.write_text(str(n + 1))
+"""
+    both = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    with one_process(path):
+        assert path.read_text() == "100"
