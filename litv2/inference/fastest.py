@@ -5,7 +5,6 @@ Several forms of the model are made, proven against it on the example, and timed
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import ops as native
 from ..model import LITv2
+from ..ops.folding import inference_copy
 from .fused import fuse
 from .packed import native_form
 
@@ -142,7 +142,7 @@ def why_not(form: str, example: Tensor) -> str | None:
 
 
 def _plain(model: LITv2, dtype: torch.dtype) -> LITv2:
-    return copy.deepcopy(model).eval().requires_grad_(False).to(dtype)
+    return inference_copy(model).to(dtype)
 
 
 def make_form(model: LITv2, form: str, dtype: torch.dtype) -> Optimized:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import Block, PatchEmbed
 from ..model import LITv2
+from ..ops.folding import inference_copy
 from ..ops.packing import feed_forward_arguments, hilo_arguments, patch_embed_arguments, token_merging_arguments
 
 
@@ -58,10 +57,9 @@ def native_form(model: LITv2, products: torch.dtype = torch.float32) -> LITv2:
     With ``products=torch.bfloat16`` the factors of the products with weights are rounded to bfloat16; all else, and the sums, stay
     float32: so do the patch embedding, the offsets of token merging, the products inside attention, and the classifier.
     """
-    model = copy.deepcopy(model).eval().requires_grad_(False)
+    model = inference_copy(model)
     model.patch_embed = NativePatchEmbed(model.patch_embed)
     for stage in model.layers:
-        stage.grad_checkpointing = False
         stage.blocks = nn.ModuleList(native_block(block, products) for block in stage.blocks)
         if stage.downsample is not None:
             stage.downsample = Operator("native_token_merging", **token_merging_arguments(stage.downsample, products))
