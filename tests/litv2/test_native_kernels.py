@@ -31,8 +31,8 @@ for name, arguments in dict(even={}, odd=dict(embed_dim=20, num_heads=(1, 2, 4, 
     with torch.no_grad():
         results["logits"][name] = model(x)
         if native.problem is None:
-            from litv2.inference.packed import native_form
-            results["logits"][name + ", native form"] = native_form(model)(x)
+            from litv2.inference.packed import packed_model
+            results["logits"][name + ", native form"] = packed_model(model)(x)
         with FlopCounterMode(display=False) as inference:
             model(x)
     with FlopCounterMode(display=False) as training:
