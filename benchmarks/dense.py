@@ -4,23 +4,25 @@
     python segmentation/tools/benchmark.py segmentation/configs/litv2/litv2_s_fpn_r50_512x512_80k_ade20k.py --synthetic
 
 "Image to result" is ``test_step``: preprocessing, network, and boxes or labels at the end. Without --synthetic the images are
-those of the configuration's test set. Weights are random.
+those of the configuration's test set. Weights are random. Writes JSON and CSV.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
+import statistics
+from functools import partial
 
 import numpy as np
 import torch
 
-from harness import interleaved, peak_memory, positive, table
-from litv2.openmmlab.commands import arguments, build_model, command, load_config
+from harness import device_name, milliseconds, parser, peak_memory, positive, publish, samples
+from litv2.errors import UserError, run_program
+from litv2.openmmlab.commands import build_model, load_config
 
 # The import before says what to do where these fail.
 # isort: split
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from mmengine.dataset import Compose
 from mmengine.registry import DATASETS
 
@@ -42,12 +44,12 @@ SWIN_T = dict(
 def with_swin(config: Config) -> Config:
     config = copy.deepcopy(config)
     if config.model.neck.in_channels != [96, 192, 384, 768]:
-        raise SystemExit(f"error: Swin-T gives 96 to 768 channels, this configuration's neck expects {config.model.neck.in_channels}")
+        raise UserError(f"Swin-T gives 96 to 768 channels, this configuration's neck expects {config.model.neck.in_channels}")
     config.model.backbone = SWIN_T
     return config
 
 
-def samples(config: Config, count: int, synthetic: bool, shape: tuple[int, int]) -> list[dict]:
+def images(config: Config, count: int, synthetic: bool, shape: tuple[int, int]) -> list[dict]:
     """Batches of one image, through the test pipeline."""
     if not synthetic:
         with DATASETS.switch_scope_and_registry(config.default_scope) as registry:
@@ -63,24 +65,26 @@ def samples(config: Config, count: int, synthetic: bool, shape: tuple[int, int])
     return [dict(inputs=[item["inputs"]], data_samples=[item["data_samples"]]) for item in items]
 
 
-@command
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("config")
-    parser.add_argument("--synthetic", action="store_true", help="random images of --shape: no data set is needed")
-    parser.add_argument(
+    raise SystemExit(run_program(compare))  # a program of its own in detection/tools and segmentation/tools
+
+
+def compare() -> None:
+    flags = parser(__doc__, "dense")
+    flags.set_defaults(rounds=7)
+    flags.add_argument("config")
+    flags.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="changes to the configuration")
+    flags.add_argument("--synthetic", action="store_true", help="random images of --shape: no data set is needed")
+    flags.add_argument(
         "--shape", type=positive, nargs=2, metavar=("H", "W"), help="default: 800 1216 for detectors, 512 512 for segmenters"
     )
-    parser.add_argument("--rounds", type=positive, default=7)
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    flags.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
+    args = flags.parse_args()
     torch.set_num_threads(args.threads)
     config = load_config(args.config, args.cfg_options)
     shape = tuple(args.shape or ((800, 1216) if config.default_scope == "mmdet" else (512, 512)))
     models = {"LITv2": build_model(config).to(args.device), "Swin-T": build_model(with_swin(config)).to(args.device)}
-    batches = samples(config, 1 if args.synthetic else 8, args.synthetic, shape)
+    batches = images(config, 1 if args.synthetic else 8, args.synthetic, shape)
 
     def whole(model: torch.nn.Module) -> None:
         for batch in batches:
@@ -89,17 +93,17 @@ def main() -> None:
     def backbone(model: torch.nn.Module) -> None:
         for batch in batches:
             model.backbone(model.data_preprocessor(batch, False)["inputs"])
-        if args.device == "cuda":
+        if args.device != "cpu":
             torch.cuda.synchronize()
 
     rows = []
     with torch.inference_mode():
-        for what, run in (("image to result", whole), ("backbone", backbone)):
-            seconds = interleaved({name: lambda model=model, run=run: run(model) for name, model in models.items()}, args.rounds)
-            ours, swin = (1e3 * value / len(batches) for value in seconds.values())
-            rows.append([what, f"{ours:.0f}", f"{swin:.0f}", f"{swin / ours:.2f}"])
-        memory = [peak_memory(lambda model=model: whole(model)) / 2**20 for model in models.values()]
-    rows.append(["peak memory, MiB", f"{memory[0]:.0f}", f"{memory[1]:.0f}", f"{memory[1] / memory[0]:.2f}"])
-    where = f"{args.device}, {args.threads} threads, torch {torch.__version__}"
-    print(f"{config.model.type}, float32, one image of {shape[0]} x {shape[1]}, ms; {where}")
-    print(table(["", *models, "times as good"], rows))
+        for part, run in (("image to result", whole), ("backbone", backbone)):
+            calls = {name: partial(run, model) for name, model in models.items()}
+            seconds = {name: [each / len(batches) for each in own] for name, own in samples(calls, args.rounds, args.warm_up).items()}
+            theirs = statistics.median(seconds["Swin-T"])
+            for name, own in seconds.items():
+                row = dict(part=part, model=name, **milliseconds(own), times_as_fast=round(theirs / statistics.median(own), 2))
+                rows.append(row | dict(memory_MiB=round(peak_memory(calls[name], args.device) / 2**20)))
+    title = f"{config.model.type}, float32, one image of {shape[0]} x {shape[1]}, medians of {args.rounds} interleaved rounds"
+    publish(rows, args.out, title, device=args.device, config=str(args.config), shape=shape)

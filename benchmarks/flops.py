@@ -21,6 +21,7 @@ detectors, 1000 proposals and 100 masks where there are such, 512 x 512 for segm
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -31,15 +32,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness import COLOURS, figure, parser, publish
+from harness import COLOURS, ROOT, figure, parser, publish
 from hilo import HiLo
+from litv2.errors import UserError, run_program
 from litv2.factory import create_model
 from litv2.layers import Block, DeformableTokenMerging, DepthwiseConv, PatchEmbed
 from litv2.model import LITv2
 from litv2.weights.releases import ZOO, Release
 from mm_modules.DCN import DeformConv2dPack, deform_conv
-
-ROOT = Path(__file__).resolve().parents[1]
 
 TERMS = ("offsets", "norms", "biases", "pooling", "deformable")
 TASKS = ("classification", "detection", "segmentation")
@@ -54,14 +54,14 @@ def main() -> None:
     tasks = [task for task in args.only if task == "classification" or mm_packages()]
     rows = [row(entry) for entry in ZOO.values() if entry.task in tasks]
     if not rows:
-        raise SystemExit("error: nothing is left to count")
+        raise UserError("nothing is left to count")
     publish(rows, args.out, "G multiply-adds of one image", plot)
 
 
 def mm_packages() -> bool:
     try:
         import litv2.openmmlab.commands  # noqa: F401
-    except SystemExit as problem:
+    except (ImportError, SystemExit) as problem:
         print(f"left out: {problem}")
         return False
     return True
@@ -197,4 +197,4 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

@@ -13,6 +13,15 @@ from ..preprocess import MEAN, STD, decode
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
+def photographs() -> Path | None:
+    """The folder of the two photographs that scikit-learn brings, None where it is not installed."""
+    try:
+        from sklearn.datasets import _base
+    except ImportError:
+        return None
+    return Path(_base.__file__).parent / "images"
+
+
 def read_images(folder: str | Path, size: tuple[int, int], count: int, shift: float = 0.0) -> Tensor:
     """Up to ``count`` images of a folder, evenly spread over it and its subfolders, as (N, 3, H, W), normalised.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import atomic_write
 from .format import Run
-from .images import read_images
+from .images import photographs, read_images
 from .settings import Network, Settings
 
 __all__ = ["TOLERANCES", "ParityError", "compare", "print_report", "write_report"]
@@ -86,14 +86,8 @@ def _inputs(network: Network, settings: Settings, smallest: int) -> list[tuple[s
 
 def _real_images(settings: Settings, size: tuple[int, int], count: int) -> Tensor:
     """Of the folder in the settings; without one, the two photographs that scikit-learn has, where it is installed."""
-    folder = settings.images
-    if folder is None:
-        try:
-            from sklearn.datasets import _base
-        except ImportError:
-            return torch.empty(0)
-        folder = Path(_base.__file__).parent / "images"
-    return read_images(folder, size, count, shift=0.5)
+    folder = settings.images or photographs()
+    return torch.empty(0) if folder is None else read_images(folder, size, count, shift=0.5)
 
 
 def _row(inputs: str, output: str, exact: Tensor, other: Tensor, dtype: str, has_classes: bool) -> dict:
