@@ -2,12 +2,13 @@
 
     python benchmarks/deform_conv.py --batch-size 16 --threads 2
 
-An ordinary convolution of the same size stands beside. Times are compared with torchvision's operator in float32, memory is the most
-that a call allocates. Writes JSON, CSV and a plot.
+An ordinary convolution of the same size stands beside. Times are compared with plain PyTorch's in float32, memory is the most that a
+call allocates. Writes JSON, CSV and a plot.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import time
@@ -18,14 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness import COLOURS, figure, milliseconds, parser, peak_memory, positive, publish, samples
+from harness import COLOURS, figure, milliseconds, parser, peak_memory, positive, publish, samples, say
 from litv2 import litv2_small
-from litv2.errors import UserError, run_program
+from litv2.errors import run_program
 from litv2.layers import DeformableTokenMerging
-from mm_modules.DCN.deform_conv import BACKENDS
+from mm_modules.DCN import onnx_node
+from mm_modules.DCN.deform_conv import operator
+from mm_modules.dispatch import Backend
 
 SHAPES = ((96, 56), (192, 28), (384, 14))  # channels and side of the input; kernel 2, stride 2, twice the channels
-PLAIN = "nn.Conv2d"
+GEOMETRY = (None, (2, 2), (0, 0), (1, 1), None)  # bias, stride, padding, dilation, mask
+BASE, PLAIN = "torch", "nn.Conv2d"
 FORWARD, TRAINING = "forward", "forward + backward"
 Case = tuple[str, str, str]  # who computes it, the pass, the dtype
 
@@ -35,18 +39,15 @@ def main() -> None:
     flags.add_argument("--batch-size", type=positive, default=16)
     args = flags.parse_args()
     torch.set_num_threads(args.threads)
-    for name, backend in BACKENDS.items():
-        if backend.problem:
-            raise UserError(f"the backend {name} is {backend.problem}")
-
     rows = []
     for channels, side in SHAPES:
+        say(f"{channels} x {side} x {side}")
         functions = cases(args.batch_size, channels, side)
         seconds = samples(functions, args.rounds, args.warm_up)
         for (name, kind, dtype), own in seconds.items():
-            theirs = statistics.median(seconds["torchvision", kind, "float32"])
+            theirs = statistics.median(seconds[BASE, kind, "float32"])
             row = {"input": f"{channels} x {side} x {side}", "pass": kind, "dtype": dtype, "backend": name, **milliseconds(own)}
-            row["times_torchvision"] = round(theirs / statistics.median(own), 1)
+            row["times_as_fast"] = round(theirs / statistics.median(own), 1)
             rows.append(row | dict(memory_MiB=round(peak_memory(functions[name, kind, dtype]) / 2**20, 1)))
     share = round(100 * dtm_share(args.rounds, args.warm_up), 1)
     title = f"deformable convolution, batch {args.batch_size}, medians of {args.rounds} interleaved rounds"
@@ -67,19 +68,30 @@ def cases(batch_size: int, channels: int, side: int) -> dict[Case, Callable[[], 
             return lambda: torch.autograd.grad(function(*tensors), tensors, gradient, allow_unused=True)
         return torch.no_grad()(lambda: function(*tensors))
 
-    def dcn(backend) -> Callable[..., Tensor]:
-        return lambda input, offset, weight: backend.deform_conv2d(input, offset, weight, None, (2, 2), (0, 0), (1, 1), None)
+    def dcn(backend: Backend) -> Callable[..., Tensor]:
+        return lambda input, offset, weight: backend.run(input, offset, weight, *GEOMETRY)
 
     def plain(input: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(input, weight, stride=2)
 
-    layers = {name: dcn(backend) for name, backend in BACKENDS.items()} | {PLAIN: plain}
     functions: dict[Case, Callable[[], object]] = {}
-    for kind in (FORWARD, TRAINING):
-        functions |= {(name, kind, "float32"): run(layer, kind == TRAINING) for name, layer in layers.items()}
-    return functions | {
-        (name, FORWARD, "bfloat16"): run(layer, False, torch.bfloat16) for name, layer in layers.items() if name != "torchvision"
-    }
+    for dtype, kinds in ((torch.float32, (FORWARD, TRAINING)), (torch.bfloat16, (FORWARD,))):
+        able = available(input.to(dtype), offset, weight.to(dtype))
+        layers = {name: dcn(backend) for name, backend in able.items()} | {PLAIN: plain}
+        for kind in kinds:
+            for name, layer in layers.items():
+                functions[name, kind, str(dtype).removeprefix("torch.")] = run(layer, kind == TRAINING, dtype)
+    return functions
+
+
+def available(*tensors: Tensor) -> dict[str, Backend]:
+    """The backends that can compute these; the others are said."""
+    backends = [backend for backend in operator.backends.values() if backend is not onnx_node.BACKEND]  # it computes nothing
+    reasons = {backend.name: backend.why_not(*tensors, *GEOMETRY) for backend in backends}
+    for name, reason in reasons.items():
+        if reason is not None:
+            say(f"without {name}, {tensors[0].dtype}: {reason}")
+    return {name: operator.backends[name] for name, reason in reasons.items() if reason is None}
 
 
 @torch.no_grad()
@@ -104,11 +116,11 @@ def dtm_share(rounds: int, warm_up: int) -> float:
 def plot(rows: list[dict], path: Path) -> None:
     """Times in float32, a group of bars per input, forward and with backward."""
     inputs = list(dict.fromkeys(row["input"] for row in rows))
-    names = [*BACKENDS, PLAIN]
+    names = list(dict.fromkeys(row["backend"] for row in rows))
     width = 0.8 / len(names)
     with figure(path, 2, (10, 4)) as drawings:
         for axes, kind in zip(drawings, (FORWARD, TRAINING)):
-            for i, (name, colour) in enumerate(zip(names, COLOURS.values())):
+            for i, (name, colour) in enumerate(zip(names, itertools.cycle(COLOURS.values()))):
                 own = [row["ms"] for row in rows if (row["backend"], row["pass"], row["dtype"]) == (name, kind, "float32")]
                 axes.bar([at + (i - (len(names) - 1) / 2) * width for at in range(len(inputs))], own, width, color=colour, label=name)
             axes.set_xticks(range(len(inputs)), inputs)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import ops as native
 from ..model import LITv2
+from ..ops import native
 from ..ops.folding import inference_copy
 from .fused import fuse
 from .packed import packed_model
