@@ -10,7 +10,7 @@ from yacs.config import CfgNode
 
 from data.dataset import ImageDataset, collate
 from data.transforms import denormalise
-from engine import Precision
+from precision import Precision
 
 
 def plot_curves(rows: list[dict], steps_per_epoch: int, path: Path) -> None:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 import distributed
+from litv2.errors import MissingPackage
 
 from .dataset import ImageDataset, StreamingDataset, collate
 from .sampler import EvalSampler, TrainSampler
@@ -104,7 +105,7 @@ def _stream(config: CfgNode, training: bool, transform: Callable, workers: int) 
         if hasattr(dataset, "set_loader_cfg"):
             dataset.set_loader_cfg(num_workers=max(1, workers))
     except ImportError as error:
-        raise DataError(f"DATA.DATASET={data.DATASET!r} needs a package that is not installed: {error}") from error
+        raise MissingPackage(f"DATA.DATASET={data.DATASET!r} needs a package that is not installed: {error}") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"DATA.DATASET={data.DATASET!r}, split {split!r} in {data.DATA_PATH!r} cannot be opened: {error}") from error
     return StreamingDataset(dataset, transform, f"{data.DATASET}:{split}")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from helpers import FAST, ROOT, max_difference, run_trainer, shared, write_images
+from litv2.errors import run_program
 from litv2.weights.reading import read_checkpoint
 from litv2.weights.state_dict import find_weights
 from main import main
@@ -16,7 +17,8 @@ DIGITS = str(ROOT / "classification/configs/litv2-digits.yaml")
 
 
 def trainer(*flags, opts: str = "") -> int:
-    return main(["--cfg", DIGITS, *map(str, flags), "--workers", "0", "--opts", *FAST, *opts.split()])
+    """The exit status of the program, run in this process."""
+    return run_program(lambda: main(["--cfg", DIGITS, *map(str, flags), "--workers", "0", "--opts", *FAST, *opts.split()]))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def test_what_a_run_leaves(finished):
         "best.pth",
         "epoch-0001.pth",
         "epoch-0002.pth",
-        "log.txt",
+        "log_rank0.txt",
         "metrics.jsonl",
         "config.yaml",
     }
@@ -93,8 +95,10 @@ def test_evaluation_of_a_checkpoint(finished, folder, tmp_path, capsys):
             )
             == 0
         )
-        line = capsys.readouterr().out.splitlines()[-1]
-        assert f"Acc@1 {expected['top1']:.3f}  Acc@5 {expected['top5']:.3f}  loss {expected['loss']:.4f}  images 9" in line
+        ours, *release = capsys.readouterr().out.splitlines()[-3:]
+        assert ours.endswith(f"Acc@1 {expected['top1']:.3f}  Acc@5 {expected['top5']:.3f}  loss {expected['loss']:.4f}  images 9")
+        assert release[0].endswith(f"INFO  * Acc@1 {expected['top1']:.3f} Acc@5 {expected['top5']:.3f}")
+        assert release[1].endswith(f"INFO Accuracy of the network on the 9 test images: {expected['top1']:.1f}%")
 
 
 def test_fine_tuning_to_other_classes_and_sizes(finished, tmp_path, capsys):
@@ -113,7 +117,7 @@ def test_release_checkpoint_as_pretrained(folder, tmp_path, capsys):
     lit = "MODEL.LIT.EMBED_DIM 32 MODEL.LIT.DEPTHS [1,1,2,1] MODEL.LIT.PATCH_SIZE 4 DATA.DATASET folder TRAIN.EPOCHS 1"
     assert trainer("--data-path", folder, "--pretrained", file, "--output", tmp_path, "--batch-size", 8, opts=lit) == 0
     assert "10 outputs" in capsys.readouterr().out
-    assert trainer("--data-path", folder, "--resume", file, "--output", tmp_path / "b", opts=lit + " MODEL.NUM_CLASSES 3") == 1
+    assert trainer("--data-path", folder, "--resume", file, "--output", tmp_path / "b", opts=lit + " MODEL.NUM_CLASSES 3") == 2
     assert "cannot be resumed; --pretrained" in capsys.readouterr().err
 
 
@@ -130,16 +134,16 @@ def test_release_checkpoint_as_pretrained(folder, tmp_path, capsys):
 )
 def test_bad_starts(flags, opts, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert trainer(*flags, "--output", tmp_path / "out", opts=opts) == 1
+    assert trainer(*flags, "--output", tmp_path / "out", opts=opts) == 2
     assert words in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.pth"))
 
 
 def test_weights_that_do_not_fit(finished, folder, tmp_path, capsys):
     arguments = ("--data-path", folder, "--output", tmp_path)
-    assert trainer(*arguments, "--pretrained", finished / "best.pth", opts="DATA.DATASET folder MODEL.LIT.ALPHA 0.5") == 1
+    assert trainer(*arguments, "--pretrained", finished / "best.pth", opts="DATA.DATASET folder MODEL.LIT.ALPHA 0.5") == 2
     assert "another variant" in capsys.readouterr().err
-    assert trainer("--output", tmp_path, "--resume", finished / "best.pth") == 1  # digits have other classes
+    assert trainer("--output", tmp_path, "--resume", finished / "best.pth") == 2  # digits have other classes
     assert "trained on other classes (3: cat, dog, owl ...)" in capsys.readouterr().err
 
 
@@ -158,7 +162,7 @@ def test_a_damaged_latest_is_reported_and_the_previous_one_used(finished, folder
     assert all(max_difference(a["model"][name], b["model"][name]) == 0 for name in a["model"])
     for name in ("latest.pth", "previous.pth"):
         (copy / name).write_bytes(b"no checkpoint")
-    assert trainer(*arguments, opts="DATA.DATASET folder SAVE_FREQ 1") == 1
+    assert trainer(*arguments, opts="DATA.DATASET folder SAVE_FREQ 1") == 2
     assert "remove them to start again" in capsys.readouterr().err
 
 
@@ -182,16 +186,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 def test_a_resumed_run_writes_no_row_twice(tmp_path):
     """Killed between the row of an evaluation and its checkpoint: the row will come again, and is forgotten."""
-    from logger import Logger, read_metrics
+    from metrics import Metrics, read_metrics
 
-    log = Logger(tmp_path, active=True)
+    metrics = Metrics(tmp_path)
     for epoch in (1, 2):
-        log.metrics("train", 10 * epoch, epoch=epoch - 1, loss=1.0)
-        log.metrics("val", 10 * epoch, epoch=epoch, top1=50.0)
-    log.close()
+        metrics.write("train", 10 * epoch, epoch=epoch - 1, loss=1.0)
+        metrics.write("val", 10 * epoch, epoch=epoch, top1=50.0)
+    metrics.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "tr')  # cut off by the kill
-    log.forget_after(update=20, epoch=1)
+    metrics.forget_after(update=20, epoch=1)
     assert [(row["kind"], row["update"]) for row in read_metrics(tmp_path)] == [("train", 10), ("val", 10), ("train", 20)]
 
 
