@@ -53,11 +53,11 @@ def find_latest(folder: Path, log: Callable[[str], None]) -> tuple[Path, dict] |
 
 def random_state() -> dict:
     """State of every random number generator of this process, as builtins and tensors."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     version, internal, gauss_next = random.getstate()
     state = dict(
         python=[version, list(internal), gauss_next],
-        numpy=[kind, keys.tolist(), int(position), int(has_gauss), float(gauss)],
+        numpy=[kind, np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)],
         torch=torch.get_rng_state(),
     )
     if torch.cuda.is_available():

@@ -18,7 +18,7 @@ from yacs.config import CfgNode as CN
 
 import release_keys
 from litv2.errors import UserError, listed
-from optim import SCHEDULES, optimizer_names
+from optim import LOOKAHEAD, SCHEDULES, optimizer_names
 
 _C = CN()
 _C.BASE = []  # YAML files, relative to the one that names them, whose values come first
@@ -155,7 +155,7 @@ def load_config(path: str | Path, overrides: list | None = None, note: Callable[
         if key in release_keys.OBSOLETE:
             obsolete[key] = value
         elif entry := release_keys.translate(key, value):
-            _set(config, *entry, source)
+            _set(config, source, *entry)
     _check(config)
     for key, value in obsolete.items():
         note(release_keys.explain(key, value, config))
@@ -245,7 +245,7 @@ def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _set(config: CN, key: str, value: Any, source: str) -> None:
+def _set(config: CN, source: str, key: str, value: Any) -> None:
     *sections, last = key.split(".")
     node = config
     for section in sections:
@@ -305,6 +305,6 @@ def _check(config: CN) -> None:
     if sides and not (len(sides) == 2 and all(type(side) in (int, float) for side in sides) and 0 < sides[0] < sides[1] <= 1):
         raise ConfigError(f"AUG.CUTMIX_MINMAX must be two rising numbers in (0, 1], or [], got {sides}")
     for name, known in (("TRAIN.OPTIMIZER.NAME", optimizer_names()), ("TRAIN.LR_SCHEDULER.NAME", list(SCHEDULES))):
-        if get(name) not in known:
+        if get(name).removeprefix(LOOKAHEAD) not in known:
             near = difflib.get_close_matches(get(name), known, cutoff=0.4) or known
             raise ConfigError(f"{name}={get(name)!r} is not known here; close to it: {listed(near)}")

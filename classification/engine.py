@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import distributed
 from data.dataset import Batch
@@ -109,7 +110,7 @@ class Step:
         targets = batch.targets.to(device, non_blocking=True)
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
-        with nullcontext() if last or not hasattr(self.model, "no_sync") else self.model.no_sync():
+        with self.model.no_sync() if isinstance(self.model, DistributedDataParallel) and not last else nullcontext():
             with self.precision.context():
                 logits = self.model(images)
             loss = self.loss_fn(logits.float(), targets)
@@ -216,7 +217,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _take(batches: Iterator[Batch], count: int) -> list[Batch]:
-    group = []
+    group: list[Batch] = []
     while len(group) < count and (batch := next(batches, None)) is not None:
         group.append(batch)
     return group

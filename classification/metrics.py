@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from litv2.files import atomic_write
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 METRICS = "metrics.jsonl"
 
@@ -15,7 +19,7 @@ class Metrics:
 
     def __init__(self, folder: Path, active: bool = True):
         self.folder, self.active = folder, active
-        self._tensorboard = None
+        self._tensorboard: SummaryWriter | None = None
 
     def write(self, kind: str, update: int, **values: float | None) -> None:
         """A row of metrics.jsonl and points in TensorBoard. ``kind`` is train or val, ``update`` counts optimizer steps."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -9,19 +11,21 @@ from torch import nn
 from torch.optim import Optimizer
 from yacs.config import CfgNode
 
+from litv2 import LITv2
 from litv2.errors import MissingPackage, UserError
 
 # timm's "plateau" needs the result of each epoch, where the others are functions of the step, and "none" is "constant" without warm-up.
 SCHEDULES = ("cosine", "linear", "step", "multistep", "poly", "tanh", "wsd", "rsqrt", "constant")
+LOOKAHEAD = "lookahead_"  # before the name of any optimizer: timm wraps it
 _FUSED = ("adam", "adamw", "momentum", "nesterov", "sgd")  # torch's own, which update all parameters of a group in one pass
 
 
 def optimizer_names() -> list[str]:
     """timm's, except those that need gradients of gradients."""
-    return [name for name in list_optimizers() if not get_optimizer_info(name).second_order]
+    return [name for name in map(str, list_optimizers()) if not get_optimizer_info(name).second_order]
 
 
-def build_optimizer(config: CfgNode, model: nn.Module, total_batch: int) -> Optimizer:
+def build_optimizer(config: CfgNode, model: LITv2, total_batch: int) -> Optimizer:
     """An optimizer of timm over parameter groups: with decay, without (1-D tensors), and DTM's offset convolutions at a lower rate.
 
     With TRAIN.LAYER_DECAY below 1 there is such a set of groups per layer, and ``lr_scale`` tells timm's scheduler its
@@ -55,10 +59,10 @@ def build_optimizer(config: CfgNode, model: nn.Module, total_batch: int) -> Opti
 
 def _create(settings: CfgNode, groups: list[dict], lr: float, fused: bool) -> Optimizer:
     name, betas = settings.NAME, tuple(settings.BETAS)
-    info = get_optimizer_info(name)
+    info = get_optimizer_info(name.removeprefix(LOOKAHEAD))
     if info.has_betas and len(betas) != info.num_betas:
         raise UserError(f"TRAIN.OPTIMIZER.BETAS={list(betas)}: {name} takes {info.num_betas} of them")
-    options = dict(fused=True) if fused and name in _FUSED else {}
+    options: dict[str, Any] = dict(fused=True) if fused and name in _FUSED else {}
     try:
         return create_optimizer_v2(groups, name, lr=lr, momentum=settings.MOMENTUM, eps=settings.EPS, betas=betas, **options)
     except ImportError as error:
@@ -71,11 +75,11 @@ def scaled_lr(lr: float, total_batch: int) -> float:
     return lr * total_batch / 512
 
 
-def layer_of(name: str, model: nn.Module) -> int:
+def layer_of(name: str, model: LITv2) -> int:
     """Depth of a parameter: 0 for the patch embedding, then one per block and per token merging, the head last."""
     depth = 1
     for i, stage in enumerate(model.layers):
-        for j in range(len(stage.blocks)):
+        for j in range(len(cast(nn.ModuleList, stage.blocks))):
             if name.startswith(f"layers.{i}.blocks.{j}."):
                 return depth
             depth += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,7 +69,7 @@ def plot_predictions(
     plt.close(figure)
 
 
-def _pyplot():
+def _pyplot() -> Any:
     import matplotlib  # slow to import, and only needed at the end of a run
 
     matplotlib.use("Agg")

@@ -79,14 +79,14 @@ def build_loaders(config: CfgNode) -> Loaders:
     train_source, val_source = open_sources(config)
     fixed_share = data.ZIP_MODE and data.CACHE_MODE == "part"
     sampler = TrainSampler(len(train_source), data.BATCH_SIZE, rank, world_size, config.SEED, fixed_share)
-    train = ImageDataset(train_source, transforms[0], mode)
-    val = ImageDataset(val_source, transforms[1], mode)
+    train_set = ImageDataset(train_source, transforms[0], mode)
+    val_set = ImageDataset(val_source, transforms[1], mode)
     # A generator of their own: without one, every pass would draw from the global state that dropout and mixup use.
     return Loaders(
-        train=DataLoader(train, sampler.batch_size, sampler=sampler, generator=torch.Generator(), **common),
-        val=DataLoader(val, data.BATCH_SIZE, sampler=EvalSampler(len(val), rank, world_size), generator=torch.Generator(), **common),
+        train=DataLoader(train_set, sampler.batch_size, sampler=sampler, generator=torch.Generator(), **common),
+        val=DataLoader(val_set, data.BATCH_SIZE, sampler=EvalSampler(len(val_set), rank, world_size), generator=torch.Generator(), **common),
         class_names=train_source.class_names,
-        val_size=len(val),
+        val_size=len(val_set),
         steps_per_epoch=sampler.count // sampler.batch_size,
         batch_size=sampler.batch_size,
         sampler=sampler,

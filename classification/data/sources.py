@@ -197,8 +197,8 @@ def _zip(config: CfgNode, split: str) -> ListSource:
     # The map has numbers alone; the folders that images lie in give names where each class has one of its own.
     classes = 1 + max(target for _, target in samples)
     folders: dict[int, set[str]] = {}
-    for name, target in samples:
-        folders.setdefault(target, set()).add(name.partition("/")[0])
+    for name, number in samples:
+        folders.setdefault(number, set()).add(name.partition("/")[0])
     named = len(folders) == classes and all(len(names) == 1 for names in folders.values())
     class_names = [next(iter(folders[i])) if named else str(i) for i in range(classes)]
     return ListSource(samples, class_names, _ZipReader(archive, [name for name, _ in samples], config.DATA.CACHE_MODE))

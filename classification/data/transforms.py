@@ -23,7 +23,7 @@ def build_transform(config: CfgNode, training: bool) -> Callable:
             scale=tuple(aug.SCALE),
             ratio=tuple(aug.RATIO),
             hflip=aug.HFLIP,
-            color_jitter=aug.COLOR_JITTER or None,
+            color_jitter=aug.COLOR_JITTER or None,  # type: ignore[arg-type] # timm takes None, for none
             auto_augment=None if aug.AUTO_AUGMENT == "none" else aug.AUTO_AUGMENT,
             re_prob=aug.REPROB,
             re_mode=aug.REMODE,
