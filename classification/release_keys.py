@@ -1,7 +1,7 @@
 """What the public release's YAML files and flags say otherwise than this trainer, so that they load as they are.
 
 A key that has lost its meaning is accepted at the value that describes what is done here anyway, with a note, and refused at any
-other. Its other keys have the same names here; :func:`translate` knows the two that are spelt differently.
+other. The remaining keys have the same names here; :func:`translate` knows the few whose values are spelt differently.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ def translate(key: str, value: Any) -> tuple[str, Any] | None:
         return key, 1  # the release's way to say that nothing is accumulated
     if key == "AUG.CUTMIX_MINMAX" and _plain(value) is None:
         return key, []
+    if key == "TRAIN.OPTIMIZER.NAME":
+        return key, str(value).lower()
     return key, value
 
 

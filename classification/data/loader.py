@@ -79,12 +79,13 @@ def build_loaders(config: CfgNode) -> Loaders:
     train_source, val_source = open_sources(config)
     fixed_share = data.ZIP_MODE and data.CACHE_MODE == "part"
     sampler = TrainSampler(len(train_source), data.BATCH_SIZE, rank, world_size, config.SEED, fixed_share)
+    shares = EvalSampler(len(val_source), rank, world_size)
     train_set = ImageDataset(train_source, transforms[0], mode)
     val_set = ImageDataset(val_source, transforms[1], mode)
     # A generator of their own: without one, every pass would draw from the global state that dropout and mixup use.
     return Loaders(
         train=DataLoader(train_set, sampler.batch_size, sampler=sampler, generator=torch.Generator(), **common),
-        val=DataLoader(val_set, data.BATCH_SIZE, sampler=EvalSampler(len(val_set), rank, world_size), generator=torch.Generator(), **common),
+        val=DataLoader(val_set, data.BATCH_SIZE, sampler=shares, generator=torch.Generator(), **common),
         class_names=train_source.class_names,
         val_size=len(val_set),
         steps_per_epoch=sampler.count // sampler.batch_size,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 
-from helpers import FAST, ROOT, max_difference, run_trainer, shared, write_images
+from helpers import FAST, ROOT, max_difference, shared, write_images
 from litv2.errors import run_program
 from litv2.weights.reading import read_checkpoint
 from litv2.weights.state_dict import find_weights
 from main import main
+from metrics import read_metrics
 
 DIGITS = str(ROOT / "classification/configs/litv2-digits.yaml")
 
@@ -60,6 +62,15 @@ def test_what_a_run_leaves(finished):
 
         assert Image.open(finished / name).size[0] > 500
     assert any((finished / "tensorboard").iterdir())
+
+
+def test_lines_of_training_have_the_releases_form(finished):
+    number = r"\d+(?:\.\d+)?(?:e-\d+)?"
+    mean = rf"{number} \({number}\)"
+    form = rf"Train: \[(\d+)/2\]\[(\d+)/4\] eta \d:\d\d:\d\d lr {number} time {mean} loss {mean} grad_norm {mean} mem \d+MB"
+    start = r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d litv2_digits\] \(training\.py \d+\): INFO "
+    found = re.findall(f"^{start}{form}$", (finished / "log_rank0.txt").read_text(), re.M)
+    assert found == [(str(epoch), str(step)) for epoch in (0, 1) for step in (1, 2, 3, 4)]
 
 
 def test_what_a_checkpoint_holds(finished):
@@ -145,6 +156,28 @@ def test_weights_that_do_not_fit(finished, folder, tmp_path, capsys):
     assert "another variant" in capsys.readouterr().err
     assert trainer("--output", tmp_path, "--resume", finished / "best.pth") == 2  # digits have other classes
     assert "trained on other classes (3: cat, dog, owl ...)" in capsys.readouterr().err
+    other = "DATA.DATASET folder TRAIN.OPTIMIZER.NAME sgd"
+    assert trainer(*arguments, "--resume", finished / "latest.pth", "--ema-decay", 0.9, opts=other) == 2
+    assert "trained with TRAIN.OPTIMIZER.NAME=adamw, which cannot go on as sgd" in capsys.readouterr().err
+
+
+def test_sgd_and_a_step_schedule_train(folder, tmp_path):
+    opts = "DATA.DATASET folder TRAIN.OPTIMIZER.NAME sgd TRAIN.LR_SCHEDULER.NAME step TRAIN.LR_SCHEDULER.DECAY_EPOCHS 1 TRAIN.BASE_LR 0.1"
+    assert trainer("--data-path", folder, "--output", tmp_path, "--batch-size", 5, opts=opts) == 0
+    state = read_checkpoint(tmp_path / "litv2_digits/default/latest.pth")
+    assert all("momentum_buffer" in entry for entry in state["optimizer"]["state"].values())
+    rows = read_metrics(tmp_path / "litv2_digits/default")
+    rates = [row["lr"] for row in rows if row["kind"] == "train"]
+    assert rates[-1] == pytest.approx(rates[0] / 10), "the second epoch"
+
+
+def test_a_bug_keeps_its_traceback(folder, tmp_path, monkeypatch):
+    """Even a ValueError: only a UserError or an OSError is the user's."""
+    import network
+
+    monkeypatch.setattr(network.LITv2, "set_grad_checkpointing", lambda *_: int("a bug"))
+    with pytest.raises(ValueError, match="a bug"):
+        trainer("--data-path", folder, "--output", tmp_path, opts="DATA.DATASET folder")
 
 
 def test_a_damaged_latest_is_reported_and_the_previous_one_used(finished, folder, tmp_path, capsys):
@@ -186,7 +219,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 def test_a_resumed_run_writes_no_row_twice(tmp_path):
     """Killed between the row of an evaluation and its checkpoint: the row will come again, and is forgotten."""
-    from metrics import Metrics, read_metrics
+    from metrics import Metrics
 
     metrics = Metrics(tmp_path)
     for epoch in (1, 2):
@@ -221,8 +254,3 @@ def test_accumulation_and_gradient_checkpointing_run(folder, tmp_path):
     flags = ("--data-path", folder, "--output", tmp_path, "--batch-size", 5, "--accumulation-steps", 3, "--use-checkpoint")
     assert trainer(*flags, opts="DATA.DATASET folder AUG.MIXUP 0 AUG.CUTMIX 1 TRAIN.LAYER_DECAY 0.8") == 0
     assert read_checkpoint(tmp_path / "litv2_digits/default/latest.pth")["progress"]["updates"] == 4  # 4 steps an epoch: groups of 3 and 1
-
-
-def test_wrong_flag_from_the_shell():
-    done = run_trainer("--epochs", "3", check=False)
-    assert done.returncode == 2 and "--epochs" in done.stderr and "Traceback" not in done.stderr
