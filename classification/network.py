@@ -12,7 +12,7 @@ def build_model(config: CfgNode, num_classes: int) -> LITv2:
     """A LITv2 with random weights.
 
     Raises:
-        UserError: values of MODEL that do not fit together.
+        UserError: values of MODEL that do not fit together, or images that are too small for it.
     """
     lit = config.MODEL.LIT
     try:
@@ -32,5 +32,9 @@ def build_model(config: CfgNode, num_classes: int) -> LITv2:
         )
     except ValueError as error:
         raise UserError(f"the section MODEL of the configuration describes no LITv2: {error}") from error
+    smallest = model.feature_info[-1]["reduction"]
+    for key, side in (("DATA.IMG_SIZE", config.DATA.IMG_SIZE), ("TEST.IMG_SIZE", config.TEST.IMG_SIZE or smallest)):
+        if side < smallest:
+            raise UserError(f"{key}={side} is too small for this model: each side must be at least {smallest} pixels")
     model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
     return model

@@ -141,6 +141,8 @@ def test_release_checkpoint_as_pretrained(folder, tmp_path, capsys):
         (["--data-path", "nowhere"], "DATA.DATASET folder", "no folder nowhere/train"),
         ([], "MODEL.NUM_CLASSES 12", "MODEL.NUM_CLASSES=12, but the training data has 10"),
         ([], "MODEL.LIT.NUM_HEADS [1,2,3,8]", "num_heads=3"),
+        ([], "MODEL.LIT.PATCH_SIZE 8", "DATA.IMG_SIZE=32 is too small for this model: each side must be at least 64 pixels"),
+        ([], "AUG.AUTO_AUGMENT rend-m9", "AUG.AUTO_AUGMENT='rend-m9' is no policy of timm"),
     ],
 )
 def test_bad_starts(flags, opts, words, tmp_path, monkeypatch, capsys):

@@ -128,7 +128,7 @@ def test_refused_by_name(opts, words):
 @pytest.mark.parametrize("level, amp", [("O0", "off"), ("O1", "on"), ("O2", "on"), ("", "auto")])
 def test_amp_opt_level_in_a_file(level, amp, tmp_path):
     config = load_config(written(tmp_path / "a.yaml", dict(AMP_OPT_LEVEL=level, TRAIN=dict(OPTIMIZER=dict(NAME="AdamW")))))
-    assert config.AMP == amp and config.TRAIN.OPTIMIZER.NAME == "adamw"
+    assert amp == config.AMP and config.TRAIN.OPTIMIZER.NAME == "adamw"
 
 
 @pytest.fixture(scope="module")
