@@ -25,7 +25,7 @@ test: .venv/ready .venv/dcn .venv/native .venv/mm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test-core: .venv/ready .venv/dcn .venv/native
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not extra" --ignore=tests/detection --ignore=tests/segmentation --ignore=tests/litv2/test_mm_backbone.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not extra" --ignore=tests/detection --ignore=tests/segmentation --ignore=tests/litv2/test_backbone.py
 
 .venv/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -37,8 +37,8 @@ test-core: .venv/ready .venv/dcn .venv/native
 	cd mm_modules/DCN && ../../$(BIN)/python setup.py build_ext --inplace
 	touch $@
 
-.venv/native: .venv/ready litv2/native/setup.py $(wildcard litv2/native/csrc/*) mm_modules/DCN/csrc/sample.h
-	cd litv2/native && ../../$(BIN)/python setup.py build_ext --inplace
+.venv/native: .venv/ready litv2/ops/setup.py $(wildcard litv2/ops/csrc/*) mm_modules/DCN/csrc/sample.h
+	cd litv2/ops && ../../$(BIN)/python setup.py build_ext --inplace
 	touch $@
 
 .venv/mm: .venv/ready requirements-mm.txt scripts/build_mmcv.sh

@@ -438,7 +438,7 @@ class HorNet(nn.Module):
 
 
 @dataclass(frozen=True)
-class Entry:
+class Release:
     name: str
     build: Callable[[int, int, Size], nn.Module]  # of dim, heads and the size of the map
     parameters: float  # published, millions
@@ -451,19 +451,19 @@ DIM, HEADS, SIZE = 768, 12, (14, 14)  # of the published figures
 LAYERS = {
     entry.name: entry
     for entry in (
-        Entry("MSA", lambda dim, heads, size: MSA(dim, heads, qkv_bias=True), 2.36, 521.43, 505, 4403),
-        Entry("Cross Window", lambda dim, heads, size: CrossWindow(dim, heads), 2.37, 493.28, 325, 4334),
-        Entry("DAT", DAT, 2.38, 528.69, 223, 3074),
-        Entry("Performer", lambda dim, heads, size: Performer(dim, heads), 2.36, 617.24, 181, 3180),
-        Entry("Linformer", lambda dim, heads, size: Linformer(dim, heads, size[0] * size[1]), 2.46, 616.56, 518, 4578),
-        Entry("SRA", lambda dim, heads, size: SRA(dim, heads, sr_ratio=2), 4.72, 419.56, 710, 4810),
-        Entry("Local Window", lambda dim, heads, size: Window(dim, heads), 2.36, 477.17, 631, 4537),
-        Entry("Shifted Window", lambda dim, heads, size: Window(dim, heads, size, shift=3), 2.36, 477.17, 374, 4351),
-        Entry("Focal", Focal, 2.44, 526.85, 146, 2842),
-        Entry("XCA", lambda dim, heads, size: XCA(dim, heads, qkv_bias=True), 2.36, 481.69, 583, 4659),
-        Entry("QuadTree", lambda dim, heads, size: QuadTree(dim, heads), 5.33, 613.25, 72, 3978),
-        Entry("VAN", lambda dim, heads, size: VAN(dim), 1.83, 357.96, 59, 4213),
-        Entry("HorNet", lambda dim, heads, size: HorNet(dim), 2.23, 436.51, 132, 3996),
-        Entry("HiLo", lambda dim, heads, size: HiLo(dim, heads, qkv_bias=True, window_size=2, alpha=0.9), 2.20, 298.30, 1029, 5104),
+        Release("MSA", lambda dim, heads, size: MSA(dim, heads, qkv_bias=True), 2.36, 521.43, 505, 4403),
+        Release("Cross Window", lambda dim, heads, size: CrossWindow(dim, heads), 2.37, 493.28, 325, 4334),
+        Release("DAT", DAT, 2.38, 528.69, 223, 3074),
+        Release("Performer", lambda dim, heads, size: Performer(dim, heads), 2.36, 617.24, 181, 3180),
+        Release("Linformer", lambda dim, heads, size: Linformer(dim, heads, size[0] * size[1]), 2.46, 616.56, 518, 4578),
+        Release("SRA", lambda dim, heads, size: SRA(dim, heads, sr_ratio=2), 4.72, 419.56, 710, 4810),
+        Release("Local Window", lambda dim, heads, size: Window(dim, heads), 2.36, 477.17, 631, 4537),
+        Release("Shifted Window", lambda dim, heads, size: Window(dim, heads, size, shift=3), 2.36, 477.17, 374, 4351),
+        Release("Focal", Focal, 2.44, 526.85, 146, 2842),
+        Release("XCA", lambda dim, heads, size: XCA(dim, heads, qkv_bias=True), 2.36, 481.69, 583, 4659),
+        Release("QuadTree", lambda dim, heads, size: QuadTree(dim, heads), 5.33, 613.25, 72, 3978),
+        Release("VAN", lambda dim, heads, size: VAN(dim), 1.83, 357.96, 59, 4213),
+        Release("HorNet", lambda dim, heads, size: HorNet(dim), 2.23, 436.51, 132, 3996),
+        Release("HiLo", lambda dim, heads, size: HiLo(dim, heads, qkv_bias=True, window_size=2, alpha=0.9), 2.20, 298.30, 1029, 5104),
     )
 }

@@ -16,10 +16,10 @@ from torch import Tensor
 from harness import interleaved, peak_memory, positive, table
 from litv2 import litv2_small
 from litv2.layers import DeformableTokenMerging
-from mm_modules.DCN import backend_compiled, backend_torch, backend_torchvision
+from mm_modules.DCN import compiled, reference, vision
 
 SHAPES = ((96, 56), (192, 28), (384, 14))  # channels and side of the input; kernel 2, stride 2, twice the channels
-BACKENDS = {"torchvision": backend_torchvision, "torch": backend_torch, "compiled": backend_compiled}
+BACKENDS = {"torchvision": vision, "torch": reference, "compiled": compiled}
 
 
 def main() -> None:
@@ -29,8 +29,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=positive, default=9)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if backend_compiled.problem:
-        parser.error(f"the compiled backend is {backend_compiled.problem}")
+    if compiled.problem:
+        parser.error(f"the compiled backend is {compiled.problem}")
 
     times, memory = [], []
     for channels, side in SHAPES:
@@ -74,8 +74,8 @@ def cases(batch_size: int, channels: int, side: int) -> dict[str, Callable[[], o
     functions["nn.Conv2d, forward float32"] = run(plain, False)
     functions |= {f"{name}, forward + backward float32": run(dcn(backend), True) for name, backend in BACKENDS.items()}
     functions["nn.Conv2d, forward + backward float32"] = run(plain, True)
-    functions["torch, forward bfloat16"] = run(dcn(backend_torch), False, torch.bfloat16)
-    functions["compiled, forward bfloat16"] = run(dcn(backend_compiled), False, torch.bfloat16)
+    functions["torch, forward bfloat16"] = run(dcn(reference), False, torch.bfloat16)
+    functions["compiled, forward bfloat16"] = run(dcn(compiled), False, torch.bfloat16)
     functions["nn.Conv2d, forward bfloat16"] = run(plain, False, torch.bfloat16)
     return functions
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from harness import interleaved, peak_memory, positive, table
-from litv2.mm_tools import arguments, build_model, command, load_config
+from litv2.openmmlab.commands import arguments, build_model, command, load_config
 
 # The import before says what to do where these fail.
 # isort: split

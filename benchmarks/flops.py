@@ -33,9 +33,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harness import COLOURS, figure, parser, publish
 from hilo import HiLo
+from litv2.factory import create_model
 from litv2.layers import Block, DeformableTokenMerging, DepthwiseConv, PatchEmbed
 from litv2.model import LITv2
-from litv2.zoo import ZOO, Entry, create_model
+from litv2.weights.releases import ZOO, Release
 from mm_modules.DCN import DeformConv2dPack, deform_conv
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,14 +60,14 @@ def main() -> None:
 
 def mm_packages() -> bool:
     try:
-        import litv2.mm_tools  # noqa: F401
+        import litv2.openmmlab.commands  # noqa: F401
     except SystemExit as problem:
         print(f"left out: {problem}")
         return False
     return True
 
 
-def row(entry: Entry) -> dict:
+def row(entry: Release) -> dict:
     """A line of the table: the published figures, ours, torch's, and the terms between the last two."""
     if entry.task == "classification":
         size, terms = entry.image_size, classifier_terms
@@ -75,8 +76,8 @@ def row(entry: Entry) -> dict:
         forward = model.to_empty(device="cpu")  # without initialisation, which takes longer than all that follows
         ours = model.flops(*size)
     else:
-        from litv2.mm_flops import CountedForward, count_flops
-        from litv2.mm_tools import build_model, load_config
+        from litv2.openmmlab.commands import build_model, load_config
+        from litv2.openmmlab.flops import CountedForward, count_flops
 
         size, terms = ((800, 1280) if entry.task == "detection" else (512, 512)), dense_terms
         model = build_model(load_config(ROOT / entry.task / "configs/litv2" / f"{entry.config}.py"))

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harness import COLOURS, GEMM_SIZE, device_name, figure, gemm, parser, peak_memory, positive, publish, rounded, samples, say
 from litv2 import LITv2
-from litv2.optimize import make_form, why_not
+from litv2.inference.fastest import make_form, why_not
 
 MODES = ["eager", "compiled", "native"]
 FORMATS = {"channels-first": torch.contiguous_format, "channels-last": torch.channels_last}

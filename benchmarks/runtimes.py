@@ -23,7 +23,7 @@ from torch import Tensor
 from harness import interleaved, positive, table
 from litv2 import LITv2, create_model, fuse
 from litv2.export import Settings, classifier, export, load, suffix
-from litv2.optimize import make_form, why_not
+from litv2.inference.fastest import make_form, why_not
 
 EXPORTS = {  # by name: format, dtype
     "onnxruntime, DeformConv node": ("onnx", "float32"),

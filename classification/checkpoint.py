@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import distributed
-from litv2.checkpoint import read_checkpoint
+from litv2.weights.reading import read_checkpoint
 
 LATEST, PREVIOUS, BEST = "latest.pth", "previous.pth", "best.pth"
 

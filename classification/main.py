@@ -30,7 +30,9 @@ from data import build_loaders
 from data.loader import BadFiles, Loaders
 from data.sources import DataError
 from litv2 import LITv2
-from litv2.checkpoint import fetch, find_weights, load_weights, read_checkpoint
+from litv2.weights.download import fetch
+from litv2.weights.reading import read_checkpoint
+from litv2.weights.state_dict import find_weights, load_weights
 from logger import Logger
 from training import Training, seed_everything
 

@@ -21,7 +21,7 @@ import distributed
 import engine
 from config import to_dict
 from data import build_mixup
-from litv2.checkpoint import load_weights
+from litv2.weights.state_dict import load_weights
 from logger import read_metrics
 from optim import build_optimizer, build_scheduler
 from plots import plot_curves, plot_predictions

@@ -15,7 +15,7 @@ COMMANDS = {
     "info": ("litv2.commands.info", "what a checkpoint holds"),
     "convert": ("litv2.commands.convert", "write the weights of a checkpoint as .pth or .safetensors"),
     "predict": ("litv2.commands.predict", "classify images"),
-    "export": ("litv2.export.command", "write a model for another runtime, and compare the two"),
+    "export": ("litv2.commands.export", "write a model for another runtime, and compare the two"),
 }
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from hilo import HiLo
 from mm_modules.DCN import DeformConv2dPack
 
-from .bfloat16 import products_in_float32
-from .native import depthwise_gelu, infer_block, takes_block, takes_depthwise_gelu
+from .ops import depthwise_gelu, infer_block, takes_block, takes_depthwise_gelu
+from .ops.block_forward.bfloat16 import products_in_float32
 
 
 def channels_first(x: Tensor) -> Tensor:

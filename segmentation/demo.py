@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
-from litv2.mm_tools import demo
+from litv2.openmmlab.commands import demo
 
 if __name__ == "__main__":
     demo()

@@ -16,8 +16,8 @@ import torch
 
 import litv2
 from helpers import ROOT, TINY, run_trainer, write_images
-from litv2.export.command import add_arguments as add_export_arguments
-from litv2.zoo import ZOO
+from litv2.commands.export import add_arguments as add_export_arguments
+from litv2.weights.releases import ZOO
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -69,7 +69,7 @@ def test_all_commands_are_known():
         "make test-core",
         "pip install -r requirements.txt",
         "pip install -e .",
-        "cd litv2/native && python setup.py build_ext --inplace",  # run by make test
+        "cd litv2/ops && python setup.py build_ext --inplace",  # run by make test
         "cd classification",
         "make mm",
         "pip install onedl-mim && mim install onedl-mmcv==2.3.6 && pip install -r requirements-mm.txt",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, installed or not
 
-from litv2.mm_tools import get_flops
+from litv2.openmmlab.commands import get_flops
 
 if __name__ == "__main__":
     get_flops()

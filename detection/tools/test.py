@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, installed or not
 
-from litv2.mm_tools import test
+from litv2.openmmlab.commands import test
 
 if __name__ == "__main__":
     test()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoint import fetch, find_weights, read_checkpoint
+from ..weights.download import fetch
+from ..weights.reading import read_checkpoint
+from ..weights.state_dict import find_weights
 
 __all__ = ["print_table", "read", "which_weights"]
 
@@ -17,7 +19,7 @@ def read(source: str) -> tuple[Path, dict]:
     except ValueError as error:
         if "mmengine." not in str(error):
             raise
-        from ..mm_runner import MMENGINE_CLASSES  # the history of losses, for which mmengine must be installed
+        from ..openmmlab.runner import MMENGINE_CLASSES  # the history of losses, for which mmengine must be installed
 
         return path, read_checkpoint(path, also=MMENGINE_CLASSES)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint import find_weights, read_checkpoint
+from ..weights.reading import read_checkpoint
+from ..weights.state_dict import find_weights
 from . import read, which_weights
 
 KEPT = ("class_names", "epoch", "max_accuracy", "config")  # entries beside the weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..download import fetch
+from ..weights.download import fetch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint import described, find_weights, infer_arguments
-from ..safe_file import check_format
-from ..zoo import VARIANTS, ZOO, Entry
+from ..factory import VARIANTS
+from ..weights.architecture import described, infer_arguments
+from ..weights.formats import check_format
+from ..weights.releases import ZOO, Release
+from ..weights.state_dict import find_weights
 from . import print_table, read, which_weights
 
 FORMATS = {"zip": "torch.save", "legacy": "torch.save, before torch 1.6", "safetensors": "safetensors"}
@@ -87,7 +89,7 @@ def _variant(arguments: dict) -> str | None:
     return next((name for name, shape in shapes.items() if all(shape[key] == arguments[key] for key in same)), None)
 
 
-def _fits(entry: Entry, arguments: dict, variant: str | None, everything: dict[str, Tensor]) -> bool:
+def _fits(entry: Release, arguments: dict, variant: str | None, everything: dict[str, Tensor]) -> bool:
     if entry.variant != variant or int(arguments["num_heads"][2] * entry.alpha) != int(arguments["num_heads"][2] * arguments["alpha"]):
         return False
     if entry.task == "classification":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from ..download import cache_folder
-from ..zoo import ZOO
+from ..weights.download import cache_folder
+from ..weights.releases import ZOO
 from . import print_table
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..factory import load_model
 from ..preprocess import decode, evaluation_transform
-from ..zoo import ZOO, Entry, load_model, lookup
+from ..weights.releases import ZOO, Release, lookup
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -84,7 +85,7 @@ def _class_names(content: dict, classes: int) -> list[str]:
     return [descriptions.get(name, name) for name in names] if names else list(descriptions.values())
 
 
-def _image_size(content: dict, entry: Entry | None) -> tuple[int, bool]:
+def _image_size(content: dict, entry: Release | None) -> tuple[int, bool]:
     """Side of the evaluation image, and whether it is a crop of a larger one: the recipe's, else the checkpoint's."""
     if entry is not None:
         return entry.image_size[0], entry.image_size[0] < 384

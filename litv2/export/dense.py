@@ -11,9 +11,9 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..download import fetch
-from ..fused import fuse
-from ..zoo import ZOO
+from ..inference.fused import fuse
+from ..weights.download import fetch
+from ..weights.releases import ZOO
 from .networks import pyramid
 from .settings import Network
 
@@ -32,7 +32,7 @@ def from_config(name: str, checkpoint: str | None, backbone: bool) -> tuple[Netw
         ValueError: a model of another kind, or weights that do not fit.
     """
     try:
-        from ..mm_tools import build_model, config_of, load_config
+        from ..openmmlab.commands import build_model, config_of, load_config
     except SystemExit as error:  # it ends the tools of detection/ and segmentation/ so
         raise ImportError(str(error).removeprefix("error: ")) from error
     path = name if name.endswith(".py") else config_of(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..fused import fuse
+from ..inference.fused import fuse
 from ..model import LITv2
 from .settings import Network
 

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from . import backend_compiled, backend_onnx, backend_torch, backend_torchvision
+from . import compiled, onnx_node, reference, vision
 
 __all__ = ["DeformConv2dPack", "choose_backend", "deform_conv2d"]
 
 
-BACKENDS = {"compiled": backend_compiled, "torchvision": backend_torchvision, "torch": backend_torch}
+BACKENDS = {"compiled": compiled, "torchvision": vision, "torch": reference}
 
 
 def _forced_backend() -> str:
@@ -44,19 +44,19 @@ def choose_backend(input: Tensor) -> Callable[..., Tensor]:
     Raises:
         RuntimeError: the forced backend cannot compute this input.
     """
-    if backend_onnx.active:
-        return backend_onnx.deform_conv2d
+    if onnx_node.active:
+        return onnx_node.deform_conv2d
     if backend != "auto":
         if not BACKENDS[backend].supports(input):
             problem = BACKENDS[backend].problem or f"has no kernel for {input.dtype} on {input.device.type}, or none of this derivative"
             raise RuntimeError(f"LITV2_DCN_BACKEND={backend}: this backend {problem}")
         return BACKENDS[backend].deform_conv2d
     if not (_is_exporting() or torch.jit.is_tracing()):
-        if backend_compiled.supports(input):
-            return backend_compiled.deform_conv2d
-        if input.device.type == "cuda" and not torch.compiler.is_compiling() and backend_torchvision.supports(input):
-            return backend_torchvision.deform_conv2d
-    return backend_torch.deform_conv2d
+        if compiled.supports(input):
+            return compiled.deform_conv2d
+        if input.device.type == "cuda" and not torch.compiler.is_compiling() and vision.supports(input):
+            return vision.deform_conv2d
+    return reference.deform_conv2d
 
 
 # torch < 2.7 cannot tell an export from a compilation.

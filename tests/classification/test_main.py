@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from helpers import FAST, ROOT, max_difference, run_trainer, shared, write_images
-from litv2.checkpoint import find_weights, read_checkpoint
+from litv2.weights.reading import read_checkpoint
+from litv2.weights.state_dict import find_weights
 from main import main
 
 DIGITS = str(ROOT / "classification/configs/litv2-digits.yaml")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from helpers import ROOT, run_trainer, start_trainer, trainer_environment, write_images
-from litv2.checkpoint import read_checkpoint
+from litv2.weights.reading import read_checkpoint
 
 # Everything random at once: workers, mixup and cutmix, erasing, drop path, EMA, accumulation with a short last group.
 OPTS = """TRAIN.EMA_DECAY 0.9 AUG.MIXUP 0.8 AUG.CUTMIX 1.0 AUG.REPROB 0.3 AUG.AUTO_AUGMENT rand-m9-mstd0.5-inc1

@@ -12,7 +12,7 @@ from helpers import ROOT, fill, max_difference, normal
 from litv2.__main__ import main
 from litv2.export import Settings, export, load
 from litv2.export.dense import network_of
-from litv2.mm_tools import build_model, load_config
+from litv2.openmmlab.commands import build_model, load_config
 
 pytestmark = pytest.mark.extra
 

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from helpers import ROOT, shared
-from litv2.mm_config import adapt_to_device, load_config
-from litv2.mm_runner import CarefulRunner, load_checkpoint
-from litv2.mm_tools import config_of
+from litv2.openmmlab.commands import config_of
+from litv2.openmmlab.config import adapt_to_device, load_config
+from litv2.openmmlab.runner import CarefulRunner, load_checkpoint
 from mm_helpers import TINY_OPTIONS, config_files, readme_config, run_tool, tiny_config, tiny_dense_model, write_coco
 
 pytestmark = pytest.mark.extra

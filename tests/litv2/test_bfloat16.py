@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from helpers import fill, max_difference, normal, tiny_model
-from litv2 import bfloat16
-from litv2.bfloat16 import products_in_float32
 from litv2.layers import Block
+from litv2.ops.block_forward import bfloat16
+from litv2.ops.block_forward.bfloat16 import products_in_float32
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

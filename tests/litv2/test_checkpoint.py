@@ -12,7 +12,8 @@ import torch
 
 from helpers import SHARED, TINY, fill, max_difference, shared, tiny_model
 from litv2 import LITv2
-from litv2.checkpoint import find_weights, load_weights, read_checkpoint
+from litv2.weights.reading import read_checkpoint
+from litv2.weights.state_dict import find_weights, load_weights
 
 
 def test_release_format():

@@ -15,8 +15,10 @@ from PIL import Image
 from helpers import ROOT, SHARED, TINY, max_difference, normal, run_trainer, shared, tiny_model, write_images
 from litv2 import LITv2
 from litv2.__main__ import COMMANDS, main
-from litv2.checkpoint import find_weights, infer_arguments, load_weights, read_checkpoint
-from litv2.zoo import ZOO
+from litv2.weights.architecture import infer_arguments
+from litv2.weights.reading import read_checkpoint
+from litv2.weights.releases import ZOO
+from litv2.weights.state_dict import find_weights, load_weights
 
 NAMES = [f"animal {i}" for i in range(10)]
 
@@ -189,7 +191,7 @@ def test_info_of_published_shapes(tmp_path, capsys):
 
 
 def _meta(name: str) -> dict:
-    from litv2.zoo import create_model
+    from litv2.factory import create_model
 
     with torch.device("meta"):
         return create_model(name).state_dict()

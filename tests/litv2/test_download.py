@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from helpers import ROOT
-from litv2.checkpoint import fetch
-from litv2.zoo import ZOO
+from litv2.weights.download import fetch
+from litv2.weights.releases import ZOO
 
 
 def checkpoint(value: float) -> bytes:
@@ -241,7 +241,7 @@ def test_damaged_record(server, cache):
 
 def test_several_processes_download_once(server, cache):
     """As under torchrun, where every process asks for the weights."""
-    code = f"from litv2.checkpoint import fetch; print(fetch({server.url!r}).stat().st_size)"
+    code = f"from litv2.weights.download import fetch; print(fetch({server.url!r}).stat().st_size)"
     processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert [process.communicate()[0].strip() for process in processes] == [str(len(server.content))] * 3
     assert len(server.asked) == 1

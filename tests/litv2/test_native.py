@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers import TINY, fill, golden, golden_arrays, max_difference, normal, tiny_model
-from litv2 import litv2_small, native
+from litv2 import litv2_small
+from litv2 import ops as native
+from litv2.inference.packed import NativePatchEmbed, Operator, native_block, native_form
 from litv2.layers import Block, DeformableTokenMerging, PatchEmbed
-from litv2.native.form import NativePatchEmbed, Operator, native_block, native_form
-from litv2.native.weights import feed_forward_arguments, hilo_arguments, patch_embed_arguments, token_merging_arguments
+from litv2.ops.packing import feed_forward_arguments, hilo_arguments, patch_embed_arguments, token_merging_arguments
 from native_helpers import close, in_float64
 
 pytestmark = pytest.mark.usefixtures("one_thread")

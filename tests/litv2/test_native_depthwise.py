@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import fill, max_difference, normal
-from litv2 import bfloat16
 from litv2.layers import Mlp
-from litv2.native import depthwise_gelu
+from litv2.ops import depthwise_gelu
+from litv2.ops.block_forward import bfloat16
 from native_helpers import close
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,7 +10,8 @@ from torch.export import Dim, export
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import fill, max_difference, normal
-from litv2 import layers, native
+from litv2 import layers
+from litv2 import ops as native
 from litv2.layers import Block
 from native_helpers import close, in_float64
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from helpers import fill, golden, golden_arrays, manifest, max_difference, normal, timm_model
-from litv2.zoo import VARIANTS, ZOO
+from litv2.factory import VARIANTS
+from litv2.weights.releases import ZOO
 
 timm = pytest.importorskip("timm")
 from timm.layers import set_scriptable  # noqa: E402
@@ -24,7 +25,7 @@ def test_names():
     assert timm.list_models("litv2*") == sorted(NAMES) == timm.list_pretrained("litv2*")
     assert NAMES[:4] == ["litv2_small", "litv2_medium", "litv2_base", "litv2_base_384"]
     assert NAMES[4:] == [f"litv2_small_alpha{alpha}" for alpha in ("00", "02", "04", "05", "07", "09", "10")]
-    assert timm.models.list_models(module="timm_models") == sorted(NAMES)
+    assert timm.models.list_models(module="litv2") == sorted(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from helpers import fill, max_difference, normal, shared, timm_model, tiny_model
-from litv2.zoo import ZOO
+from litv2.weights.releases import ZOO
 
 timm = pytest.importorskip("timm")
 from timm.models._hub import save_for_hf  # noqa: E402

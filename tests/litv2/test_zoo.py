@@ -10,8 +10,10 @@ import yaml
 
 from helpers import ROOT, fill, manifest
 from litv2 import LITv2, litv2_small
-from litv2.checkpoint import find_weights, infer_arguments
-from litv2.zoo import VARIANTS, ZOO, create_model
+from litv2.factory import VARIANTS, create_model
+from litv2.weights.architecture import infer_arguments
+from litv2.weights.releases import ZOO
+from litv2.weights.state_dict import find_weights
 
 README = (ROOT / "README.md").read_text()
 CLASSIFIERS = [name for name, entry in ZOO.items() if entry.task == "classification"]

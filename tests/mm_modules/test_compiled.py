@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from helpers import ROOT, max_difference
-from mm_modules.DCN import DeformConv2dPack, backend_compiled, backend_torch, deform_conv
+from mm_modules.DCN import DeformConv2dPack, compiled, deform_conv, reference
 
-if backend_compiled.problem:
-    pytest.skip(f"the compiled backend is {backend_compiled.problem}", allow_module_level=True)
+if compiled.problem:
+    pytest.skip(f"the compiled backend is {compiled.problem}", allow_module_level=True)
 
 operator = torch.ops.litv2.deform_conv2d.default
 backward_operator = torch.ops.litv2.deform_conv2d_backward.default
-DTYPES = backend_compiled.DTYPES
+DTYPES = compiled.DTYPES
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 DTM = ((2, 2), (0, 0), (1, 1))
 GENERAL = ((2, 1), (1, 2), (1, 2))  # stride, padding, dilation: different in h and w
@@ -80,9 +80,9 @@ def test_low_precision_is_as_good_as_plain_pytorch(case, dtype, device):
     low = tensors(**case, dtype=dtype, device=device)
     exact = [None if value is None else value.detach().double().requires_grad_() for value in low]
     seed = torch.randn_like(operator(*low, *case["geometry"]))
-    truth = gradients(backend_torch.deform_conv2d, exact, case["geometry"], seed)
-    plain = gradients(backend_torch.deform_conv2d, low, case["geometry"], seed)
-    ours = gradients(backend_compiled.deform_conv2d, low, case["geometry"], seed)
+    truth = gradients(reference.deform_conv2d, exact, case["geometry"], seed)
+    plain = gradients(reference.deform_conv2d, low, case["geometry"], seed)
+    ours = gradients(compiled.deform_conv2d, low, case["geometry"], seed)
     for a, b, t in zip(ours, plain, truth):
         assert a.dtype == b.dtype
         rounding = torch.finfo(a.dtype).eps * t.abs().max().item()
@@ -95,8 +95,8 @@ def test_chunks(groups, masked):
     values = tensors(DTM, torch.float32, groups=groups, offset_groups=groups, masked=masked, B=3, C=96, H=161, W=250, O=4)
     assert values[1][:, 0].numel() * 4 * 96 * 4 > 40 * 2**20
     seed = torch.randn_like(operator(*values, *DTM))
-    ours = gradients(backend_compiled.deform_conv2d, values, DTM, seed)
-    for a, b in zip(ours, gradients(backend_torch.deform_conv2d, values, DTM, seed)):
+    ours = gradients(compiled.deform_conv2d, values, DTM, seed)
+    for a, b in zip(ours, gradients(reference.deform_conv2d, values, DTM, seed)):
         assert max_difference(a, b) < 2e-5 * b.abs().max()
 
 
@@ -109,7 +109,7 @@ def test_threads():
     try:
         for count in (1, 2, 3, 16):
             torch.set_num_threads(count)
-            results.append(gradients(backend_compiled.deform_conv2d, values, DTM, seed))
+            results.append(gradients(compiled.deform_conv2d, values, DTM, seed))
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:
@@ -201,14 +201,14 @@ def test_cuda_equals_cpu(case):
     on_cpu = tensors(**case)
     on_cuda = [None if value is None else value.detach().cuda().requires_grad_() for value in on_cpu]
     seed = torch.randn_like(operator(*on_cpu, *case["geometry"]))
-    expected = gradients(backend_compiled.deform_conv2d, on_cpu, case["geometry"], seed)
-    for a, b in zip(gradients(backend_compiled.deform_conv2d, on_cuda, case["geometry"], seed.cuda()), expected):
+    expected = gradients(compiled.deform_conv2d, on_cpu, case["geometry"], seed)
+    for a, b in zip(gradients(compiled.deform_conv2d, on_cuda, case["geometry"], seed.cuda()), expected):
         assert max_difference(a.cpu(), b) < 1e-11
 
 
 @pytest.mark.skipif(torch.version.cuda is None or shutil.which("nvcc") is None, reason="no nvcc, or a torch without CUDA")
 def test_cuda_kernels_are_built():
-    assert os.environ.get("LITV2_DCN_CUDA") == "0" or "cuda" in backend_compiled.devices
+    assert os.environ.get("LITV2_DCN_CUDA") == "0" or "cuda" in compiled.devices
 
 
 @pytest.mark.parametrize(
@@ -269,9 +269,9 @@ def test_choice_by_environment():
 
 def test_choice(monkeypatch):
     x = torch.zeros(1, 1, 1, 1)
-    assert deform_conv.choose_backend(x) is backend_compiled.deform_conv2d
-    monkeypatch.setattr(backend_compiled, "devices", ())
-    assert deform_conv.choose_backend(x) is backend_torch.deform_conv2d
+    assert deform_conv.choose_backend(x) is compiled.deform_conv2d
+    monkeypatch.setattr(compiled, "devices", ())
+    assert deform_conv.choose_backend(x) is reference.deform_conv2d
     monkeypatch.setattr(deform_conv, "backend", "compiled")
     with pytest.raises(RuntimeError, match="LITV2_DCN_BACKEND=compiled: this backend has no kernel for torch.float32 on cpu"):
         deform_conv.choose_backend(x)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from litv2.mm_config import load_config
-from litv2.mm_flops import count_flops
-from litv2.mm_tools import build_model
-from litv2.zoo import ZOO
+from litv2.openmmlab.commands import build_model
+from litv2.openmmlab.config import load_config
+from litv2.openmmlab.flops import count_flops
+from litv2.weights.releases import ZOO
 from mm_helpers import VARIANTS, as_published, backbone_settings, config_files, learning_rates, parameter_groups
 
 pytestmark = pytest.mark.extra

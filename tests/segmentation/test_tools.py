@@ -11,8 +11,8 @@ from mmengine.registry import init_default_scope
 from PIL import Image
 
 from helpers import ROOT
-from litv2.mm_config import adapt_to_device
-from litv2.mm_runner import CarefulRunner, load_checkpoint
+from litv2.openmmlab.config import adapt_to_device
+from litv2.openmmlab.runner import CarefulRunner, load_checkpoint
 from mm_helpers import TINY_OPTIONS, readme_config, run_tool, tiny_config, tiny_dense_model, write_segmentation
 
 pytestmark = pytest.mark.extra

@@ -11,7 +11,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from .backend_torch import in_transform
+from .reference import in_transform
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BUILD = "build it with: cd mm_modules/DCN && python setup.py build_ext --inplace"

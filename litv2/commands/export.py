@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..zoo import ZOO, load_model
-from . import FORMATS, classifier, export, pyramid, suffix
-from .settings import DYNAMIC, Network, Settings
+from ..export import FORMATS, classifier, export, pyramid, suffix
+from ..export.settings import DYNAMIC, Network, Settings
+from ..factory import load_model
+from ..weights.releases import ZOO
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +52,7 @@ def _network(model: str, checkpoint: str | None, backbone: bool) -> tuple[Networ
     """The network, and the size of its published images."""
     entry = ZOO.get(model)
     if model.endswith(".py") or (entry is not None and entry.config is not None):
-        from .dense import from_config
+        from ..export.dense import from_config
 
         return from_config(model, checkpoint, backbone)
     if entry is not None:

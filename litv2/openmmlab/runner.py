@@ -18,7 +18,9 @@ from mmengine.runner import BaseLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from .checkpoint import fetch, load_weights, read_checkpoint
+from ..weights.download import fetch
+from ..weights.reading import read_checkpoint
+from ..weights.state_dict import load_weights
 
 __all__ = ["CarefulRunner", "load_checkpoint"]
 

@@ -92,7 +92,7 @@ class Scratch {
   size_t used_;
 };
 
-// The operators. Weights: as `litv2/native/weights.py` packs them.
+// The operators. Weights: as `litv2/ops/packing.py` packs them.
 Tensor feed_forward(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, double eps, const Tensor& fc1,
                     const Tensor& fc1_bias, const Tensor& depthwise, const Tensor& depthwise_bias, const Tensor& fc2,
                     const Tensor& fc2_bias);

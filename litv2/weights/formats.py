@@ -1,7 +1,7 @@
 """Which kind of checkpoint a file is, and whether it is what it claims to be, before torch reads it.
 
 A zip archive of torch.save stores what it holds as it is, once, within the file. Its pickles are followed in
-:mod:`litv2.safe_pickle`, and the storages that they name must be in the file, of that size.
+:mod:`litv2.weights.pickle_check`, and the storages that they name must be in the file, of that size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
-from .safe_pickle import MadeList, PickleCheck
+from ..errors import UserError
+from .pickle_check import MadeList, PickleCheck
 
 __all__ = ["check_format", "check_pickles"]
 
@@ -30,24 +31,24 @@ def check_format(path: Path) -> str:
     with open(path, "rb") as file:
         start = file.read(64)
     if not start:
-        raise ValueError("the file is empty")
+        raise UserError("the file is empty")
     if start.startswith(b"PK\x03\x04"):
         _check_zip(path, size)
         return "zip"
     if start[8:9] == b"{":
         (header,) = struct.unpack("<Q", start[:8])
         if header > size - 8:
-            raise ValueError(f"truncated: a safetensors header of {header} bytes in a file of {size}")
+            raise UserError(f"truncated: a safetensors header of {header} bytes in a file of {size}")
         return "safetensors"
     if start.startswith(b"\x80\x02\x8a\x0a" + LEGACY_MAGIC.to_bytes(10, "little")):
         return "legacy"
     if start.startswith(b"\x80"):
-        raise ValueError("it is a pickle, but none of torch.save")
+        raise UserError("it is a pickle, but none of torch.save")
     if start.lstrip()[:1] == b"<":
-        raise ValueError(f"it is a web page, not a checkpoint: it begins with {start[:20]!r}")
+        raise UserError(f"it is a web page, not a checkpoint: it begins with {start[:20]!r}")
     if start.startswith(b"version https://git-lfs"):
-        raise ValueError("it is a Git LFS pointer, not the file itself: run `git lfs pull`")
-    raise ValueError(f"it begins with {start[:8]!r}: neither a file of torch.save nor of safetensors")
+        raise UserError("it is a Git LFS pointer, not the file itself: run `git lfs pull`")
+    raise UserError(f"it begins with {start[:8]!r}: neither a file of torch.save nor of safetensors")
 
 
 def check_pickles(path: Path, kind: str, also: Collection[str] = ()) -> None:
@@ -71,7 +72,7 @@ def check_pickles(path: Path, kind: str, also: Collection[str] = ()) -> None:
             with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
                 _check_legacy(stream, also)
     except (IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, zipfile.BadZipFile, struct.error) as error:
-        raise ValueError(f"the pickle is damaged ({type(error).__name__}: {error})") from error
+        raise UserError(f"the pickle is damaged ({type(error).__name__}: {error})") from error
 
 
 def _check_zip(path: Path, size: int) -> None:
@@ -79,49 +80,49 @@ def _check_zip(path: Path, size: int) -> None:
         file.seek(max(0, size - 22))
         end = file.read()
     if not end.startswith(b"PK\x05\x06"):
-        raise ValueError("truncated: the zip archive has no directory at its end")
+        raise UserError("truncated: the zip archive has no directory at its end")
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, OverflowError, struct.error, OSError) as error:
-        raise ValueError(f"the zip archive is damaged: {error}") from error
+        raise UserError(f"the zip archive is damaged: {error}") from error
     names = [entry.filename for entry in entries]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise ValueError(f"the zip archive holds {twice[0]} more than once")
+        raise UserError(f"the zip archive holds {twice[0]} more than once")
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.compress_size != entry.file_size:
-            raise ValueError(f"{entry.filename} in the zip archive is compressed or encrypted; torch.save stores it as it is")
+            raise UserError(f"{entry.filename} in the zip archive is compressed or encrypted; torch.save stores it as it is")
         if entry.header_offset + 30 + entry.file_size > size:
-            raise ValueError(f"{entry.filename} in the zip archive reaches beyond the end of the file")
+            raise UserError(f"{entry.filename} in the zip archive reaches beyond the end of the file")
     if sum(entry.file_size for entry in entries) > size:
-        raise ValueError("the entries of the zip archive overlap: together they are larger than the file")
+        raise UserError("the entries of the zip archive overlap: together they are larger than the file")
     if len({name.partition("/")[0] for name in names}) != 1:
-        raise ValueError("the zip archive is not torch.save's: it holds more than one folder")
+        raise UserError("the zip archive is not torch.save's: it holds more than one folder")
     contents = {name.partition("/")[2] for name in names}
     if "constants.pkl" in contents:
-        raise ValueError("it is a TorchScript program, not a checkpoint")
+        raise UserError("it is a TorchScript program, not a checkpoint")
     if "data.pkl" not in contents:
-        raise ValueError("the zip archive is not torch.save's: it holds no data.pkl")
+        raise UserError("the zip archive is not torch.save's: it holds no data.pkl")
 
 
 def _check_record(records: dict[str, int], key: str, size: int) -> None:
     if records.get(f"data/{key}", -1) != size:
-        raise ValueError(f"storage {key!r} is said to have {size} bytes, in the file it has {records.get(f'data/{key}', 'none')}")
+        raise UserError(f"storage {key!r} is said to have {size} bytes, in the file it has {records.get(f'data/{key}', 'none')}")
 
 
 def _check_legacy(stream: mmap.mmap, also: Collection[str]) -> None:
     """Five pickles, then the storages: magic, version, system, content, keys of the storages in the file."""
     if stream[257:262] == b"ustar":
-        raise ValueError("it is a tar archive as well, which torch would try to unpack")
+        raise UserError("it is a tar archive as well, which torch would try to unpack")
     sizes: dict[str, int] = {}
 
     def storage(key: str, size: int) -> None:
         if sizes.setdefault(key, size) != size or sum(sizes.values()) > len(stream):
-            raise ValueError(f"storage {key!r} is said to have {size} bytes, more than there are in the file")
+            raise UserError(f"storage {key!r} is said to have {size} bytes, more than there are in the file")
 
     for number in range(5):
         result = (PickleCheck(also, storage) if number == 3 else PickleCheck()).follow(stream)
     if not isinstance(result, MadeList) or result.count != len(sizes):
-        raise ValueError(f"the content has {len(sizes)} storages, the file another number")
+        raise UserError(f"the content has {len(sizes)} storages, the file another number")
     if len(stream) - stream.tell() < sum(sizes.values()):
-        raise ValueError("truncated: the storages are incomplete")
+        raise UserError("truncated: the storages are incomplete")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..layers import Block, PatchEmbed
 from ..model import LITv2
-from .weights import feed_forward_arguments, hilo_arguments, patch_embed_arguments, token_merging_arguments
+from ..ops.packing import feed_forward_arguments, hilo_arguments, patch_embed_arguments, token_merging_arguments
 
 
 class Operator(nn.Module):

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from helpers import ROOT
-from litv2.zoo import ZOO
+from litv2.weights.releases import ZOO
 
 pytest.importorskip("timm")
 NAMES = [name for name, entry in ZOO.items() if entry.task == "classification"]

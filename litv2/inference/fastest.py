@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from . import native
+from .. import ops as native
+from ..model import LITv2
 from .fused import fuse
-from .model import LITv2
-from .native.form import native_form
+from .packed import native_form
 
 __all__ = ["FORMS", "Optimized", "make_form", "optimize", "why_not"]
 

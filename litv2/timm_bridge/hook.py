@@ -38,7 +38,7 @@ class _TimmFinder(MetaPathFinder):
 
 def _register() -> None:
     try:
-        importlib.import_module("litv2.timm_models")
+        importlib.import_module("litv2.timm_bridge.litv2")
     except Exception as error:  # whoever imports timm must not fail because of us
         version = getattr(sys.modules["timm"], "__version__", "of unknown version")
         warnings.warn(f"LITv2's models are not registered with timm {version}: {error!r}", stacklevel=2)

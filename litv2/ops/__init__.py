@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hilo import HiLo
-from mm_modules.DCN.backend_torch import in_transform
+from mm_modules.DCN.reference import in_transform
 
-from .. import bfloat16
-from ..bfloat16 import compute_dtype
-from .weights import feed_forward_arguments, hilo_arguments
+from .block_forward import bfloat16
+from .block_forward.bfloat16 import compute_dtype
+from .packing import feed_forward_arguments, hilo_arguments
 
-BUILD = "build them with: cd litv2/native && python setup.py build_ext --inplace"
+BUILD = "build them with: cd litv2/ops && python setup.py build_ext --inplace"
 
 MIN_TOKENS = 512  # of a batch: below, packing the weights of a block costs more than it saves
 
@@ -39,7 +39,7 @@ else:
         problem = f"not built; {BUILD}"
         if error.name is None or not error.name.endswith("native._C"):  # it is there, but not for this torch or Python
             problem = f"cannot be loaded ({error}); {BUILD}"
-            warnings.warn(f"litv2.native._C {problem}. Until then torch's own operators are used.", stacklevel=2)
+            warnings.warn(f"litv2.ops._C {problem}. Until then torch's own operators are used.", stacklevel=2)
 
 
 def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

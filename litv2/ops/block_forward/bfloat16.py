@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mm_modules.DCN.backend_torch import in_transform
+from mm_modules.DCN.reference import in_transform
 
 __all__ = ["compute_dtype", "emulated", "products_in_float32"]
 

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from helpers import tiny_model
-from litv2.checkpoint import read_checkpoint
-from litv2.safe_file import LEGACY_MAGIC
+from litv2.weights.formats import LEGACY_MAGIC
+from litv2.weights.reading import read_checkpoint
 
 COMMAND = "touch executed"
 EXPRESSION = f"__import__('os').system({COMMAND!r})"

@@ -1,10 +1,10 @@
-"""The classifiers of the zoo as models of timm. ``import litv2`` registers them (see lazy_timm.py); timm is needed only here.
+"""The classifiers of the zoo as models of timm. ``import litv2`` registers them (see hook.py); timm is needed only here.
 
     model = timm.create_model("litv2_small", pretrained=True, num_classes=10)
     backbone = timm.create_model("litv2_small", features_only=True, out_indices=(1, 2, 3), drop_path_rate=0.2)
 
 The released files hold a pickled configuration, which timm's own loader refuses: weights that timm would read from a file or a
-URL are read by :mod:`litv2.checkpoint` and handed to timm, which adapts them to ``in_chans`` and ``num_classes``. A file
+URL are read by :mod:`litv2.weights` and handed to timm, which adapts them to ``in_chans`` and ``num_classes``. A file
 of any format that is known there, ours or the release's:
 
     timm.create_model("litv2_small", pretrained=True, pretrained_cfg_overlay=dict(file="best.pth"))
@@ -32,10 +32,12 @@ from torch import Tensor, nn
 from hilo import HiLo
 from mm_modules.DCN import DeformConv2dPack
 
-from .checkpoint import find_weights, read_checkpoint
-from .download import fetch
-from .layers import DropPath, PatchEmbed
-from .zoo import VARIANTS, ZOO, Entry
+from ..factory import VARIANTS
+from ..layers import DropPath, PatchEmbed
+from ..weights.download import fetch
+from ..weights.reading import read_checkpoint
+from ..weights.releases import ZOO, Release
+from ..weights.state_dict import find_weights
 
 __all__: list[str] = []  # timm adds each model's name
 
@@ -43,7 +45,7 @@ for module in (PatchEmbed, HiLo, DropPath, DeformConv2dPack):  # they look at si
     register_notrace_module(module)
 
 
-def _default_cfg(entry: Entry) -> dict:
+def _default_cfg(entry: Release) -> dict:
     cropped = entry.image_size == (224, 224)  # the images of 384 pixels are evaluated whole
     return dict(
         url=entry.url,
@@ -83,7 +85,7 @@ def _fitting(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 def _create(
-    entry: Entry,
+    entry: Release,
     pretrained: bool = False,
     pretrained_cfg: str | dict | None = None,
     pretrained_cfg_overlay: dict | None = None,
@@ -127,7 +129,7 @@ def _create(
     return model.to(device=device, dtype=dtype)
 
 
-def _entry_point(entry: Entry) -> Callable[..., nn.Module]:
+def _entry_point(entry: Release) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **kwargs) -> nn.Module:
         return _create(entry, pretrained, **kwargs)
 

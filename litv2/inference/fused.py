@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from hilo import HiLo
 
-from .layers import Block, DeformableTokenMerging
-from .model import LITv2
+from ..layers import Block, DeformableTokenMerging
+from ..model import LITv2
 
 __all__ = ["FusedHiLo", "fuse"]
 

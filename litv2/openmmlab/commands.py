@@ -19,10 +19,10 @@ try:
 except ImportError as error:
     raise SystemExit(f"error: {error}; detection and segmentation need OpenMMLab's packages: run `make mm` (README)") from None
 
-from .mm_config import adapt_to_device, load_config, revert_sync_bn
-from .mm_flops import count_flops
-from .mm_plots import plot_curves
-from .mm_runner import CarefulRunner, load_checkpoint
+from .config import adapt_to_device, load_config, revert_sync_bn
+from .flops import count_flops
+from .plots import plot_curves
+from .runner import CarefulRunner, load_checkpoint
 
 __all__ = ["arguments", "build_model", "command", "config_of", "demo", "get_flops", "load_config", "test", "train"]
 

@@ -13,6 +13,8 @@ import pickletools
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Collection
 
+from ..errors import UserError
+
 __all__ = ["CONFIG_NODE", "MadeList", "PickleCheck"]
 
 CONFIG_NODE = "yacs.config.CfgNode"  # the class of the release's configurations
@@ -45,9 +47,9 @@ class _Tuple:
         self.size = 1 + len(items) + sum(item.size for item in inner)
         self.depth = 1 + max((item.depth for item in inner), default=0)
         if self.size > LARGEST_TUPLE or self.depth > DEEPEST_TUPLE:
-            raise ValueError(f"a tuple has {self.size} elements when written out, nested {self.depth} deep: nothing of a checkpoint")
+            raise UserError(f"a tuple has {self.size} elements when written out, nested {self.depth} deep: nothing of a checkpoint")
         if any(isinstance(item, _Made) and item.name == CONFIG_NODE for item in items):
-            raise ValueError(f"a tuple holds a {CONFIG_NODE}")
+            raise UserError(f"a tuple holds a {CONFIG_NODE}")
 
 
 class MadeList:
@@ -94,7 +96,7 @@ class PickleCheck:
         for number, (opcode, argument, position) in enumerate(pickletools.genops(pickle)):
             name = opcode.name
             if number > MOST_OPCODES:
-                raise ValueError(f"a pickle of more than {MOST_OPCODES} opcodes")
+                raise UserError(f"a pickle of more than {MOST_OPCODES} opcodes")
             if name == "STOP":
                 break
             if name in _PUSH:
@@ -102,7 +104,7 @@ class PickleCheck:
             elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
                 index = len(self.memo) if name == "MEMOIZE" else argument
                 if position is not None and index > position:
-                    raise ValueError(f"entry {index} of the memo, at byte {position}")
+                    raise UserError(f"entry {index} of the memo, at byte {position}")
                 self.memo[index] = self.stack[-1]
             elif name in ("BINGET", "LONG_BINGET"):
                 self.stack.append(self.memo[argument])
@@ -111,18 +113,18 @@ class PickleCheck:
             elif name == "STACK_GLOBAL":
                 attribute, module = self.stack.pop(), self.stack.pop()
                 if not isinstance(module, str) or not isinstance(attribute, str):
-                    raise ValueError("a global whose name is not a string")
+                    raise UserError("a global whose name is not a string")
                 self._global(module, attribute)
             elif name == "INST":
-                raise ValueError(f"it asks for the global {argument.replace(' ', '.')!r} (opcode INST)")
+                raise UserError(f"it asks for the global {argument.replace(' ', '.')!r} (opcode INST)")
             elif handler := _HANDLERS.get(name):
                 handler(self)
             elif name not in ("PROTO", "FRAME"):
-                raise ValueError(f"the pickle opcode {name}, which torch.save does not write")
+                raise UserError(f"the pickle opcode {name}, which torch.save does not write")
             if name in _FOREIGN:
                 foreign = foreign or name
         if foreign:
-            raise ValueError(f"the pickle opcode {foreign}: torch reads protocol 2 alone from files that are not trusted")
+            raise UserError(f"the pickle opcode {foreign}: torch reads protocol 2 alone from files that are not trusted")
         return self.stack.pop()
 
     def _global(self, module: str, attribute: str) -> None:
@@ -130,7 +132,7 @@ class PickleCheck:
             module, attribute = NAME_MAPPING[module, attribute]
         name = f"{IMPORT_MAPPING.get(module, module)}.{attribute}"
         if name not in CALLABLE and name not in STORAGES and name not in DTYPES and name not in self.also:
-            raise ValueError(f"it asks for the global {name!r}, which is not allowed in a checkpoint")
+            raise UserError(f"it asks for the global {name!r}, which is not allowed in a checkpoint")
         self.stack.append(_Global(name))
 
     def _mark(self) -> None:
@@ -147,15 +149,15 @@ class PickleCheck:
 
     def _append(self, items: list) -> None:
         if not isinstance(self.stack[-1], MadeList):
-            raise ValueError("something is appended to what is not a list")
+            raise UserError("something is appended to what is not a list")
         self.stack[-1].count += len(items)
 
     def _set_items(self, items: list) -> None:
         target = self.stack[-1]
         if not isinstance(target, _Dict) and getattr(target, "name", "") not in (CONFIG_NODE, "collections.OrderedDict"):
-            raise ValueError("an entry is set in what is not a dictionary")
+            raise UserError("an entry is set in what is not a dictionary")
         if len(items) % 2:
-            raise ValueError("a key without a value")
+            raise UserError("a key without a value")
         for key in items[::2]:
             self._check_key(key)
         if isinstance(target, _Dict):
@@ -169,16 +171,16 @@ class PickleCheck:
         if isinstance(key, _Tuple):
             self.key_elements += key.size
             if self.key_elements > TUPLE_KEYS:
-                raise ValueError(f"tuples of more than {TUPLE_KEYS} elements in all are keys of dictionaries")
+                raise UserError(f"tuples of more than {TUPLE_KEYS} elements in all are keys of dictionaries")
             for item in key.items:
                 self._check_key(item)
         elif isinstance(key, int) and abs(key) >= LARGEST_KEY or not isinstance(key, (str, int, type(None))):
-            raise ValueError("a key of a dictionary is neither a string, a number below 2 ** 60 nor a tuple of them")
+            raise UserError("a key of a dictionary is neither a string, a number below 2 ** 60 nor a tuple of them")
 
     def _reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         if type(function) is not _Global or not isinstance(arguments, _Tuple):
-            raise ValueError("it calls something that is not a global by its name")
+            raise UserError("it calls something that is not a global by its name")
         name, items = function.name, arguments.items
         if name in self.also:
             fits = self._moderate(arguments)
@@ -197,7 +199,7 @@ class PickleCheck:
         else:
             fits = name in REBUILD
         if not fits:
-            raise ValueError(f"it calls {name!r} with arguments that no checkpoint has")
+            raise UserError(f"it calls {name!r} with arguments that no checkpoint has")
         self.stack.append(_Made(name))
 
     def _moderate(self, arguments: _Tuple) -> bool:
@@ -210,26 +212,26 @@ class PickleCheck:
     def _new_object(self) -> None:
         arguments, kind = self.stack.pop(), self.stack.pop()
         if type(kind) is not _Global or not isinstance(arguments, _Tuple):
-            raise ValueError("it makes an object of something that is not a global by its name")
+            raise UserError("it makes an object of something that is not a global by its name")
         fits = self._moderate(arguments) if kind.name in self.also else kind.name == CONFIG_NODE and not arguments.items
         if not fits:
-            raise ValueError(f"it makes an object of {kind.name!r} with arguments that no checkpoint has")
+            raise UserError(f"it makes an object of {kind.name!r} with arguments that no checkpoint has")
         self.stack.append(_Made(kind.name))
 
     def _build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
         name = target.name if isinstance(target, _Made) else type(target).__name__.strip("_").lower()
         if name not in self.also and not (name in (CONFIG_NODE, "collections.OrderedDict") and isinstance(state, _Dict)):
-            raise ValueError(f"it sets the state of a {name}")
+            raise UserError(f"it sets the state of a {name}")
 
     def _persistent(self) -> None:
         identity = self.stack.pop()
         items = identity.items if isinstance(identity, _Tuple) else []
         if self.storage is None or len(items) not in (5, 6) or items[0] != "storage" or getattr(items[1], "name", "") not in STORAGES:
-            raise ValueError("a persistent id that is not a storage's")
+            raise UserError("a persistent id that is not a storage's")
         _, kind, key, location, count, *view = items
         if not isinstance(key, str) or not isinstance(location, str) or not isinstance(count, int) or count < 0:
-            raise ValueError("a persistent id that is not a storage's")
+            raise UserError("a persistent id that is not a storage's")
         self.storage(key, count * STORAGES[kind.name])
         self.stack.append(_Made("storage"))
 

@@ -190,7 +190,7 @@ def test_missing_and_hostile_files(tmp_path):
 def test_without_openmmlab_the_error_says_what_to_do():
     """Classification goes on without it."""
     code = "import sys; sys.modules['mmengine'] = None; import litv2, hilo; print('litv2 works'); import {}"
-    for module, prefix in (("litv2.mm_backbone", "ImportError"), ("litv2.mm_tools", "error")):
+    for module, prefix in (("litv2.mm_backbone", "ImportError"), ("litv2.openmmlab.commands", "error")):
         done = subprocess.run([sys.executable, "-c", code.format(module)], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 1 and "litv2 works" in done.stdout
         assert done.stderr.splitlines()[-1].startswith(prefix) and "make mm" in done.stderr

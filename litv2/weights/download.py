@@ -13,8 +13,6 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
@@ -22,7 +20,10 @@ from urllib.request import Request, urlopen
 
 import torch
 
-from .safe_file import check_format
+from ..errors import UserError
+from ..files import atomic_write, one_process
+from .formats import check_format
+from .releases import ZOO, lookup
 
 __all__ = ["cache_folder", "fetch"]
 
@@ -42,8 +43,6 @@ def fetch(source: str | Path) -> Path:
         OSError: the download failed; the message says where to put the file by hand.
         ValueError: the file is not the one that was first recorded for the URL, or is no checkpoint.
     """
-    from .zoo import ZOO, lookup  # here, since the zoo fetches
-
     text = str(source)
     if text.startswith(("http://", "https://")):
         return _cached(text)
@@ -67,7 +66,7 @@ def cache_folder() -> Path:
 def _cached(url: str) -> Path:
     name = unquote(urlsplit(url).path).rsplit("/", 1)[-1]
     if name in ("", ".", "..", LOCK):
-        raise ValueError(f"{url} does not end in the name of a file")
+        raise UserError(f"{url} does not end in the name of a file")
     path = cache_folder() / name
     if path.exists() and _is_as_recorded(url, path):  # nearly always: no lock is taken, so that the folder may be read-only
         return path
@@ -76,7 +75,7 @@ def _cached(url: str) -> Path:
         print(f"{path} is taken as it is: nothing can be recorded in its folder, which is read-only", file=sys.stderr)
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _one_process(path):
+    with one_process(path):
         if not path.exists():
             _download(url, path)
         elif not _is_as_recorded(url, path):
@@ -179,11 +178,11 @@ def _verify(url: str, file: Path, path: Path) -> None:
     lock = _lock()
     for other, record in lock.items():
         if other != url and record["file"] == path.name and path.exists():
-            raise ValueError(f"{path} is the file of {other}, not of {url}: move one of them away")
+            raise UserError(f"{path} is the file of {other}, not of {url}: move one of them away")
     digest = _sha256(file)
     known = lock.get(url)
     if known and digest != known["sha256"]:
-        raise ValueError(
+        raise UserError(
             f"{file} is not the file that was first recorded for {url}: SHA-256 {digest} instead of {known['sha256']}, "
             f"{file.stat().st_size} bytes instead of {known['size']}. Delete it to download again; if it is the right one, remove the "
             f"record of that URL from {cache_folder() / LOCK}"
@@ -205,16 +204,15 @@ def _lock() -> dict[str, dict]:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); correct or remove it") from error
+        raise UserError(f"{path} is damaged ({error}); correct or remove it") from error
 
 
 def _record(url: str, file: Path, digest: str, name: str | None = None) -> None:
     stat = file.stat()
-    with _one_process(cache_folder() / LOCK):
+    with one_process(cache_folder() / LOCK):
         lock = _lock() | {url: dict(file=name or file.name, size=stat.st_size, sha256=digest, mtime_ns=stat.st_mtime_ns)}
-        temporary = cache_folder() / f"{LOCK}.tmp"
-        temporary.write_text(json.dumps(lock, indent=2, sort_keys=True) + "\n")
-        os.replace(temporary, cache_folder() / LOCK)
+        with atomic_write(cache_folder() / LOCK) as draft:
+            draft.write_text(json.dumps(lock, indent=2, sort_keys=True) + "\n")
 
 
 def _sha256(file: Path) -> str:
@@ -228,16 +226,3 @@ def _note_of(part: Path) -> Path:
 
 def _reason(error: Exception) -> str:
     return str(getattr(error, "reason", "") or error) if not isinstance(error, HTTPError) else f"HTTP {error.code} {error.reason}"
-
-
-@contextmanager
-def _one_process(path: Path) -> Iterator[None]:
-    """Others that ask for the same file wait until it is there: all processes of torchrun on a node do."""
-    try:
-        import fcntl
-    except ImportError:  # Windows, where torchrun's processes would each download
-        yield
-        return
-    with open(path.with_name(f".{path.name}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -1,0 +1,127 @@
+"""LITv2 as the backbone of OpenMMLab's detectors and segmenters.
+
+Importing this file registers it, under the name LITv2, in mmengine's root registry, where mmdet, mmseg and their like
+all find it. In a configuration:
+
+    custom_imports = dict(imports=["litv2.mm_backbone"], allow_failed_imports=False)
+    model = dict(backbone=dict(_delete_=True, type="LITv2", drop_path_rate=0.2, out_norms=(1, 2, 3)))
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..layers import channels_first
+from ..model import LITv2
+from ..weights.download import fetch
+from ..weights.reading import read_checkpoint
+from ..weights.state_dict import find_weights, load_weights
+
+try:
+    from mmengine.logging import print_log
+    from mmengine.model import BaseModule
+    from mmengine.registry import MODELS
+except ImportError as error:
+    raise ImportError("detection and segmentation need OpenMMLab's packages; `make mm` installs them (README)") from error
+
+__all__ = ["LITv2Backbone"]
+
+
+@MODELS.register_module(name="LITv2")
+class LITv2Backbone(LITv2, BaseModule):
+    """The pyramid of LITv2: image (B, in_chans, H, W) -> maps (B, C, H / s, W / s) at the strides s = 4, 8, 16, 32.
+
+    The maps are taken after each stage, before its merging, and are views in the channels-last memory format, which
+    convolutions read without a copy.
+
+    Args:
+        out_indices: the stages, 0 to 3, whose maps are returned.
+        out_norms: those of them that are normalised by a LayerNorm ``norm{i}`` first. The published detectors have
+            (1, 2, 3), the segmenters (0, 1, 2, 3).
+        frozen_stages: -1 to train everything, 0 to freeze the patch embedding, n for the first n stages too, with their
+            mergings and norms. What is frozen gets no gradients and stays in evaluation mode.
+        norm_eval: keep all batch norms in evaluation mode.
+        with_cp: recompute blocks in the backward pass to save memory (gradient checkpointing).
+        init_cfg: ``dict(type="Pretrained", checkpoint=SOURCE)``: weights of a classifier, detector or segmenter, the release's
+            files or ours: a path, a URL or a name of the model zoo (:mod:`litv2.weights.releases`). They are read without running the file's
+            code and must fit: only the ``out_norms`` may be missing from the file and only the classifier's ``norm`` and ``head``
+            may be left over.
+        model: the arguments of :class:`litv2.LITv2`, without ``num_classes``. The defaults are those of LITv2-S.
+
+    Raises:
+        ValueError: arguments that do not fit together, or weights that do not fit the model.
+        FileNotFoundError: there is no checkpoint at the path.
+    """
+
+    def __init__(
+        self,
+        out_indices: tuple[int, ...] = (0, 1, 2, 3),
+        out_norms: tuple[int, ...] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        init_cfg: dict | None = None,
+        **model,
+    ):
+        super().__init__(num_classes=0, **model)
+        del self.norm, self.head_drop, self.head
+        stages = len(self.layers)
+        if not out_indices or list(out_indices) != sorted(set(out_indices) & set(range(stages))):
+            raise ValueError(f"LITv2: {out_indices=} must be some of the stages 0 to {stages - 1}, each once, in order")
+        if not set(out_norms) <= set(out_indices):
+            raise ValueError(f"LITv2: {out_norms=} must be among {out_indices=}: other maps are not returned")
+        if not -1 <= frozen_stages <= stages:
+            raise ValueError(f"LITv2: {frozen_stages=} must be -1 (none), 0 (the patch embedding) or a number of stages up to {stages}")
+        if init_cfg is not None and (init_cfg.get("type") != "Pretrained" or init_cfg.keys() != {"type", "checkpoint"}):
+            raise ValueError(f"LITv2: {init_cfg=} must be None or dict(type='Pretrained', checkpoint=PATH_URL_OR_NAME)")
+
+        self.out_indices = tuple(out_indices)
+        self.out_norms = tuple(out_norms)
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.init_cfg = init_cfg
+        for i in out_norms:
+            self.add_module(f"norm{i}", nn.LayerNorm(self.feature_info[i]["num_chs"]))
+        self.set_grad_checkpointing(with_cp)
+        for module in self._frozen():
+            module.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        maps = []
+        for i, tokens in enumerate(self._stages(x, last=self.out_indices[-1])):
+            if i in self.out_norms:
+                tokens = self.get_submodule(f"norm{i}")(tokens)
+            if i in self.out_indices:
+                maps.append(channels_first(tokens))
+        return tuple(maps)
+
+    def train(self, mode: bool = True) -> LITv2Backbone:
+        super().train(mode)
+        for module in self._frozen():
+            module.eval()
+        if self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+    def init_weights(self) -> None:
+        """Called by mmengine before training: takes the weights of ``init_cfg``; without one, those of the constructor stay."""
+        self._is_init = True
+        if self.init_cfg is None:
+            return
+        source = self.init_cfg["checkpoint"]
+        out_norms = {key for key in self.state_dict() if key.split(".")[0] in {f"norm{i}" for i in self.out_norms}}
+        weights = find_weights(read_checkpoint(fetch(source)))
+        left_over = {key for key in weights if key.startswith(("norm.", "head."))}
+        try:
+            notes = load_weights(self, weights, may_miss=out_norms, may_have=left_over)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+        print_log("\n  ".join([f"backbone weights from {source}", *notes]), logger="current")
+
+    def _frozen(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        norms = [self.get_submodule(f"norm{i}") for i in self.out_norms if i < self.frozen_stages]
+        return [self.patch_embed, *self.layers[: self.frozen_stages], *norms]

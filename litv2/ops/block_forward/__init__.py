@@ -1,0 +1,1 @@
+"""A whole block of the network in inference."""

@@ -1,0 +1,77 @@
+"""The architecture that a state dict was made with, from its shapes and the checkpoint's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..errors import UserError
+
+__all__ = ["described", "infer_arguments"]
+
+ALPHAS = (0.9, 0.5, 0.0, 1.0, 0.2, 0.4, 0.7)  # the published ones
+
+
+def infer_arguments(weights: dict[str, Tensor], config: dict | None = None) -> dict:
+    """The arguments of :class:`litv2.LITv2` that a state dict, as :func:`find_weights` gives it, was made with.
+
+    Shapes tell everything but HiLo's windows and, where they are not 32 channels wide, the heads: these come from the
+    checkpoint's ``config`` where it describes the same network, else they are the published ones: 2 in a stage with both kinds of
+    heads, plain attention (1) in a last stage with Lo-Fi heads alone. ``alpha`` is one that gives the same heads.
+
+    Raises:
+        ValueError: these are not the weights of a LITv2, or the number of heads is not known.
+    """
+    try:
+        embed_dim, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
+        places = {tuple(map(int, key.split(".")[1:4:2])) for key in weights if key.startswith("layers.") and ".blocks." in key}
+        depths = [sum(stage == i for stage, _ in places) for i in range(1 + max(stage for stage, _ in places))]
+        mlp_ratio = len(weights["layers.0.blocks.0.mlp.fc1.bias"]) / embed_dim
+    except (KeyError, ValueError) as error:
+        raise UserError(f"these are not the weights of a LITv2 ({error}); their names begin {sorted(weights)[:5]}") from error
+
+    lit = described(config, embed_dim, depths)
+    dims = [embed_dim * 2**i for i in range(len(depths))]
+    if lit is None and embed_dim % 32:
+        raise UserError(f"the heads of a model of {embed_dim} channels are not known: the checkpoint has no configuration that says")
+    num_heads = list(lit["NUM_HEADS"]) if lit else [dim // 32 for dim in dims]
+
+    def width(stage: int, name: str) -> int:
+        """Outputs of a projection of the stage's attention, 0 where there is none."""
+        weight = weights.get(f"layers.{stage}.blocks.0.attn.{name}.weight")
+        return 0 if weight is None else len(weight)
+
+    lofi = [width(i, "l_proj") * heads // dim for i, (heads, dim) in enumerate(zip(num_heads, dims))]
+    hifi = [width(i, "h_proj") * heads // dim for i, (heads, dim) in enumerate(zip(num_heads, dims))]
+    last = len(depths) - 1
+    windows = [0 if not low + high else 1 if i == last and not high else 2 for i, (low, high) in enumerate(zip(lofi, hifi))]
+    if lit:
+        windows = list(lit["LOCAL_WS"])
+    shares = [(heads, low) for heads, low, window in zip(num_heads, lofi, windows) if window > 1]
+    exact = [(low + 0.5) / heads if low < heads else 1.0 for heads, low in shares]  # the half keeps int() from rounding down
+    alpha = next((a for a in (*ALPHAS, *exact) if all(int(heads * a) == low for heads, low in shares)), None)
+    if alpha is None:
+        raise UserError(f"no alpha gives the Lo-Fi heads {[low for _, low in shares]} of {[heads for heads, _ in shares]} heads")
+    return dict(
+        in_chans=in_chans,
+        num_classes=len(weights["head.weight"]) if "head.weight" in weights else 0,
+        patch_size=patch_size,
+        embed_dim=embed_dim,
+        depths=tuple(depths),
+        num_heads=tuple(num_heads),
+        mlp_ratio=mlp_ratio,
+        qkv_bias=any(key.endswith((".l_q.bias", ".h_qkv.bias")) for key in weights),
+        local_ws=tuple(windows),
+        alpha=alpha,
+    )
+
+
+def described(config: dict | None, embed_dim: int, depths: Sequence[int]) -> dict | None:
+    """The section MODEL.LIT of a trainer's configuration, if it is of a network of these widths and depths."""
+    try:
+        lit = config["MODEL"]["LIT"]
+        same = lit["EMBED_DIM"] == embed_dim and list(lit["DEPTHS"]) == list(depths)
+        return lit if same and len(lit["NUM_HEADS"]) == len(lit["LOCAL_WS"]) == len(depths) else None
+    except (KeyError, TypeError):
+        return None
