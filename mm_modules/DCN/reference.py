@@ -86,7 +86,9 @@ def _weighted_gather(rows: Tensor, index: Tensor, factor: Tensor) -> Tensor:
     if rows.device.type == "cpu" and rows.dtype == factor.dtype and not (torch.compiler.is_compiling() or in_transform()):
         # One pass without temporaries, and faster. Low precision stays below: this would round the factors.
         return F.embedding_bag(index, rows, per_sample_weights=factor, mode="sum")
-    total = sum(rows.index_select(0, index[:, j]) * factor[:, j : j + 1] for j in range(index.shape[1]))
+    total = rows.index_select(0, index[:, 0]) * factor[:, :1]
+    for j in range(1, index.shape[1]):
+        total = total + rows.index_select(0, index[:, j]) * factor[:, j : j + 1]
     return total.to(rows.dtype)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -16,9 +17,12 @@ from mm_modules.dispatch import Backend, Operator
 
 from . import bfloat16, native
 
-__all__ = ["block"]
+if TYPE_CHECKING:
+    from ...layers import Block
 
-Forward = Callable[[nn.Module, Tensor], Tensor]
+    Forward = Callable[[Block, Tensor], Tensor]
+
+__all__ = ["block"]
 
 
 def block(parts: tuple[type[nn.Module], ...]) -> Callable[[Forward], Forward]:
@@ -33,7 +37,7 @@ def block(parts: tuple[type[nn.Module], ...]) -> Callable[[Forward], Forward]:
         operator = Operator("block", [native.backend(parts), bfloat16.backend(forward), Backend("torch", forward)])
 
         @wraps(forward)
-        def chosen(self: nn.Module, x: Tensor) -> Tensor:
+        def chosen(self: Block, x: Tensor) -> Tensor:
             return operator(self, x)
 
         return chosen

@@ -8,6 +8,7 @@ on the way. Activations stay bfloat16, and so does what is kept for the gradient
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +19,19 @@ from mm_modules import torch_state
 from mm_modules.dispatch import Backend
 from mm_modules.torch_state import compute_dtype, in_transform
 
+if TYPE_CHECKING:
+    from ...layers import Block
 
-def backend(forward: Callable[[nn.Module, Tensor], Tensor]) -> Backend:
-    def run(block: nn.Module, x: Tensor) -> Tensor:
+
+def backend(forward: Callable[[Block, Tensor], Tensor]) -> Backend:
+    def run(block: Block, x: Tensor) -> Tensor:
         with LinearInFloat32():
             return forward(block, x)
 
     return Backend("bfloat16-emulation", run, why_not, why_rather_not)
 
 
-def why_not(block: nn.Module, x: Tensor) -> str | None:
+def why_not(block: Block, x: Tensor) -> str | None:
     if type(x) is not Tensor:
         return f"it is for plain tensors, not for {type(x).__name__}"
     if x.device.type != "cpu":
@@ -39,7 +43,7 @@ def why_not(block: nn.Module, x: Tensor) -> str | None:
     return None
 
 
-def why_rather_not(block: nn.Module, x: Tensor) -> str | None:
+def why_rather_not(block: Block, x: Tensor) -> str | None:
     return None if torch_state.bfloat16_is_emulated() else "this processor has bfloat16 instructions, which torch uses"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,9 @@ from mm_modules.torch_state import has_global_hooks, has_hooks, is_watched
 from .. import native
 from ..packing import feed_forward_arguments, hilo_arguments
 
+if TYPE_CHECKING:
+    from ...layers import Block
+
 MIN_TOKENS = 512  # of a batch: below, packing the weights of a block costs more than it saves
 
 TORCH_PARTS = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Dropout)
@@ -19,7 +24,7 @@ TORCH_PARTS = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Dropout)
 def backend(parts: tuple[type[nn.Module], ...]) -> Backend:
     known = {*TORCH_PARTS, *parts}
 
-    def why_not(block: nn.Module, x: Tensor) -> str | None:
+    def why_not(block: Block, x: Tensor) -> str | None:
         """Whoever traces, counts operations or replaces a layer gets the plain modules, as with torch's own fast path for transformers."""
         if native.problem is not None:
             return native.problem
@@ -44,7 +49,7 @@ def backend(parts: tuple[type[nn.Module], ...]) -> Backend:
     return Backend("native", infer_block, why_not, why_rather_not)
 
 
-def why_rather_not(block: nn.Module, x: Tensor) -> str | None:
+def why_rather_not(block: Block, x: Tensor) -> str | None:
     tokens = x[..., 0].numel()
     return f"{tokens} tokens are too few to pack the weights for, below {MIN_TOKENS}" if tokens < MIN_TOKENS else None
 
@@ -65,7 +70,7 @@ def _why_not_plain(module: nn.Module, known: set[type[nn.Module]]) -> str | None
     return None
 
 
-def infer_block(block: nn.Module, x: Tensor) -> Tensor:
+def infer_block(block: Block, x: Tensor) -> Tensor:
     """The weights are packed anew each time: they may have changed."""
     if block.attn is not None:
         x = torch.ops.litv2.native_hilo(x, **hilo_arguments(block.attn, block.norm1))

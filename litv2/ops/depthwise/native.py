@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +35,8 @@ def why_not(x: Tensor, conv: nn.Conv2d) -> str | None:
         return f"it takes multiples of 16 channels, not {x.shape[-1]}"
     if has_hooks(conv):
         return "there are hooks on the convolution"
+    if conv.bias is None:
+        return "the convolution has no bias"
     if not torch.compiler.is_compiling() and is_watched():
         return "a dispatch mode or a transform of torch.func is at work"
     return None
@@ -45,7 +49,8 @@ def why_rather_not(x: Tensor, conv: nn.Conv2d) -> str | None:
 def depthwise_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
     x = x.to(compute_dtype(x))  # the operator computes in float32 and rounds the result to this
     weight = conv.weight.float().flatten(1).t().contiguous()  # (9, C)
-    return torch.ops.litv2.native_depthwise_gelu(x, weight, conv.bias.float())
+    bias = cast("Tensor", conv.bias).float()
+    return torch.ops.litv2.native_depthwise_gelu(x, weight, bias)
 
 
 BACKEND = Backend("native", depthwise_gelu, why_not, why_rather_not)
