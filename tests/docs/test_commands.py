@@ -68,9 +68,8 @@ def trainer(command: Command, patch: pytest.MonkeyPatch) -> None:
     """python main.py ... and torchrun ... main.py ...: the launcher's flags, the trainer's, and the configuration that they ask for."""
     words = command.words
     if words[0] == "torchrun":
-        launched = get_args_parser().parse_args(words[1:])
-        assert launched.training_script == "main.py"
-        words = ["python", launched.training_script, *launched.training_script_args]
+        launch = get_args_parser().parse_args(words[1:])
+        words = ["python", launch.training_script, *launch.training_script_args]
     assert (command.folder / words[1]).is_file()
     patch.chdir(command.folder)
     parse_args(words[2:])
@@ -79,6 +78,13 @@ def trainer(command: Command, patch: pytest.MonkeyPatch) -> None:
 def tool(command: Command, patch: pytest.MonkeyPatch) -> None:
     """python -m litv2 COMMAND ..."""
     parsed_by(lambda: runpy.run_module("litv2", run_name="__main__"), command.words[2:], command.folder, patch)
+
+
+def launched(command: Command, patch: pytest.MonkeyPatch) -> None:
+    """python -m torch.distributed.launch ... SCRIPT ..."""
+    launch = get_args_parser().parse_args(command.words[3:])
+    line = " ".join(["python", launch.training_script, *launch.training_script_args])
+    script(Command(command.document, command.folder, line), patch)
 
 
 def make(command: Command, patch: pytest.MonkeyPatch) -> None:
@@ -116,12 +122,13 @@ def elsewhere(test: str) -> Check:
 # The first that matches the whole line decides.
 RULES: list[tuple[str, Check]] = [
     (r"make \S+", make),
-    (r"pip install -r \S+|pip install \.|.* && pip install -r \S+", installed),
+    (r"pip install -r \S+|pip install (-e )?\.|.* && pip install -r \S+", installed),
     (r"python setup\.py build(_ext --inplace| install)?", setup),
     (r"(python|torchrun .*) ?main\.py .*", trainer),
     (r"python docs/figures/draw\.py", elsewhere("tests/docs/test_figures.py")),
     (r"python -m mm_modules\.DCN", elsewhere("tests/mm_modules/test_compiled.py")),
     (r"python -m litv2 .*", tool),
+    (r"python -m torch\.distributed\.launch .*", launched),
     (r"(bash )?tools/dist_(train|test)\.sh .*", dist_script),
     (r"python \S+\.py .*", script),
     (r"\.venv/bin/(python -m pytest -n 0|ruff check) \S+", developing),
