@@ -149,10 +149,10 @@ def _in_the_order_of_the_document(task: str) -> list[str]:
 def test_dense_models_in_short():
     for row in table("README.md", "Semantic FPN, mIoU"):
         variant = row["backbone"][-1].lower()
-        retinanet, mask_rcnn = (ZOO[f"{name}_litv2_{variant}_fpn_1x_coco"].figures for name in ("retinanet", "mask_rcnn"))
-        fpn = ZOO[f"litv2_{variant}_fpn_r50_512x512_80k_ade20k"].figures
-        expected = str(retinanet["box AP"]), f"{mask_rcnn['box AP']} / {mask_rcnn['mask AP']}", str(fpn["mIoU"])
-        assert tuple(row.values())[1:] == expected
+        detectors = [f"{name}_litv2_{variant}_fpn_1x_coco" for name in ("retinanet", "mask_rcnn")]
+        names = [*detectors, f"litv2_{variant}_fpn_r50_512x512_80k_ade20k"]
+        expected = [f"[{' / '.join(map(str, ZOO[name].figures.values()))}]({ZOO[name].url})" for name in names]
+        assert list(row.values())[1:] == expected
 
 
 def test_published_speed_and_accuracy(monkeypatch):
