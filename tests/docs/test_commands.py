@@ -106,6 +106,13 @@ def developing(command: Command, patch: pytest.MonkeyPatch) -> None:
     assert (command.folder / command.words[-1]).exists()
 
 
+def environment(command: Command, patch: pytest.MonkeyPatch) -> None:
+    """conda and docker are not here; tests/test_environments.py checks the files that they read."""
+    tested = (ROOT / "tests/test_environments.py").read_text(encoding="utf-8")
+    (name,) = (name for program, name in (("conda", "environment.yml"), ("docker", "Dockerfile")) if program == command.words[0])
+    assert (command.folder / name).is_file() and name in tested
+
+
 def elsewhere(test: str) -> Check:
     """Run as it is written in another file of tests."""
 
@@ -120,6 +127,7 @@ def elsewhere(test: str) -> Check:
 RULES: list[tuple[str, Check]] = [
     (r"make \S+", make),
     (r"pip install -r \S+|pip install (-e )?\.|.* && pip install -r \S+", installed),
+    (r"conda env create --file environment\.yml|docker build .*", environment),
     (r"python setup\.py build(_ext --inplace| install)?", setup),
     (r"(python|torchrun .*) ?main\.py .*", trainer),
     (r"python docs/figures/draw\.py", elsewhere("tests/docs/test_figures.py")),

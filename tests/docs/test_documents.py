@@ -174,7 +174,7 @@ def test_citation():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert citation["cff-version"] == "1.2.0" and citation["license"] == "Apache-2.0"
-    assert citation["version"] == project.get("version", litv2.__dict__.get("__version__"))
+    assert citation["version"] == project.get("version", getattr(litv2, "__version__", None))
     papers = [citation["preferred-citation"], *citation["references"]]
     entries = blocks("README.md", "bibtex")
     assert len(papers) == len(entries) == 2
