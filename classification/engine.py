@@ -200,13 +200,13 @@ def evaluate(
         sums[1] += top[:, 0].sum().item()
         sums[2] += top.any(dim=1).sum().item()
         sums[3] += F.cross_entropy(logits, targets, reduction="sum").item()
-    count, top1, top5, loss, unreadable = distributed.all_sum([*sums, float(unreadable)], device)
-    if expected is not None and count + unreadable != expected:
-        raise RuntimeError(f"evaluation saw {count:.0f} images (+ {unreadable:.0f} unreadable), the data set has {expected}")
+    count, top1, top5, loss, left_out = distributed.all_sum([*sums, float(unreadable)], device)
+    if expected is not None and count + left_out != expected:
+        raise RuntimeError(f"evaluation saw {count:.0f} images (+ {left_out:.0f} unreadable), the data set has {expected}")
     if count == 0:
         raise UserError("evaluation saw no images: the validation set is empty, or none of it can be read")
-    if unreadable:
-        log(f"evaluation leaves out {unreadable:.0f} unreadable images of {expected}")
+    if left_out:
+        log(f"evaluation leaves out {left_out:.0f} unreadable images of {expected}")
     return dict(top1=100 * top1 / count, top5=100 * top5 / count, loss=loss / count, images=int(count))
 
 
@@ -227,7 +227,7 @@ def _agreeing(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
     """Ends for all ranks when it ends for one: a rank alone would wait for the others' gradients for ever."""
     while True:
         batch = next(batches, None)
-        if distributed.all_sum([float(batch is None)], device)[0]:
+        if distributed.all_sum([float(batch is None)], device)[0] or batch is None:
             return
         yield batch
 

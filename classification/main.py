@@ -17,11 +17,13 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # litv2 and hilo of this checkout, installed or not
 
 import timm
 import torch
+from torch import nn
 from yacs.config import CfgNode
 
 import checkpoint
@@ -76,7 +78,9 @@ def main(argv: list[str] | None = None) -> int:
 def throughput(config: CfgNode, precision: Precision, folder: Path, log: logging.Logger) -> int:
     """Times the model of the configuration, with random weights."""
     size, device = config.DATA.IMG_SIZE, precision.device
-    model = build_model(config, config.MODEL.NUM_CLASSES if config.MODEL.NUM_CLASSES > 0 else 1000).to(device)
+    model: nn.Module = build_model(config, config.MODEL.NUM_CLASSES if config.MODEL.NUM_CLASSES > 0 else 1000).to(device)
+    if config.COMPILE:
+        model = cast(nn.Module, torch.compile(model))
     images = torch.randn(config.DATA.BATCH_SIZE, config.MODEL.LIT.IN_CHANS, size, size, device=device)
     result = dict(
         model=config.MODEL.NAME,
@@ -86,7 +90,7 @@ def throughput(config: CfgNode, precision: Precision, folder: Path, log: logging
         amp=precision.mode,
         compile=config.COMPILE,
         torch=str(torch.__version__),
-        **measure_throughput(torch.compile(model) if config.COMPILE else model, images, precision),
+        **measure_throughput(model, images, precision),
     )
     if distributed.rank() == 0:
         for key, value in result.items():
@@ -105,7 +109,7 @@ def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: 
     num_classes = _check_classes(config, loaders, resumed)
     seed_everything(config.SEED)  # the same weights on every rank
     # The layout that convolutions compute gradients in, else DDP copies them. Names, shapes and values stay.
-    model = build_model(config, num_classes).to(precision.device, memory_format=torch.channels_last)
+    model = build_model(config, num_classes).to(precision.device).to(memory_format=torch.channels_last)
     if config.MODEL.PRETRAINED and resumed is not None:
         log.info(f"the weights come from the checkpoint, not from MODEL.PRETRAINED={config.MODEL.PRETRAINED}")
     elif config.MODEL.PRETRAINED:

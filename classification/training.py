@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
+from typing import cast
 
 import numpy as np
 import PIL
@@ -26,6 +27,7 @@ import distributed
 import engine
 from config import to_dict
 from data import build_mixup
+from data.dataset import ImageDataset, StreamingDataset
 from data.loader import BadFiles, Loaders
 from litv2 import LITv2
 from litv2.errors import UserError
@@ -69,7 +71,7 @@ class Training:
         seed_everything(config.SEED + 1000 + distributed.rank())
         self._random_states: list[dict] | None = None
 
-        runner = torch.compile(model) if config.COMPILE else model
+        runner: nn.Module = cast(nn.Module, torch.compile(model)) if config.COMPILE else model
         if distributed.world_size() > 1:
             ids = [precision.device] if precision.device.type == "cuda" else None
             runner = DistributedDataParallel(runner, device_ids=ids)
@@ -124,8 +126,10 @@ class Training:
         sampler = self.loaders.sampler
         if sampler is not None:
             sampler.epoch, sampler.skip = progress.epoch, progress.step * sampler.batch_size
-        elif hasattr(self.loaders.train.dataset.dataset, "set_epoch"):
-            self.loaders.train.dataset.dataset.set_epoch(progress.epoch)
+        else:
+            reader = cast(StreamingDataset, self.loaders.train.dataset).dataset
+            if hasattr(reader, "set_epoch"):
+                reader.set_epoch(progress.epoch)
         bar = tqdm(
             desc=f"epoch {progress.epoch + 1}/{config.TRAIN.EPOCHS}", total=steps, initial=progress.step, unit="step",
             dynamic_ncols=True, leave=False, disable=distributed.rank() != 0 or not sys.stderr.isatty(),
@@ -179,9 +183,8 @@ class Training:
             curves, predictions = self.folder / "curves.png", self.folder / "predictions.png"
             plot_curves(read_metrics(self.folder), self.updates_per_epoch, curves)
             if self.loaders.sampler is not None:  # a streaming reader has no image number 7
-                plot_predictions(
-                    self.evaluated_model, self.loaders.val.dataset, self.loaders.class_names, self.config, self.step.precision, predictions
-                )
+                images = cast(ImageDataset, self.loaders.val.dataset)
+                plot_predictions(self.evaluated_model, images, self.loaders.class_names, self.config, self.step.precision, predictions)
             last = [row for row in read_metrics(self.folder) if row["kind"] == "val"][-1]
             rows = [
                 ("images", f"{last['images']} of validation, {len(self.loaders.class_names)} classes"),
