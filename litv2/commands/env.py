@@ -6,7 +6,7 @@ import argparse
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -56,7 +56,7 @@ def _machine() -> Iterator[tuple[str, str]]:
             yield package, "not installed"
 
 
-def _cases() -> Iterator[tuple[str, str, tuple, object]]:
+def _cases() -> Iterator[tuple[str, str, tuple, AbstractContextManager]]:
     """(operator, words, arguments, context): one image through the third stage of LITv2-S, as people run it."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:
