@@ -6,6 +6,7 @@ from .inference.fused import fuse
 from .model import LITv2, litv2_base, litv2_medium, litv2_small
 from .timm_bridge.hook import register_with_timm
 
-__all__ = ["LITv2", "create_model", "fuse", "litv2_base", "litv2_medium", "litv2_small", "optimize"]
+__version__ = "0.1.0"
+__all__ = ["LITv2", "__version__", "create_model", "fuse", "litv2_base", "litv2_medium", "litv2_small", "optimize"]
 
 register_with_timm()

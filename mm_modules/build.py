@@ -1,1 +1,160 @@
-"""Compiles the extensions (to come)."""
+"""Compiles the extensions: what ``python -m litv2 build`` and the two ``setup.py`` have in common.
+
+They are built against the torch of this environment: with their CPU kernels always, and, where there are CUDA sources, with those
+where that torch has CUDA and nvcc is found (no GPU is needed). CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS are respected;
+LITV2_DCN_CUDA=0 leaves the CUDA kernels out. Linux and macOS, GCC or clang. Nothing here imports torch before it is asked to.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+__all__ = ["compiler_tag", "setup_arguments", "version", "why_no_cuda", "why_not"]
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS = {
+    "mm_modules.DCN._C": ["-O3"],
+    "litv2.ops._C": ["-O3", "-ffp-contract=fast", "-Wno-psabi"],
+}
+# Without debugging symbols, which are most of a library. Compiled with -fopenmp (at::parallel_for is serial without) but linked
+# without: the symbols come from torch's own OpenMP runtime. A second one would bring a second pool of threads.
+COMMON_FLAGS = ["-g0"] if sys.platform == "darwin" else ["-g0", "-fopenmp"]
+
+
+def version() -> str:
+    """``litv2.__version__``, without an import of the package."""
+    return re.search(r'^__version__ = "(.+)"', (ROOT / "litv2/__init__.py").read_text(), re.M)[1]
+
+
+def why_not() -> str | None:
+    """What is missing for a build, and how to get it; None if nothing is."""
+    if sys.platform == "win32":
+        return "the extensions are compiled with GCC or clang on Linux and macOS, not on Windows"
+    for package in ("torch", "setuptools"):
+        if importlib.util.find_spec(package) is None:
+            return f"{package} must be installed first: pip install {package}"
+    if shutil.which(_compiler()[0]) is None:
+        return (
+            f"no C++ compiler: {_compiler()[0]} was not found. Install GCC or clang (Debian, Ubuntu: apt install g++; "
+            "macOS: xcode-select --install), or name yours in CXX"
+        )
+    torch = Path(importlib.util.find_spec("torch").origin).parent
+    if not (torch / "include/torch/csrc/api/include/torch/version.h").is_file():
+        return f"the torch in {torch} comes without its C++ headers; pip's and conda's have them"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "Python's C headers are missing (Debian, Ubuntu: apt install python3-dev)"
+    return None
+
+
+def compiler_tag(name: str) -> str:
+    """The compilers of an extension, with their versions, as part of a file name."""
+    lines = subprocess.run([*_compiler(), "--version"], capture_output=True, text=True).stdout.splitlines()
+    tag = re.sub(r"[^\w.+]+", "-", lines[0] if lines else _compiler()[0])
+    return f"{tag}-cuda" if _cuda_sources(name) and why_no_cuda() is None else tag
+
+
+def setup_arguments(name: str) -> dict:
+    """``ext_modules`` and ``cmdclass`` of setuptools.setup(), which must run in the folder of the package."""
+    if (problem := why_not()) is not None:
+        sys.exit(f"{name}: {problem}")
+    cuda_sources = _cuda_sources(name)
+    if cuda_sources and why_no_cuda() is None:
+        os.environ["CUDA_HOME"] = str(_cuda_home())  # read when torch.utils.cpp_extension is imported
+    os.environ["PATH"] += f"{os.pathsep}{Path(sys.executable).parent}"  # for the ninja of this environment
+
+    import torch
+    from torch.utils import cpp_extension
+
+    if cuda_sources and not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
+        os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;8.6;9.0+PTX"  # Ampere to Hopper, and by PTX what came later
+
+    def extension(with_cuda: bool):
+        # Relative to the folder: setuptools takes no others.
+        csrc = Path("csrc")
+        arguments = dict(
+            depends=[str(path) for path in sorted((*csrc.glob("*.h"), *csrc.glob("*.inl"), ROOT / "mm_modules/DCN/csrc/sample.h"))],
+            include_dirs=[str(ROOT / "mm_modules/DCN/csrc")],
+        )
+        flags = {"cxx": [*FLAGS[name], *COMMON_FLAGS]}
+        files = [str(path) for path in sorted(csrc.glob("*.cpp"))]
+        if not with_cuda:
+            return cpp_extension.CppExtension(name, files, extra_compile_args=flags, **arguments)
+        flags["cxx"].append("-DDCN_WITH_CUDA")
+        flags["nvcc"] = ["-O3"]
+        return cpp_extension.CUDAExtension(name, [*files, *cuda_sources], extra_compile_args=flags, **arguments)
+
+    class BuildExtension(cpp_extension.BuildExtension):
+        """Falls back to the CPU kernels where the CUDA kernels do not build, and says at the end what was built."""
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **{**kwargs, "use_ninja": cpp_extension.is_ninja_available()})
+
+        def run(self) -> None:
+            reason = why_no_cuda()
+            compiler, inplace = self.compiler, self.inplace  # the run changes both, and puts nothing back when it fails
+            try:
+                super().run()
+            except Exception as error:  # the compiler has printed its own message
+                if not cuda_sources or reason is not None:
+                    raise
+                reason = f"they do not compile ({type(error).__name__} above)"
+                self.compiler, self.inplace = compiler, inplace
+                vars(self.extensions[0]).update(vars(extension(with_cuda=False)))  # setuptools' own marks on it stay
+                super().run()
+            kernels = "CPU kernels" if not cuda_sources else "CPU and CUDA kernels"
+            if cuda_sources and reason is not None:
+                kernels = f"CPU kernels, no CUDA kernels: {reason}"
+            print(f"{name} for torch {torch.__version__}: {kernels}")
+
+    with_cuda = bool(cuda_sources) and why_no_cuda() is None
+    return dict(ext_modules=[extension(with_cuda)], cmdclass={"build_ext": BuildExtension})
+
+
+@cache
+def why_no_cuda() -> str | None:
+    """The reason not to build the CUDA kernels, or None."""
+    import torch
+
+    home = _cuda_home()
+    if os.environ.get("LITV2_DCN_CUDA") == "0":
+        return "LITV2_DCN_CUDA=0"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    if home is None or not (home / "bin" / "nvcc").is_file():
+        return f"no nvcc in {home / 'bin'}" if home else "no CUDA toolkit was found; CUDA_HOME names one"
+    answer = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.\d+", answer)
+    if release is None or release[1] != torch.version.cuda.split(".")[0]:
+        return f"nvcc in {home} is {release[0] if release else 'unreadable'}, but torch was built with CUDA {torch.version.cuda}"
+    return None
+
+
+def _cuda_home() -> Path | None:
+    """The CUDA toolkit: CUDA_HOME, else where the nvcc on PATH says that it lives, else the usual folder."""
+    if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return Path(home)
+    if nvcc := shutil.which("nvcc"):  # possibly a wrapper: its own word counts, not its place
+        dry_run = subprocess.run([nvcc, "--dryrun", "-c", "none.cu"], capture_output=True, text=True)
+        if here := re.search(r"_HERE_=(\S+)", dry_run.stderr):
+            return Path(here[1]).parent
+    usual = Path("/usr/local/cuda")
+    return usual if usual.is_dir() else None
+
+
+def _cuda_sources(name: str) -> list[str]:
+    """Relative to the folder of the package."""
+    folder = ROOT.joinpath(*name.split(".")[:-1])
+    return [str(path.relative_to(folder)) for path in sorted(folder.glob("csrc/*.cu"))]
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX") or "") or ["c++"]

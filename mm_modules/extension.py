@@ -102,6 +102,12 @@ def _cached(name: str) -> list[Path]:
 
 def _import(name: str, library: Path) -> str | None:
     """Makes the library the module ``name``. Returns the error, None if there was none."""
+    # Another version's library may well load, and crash later: ask the file first. Its module's documentation has this text.
+    marker, version = b"built for torch ", re.match(r"\d+\.\d+\.\d+", torch.__version__)[0]
+    content = library.read_bytes()
+    if marker in content and marker + version.encode() + b"." not in content:
+        at = content.index(marker) + len(marker)
+        return f"it is for torch {content[at : content.index(0, at) - 1].decode()}, not {version}"
     spec = importlib.util.spec_from_file_location(name, library)
     try:
         module = importlib.util.module_from_spec(spec)
