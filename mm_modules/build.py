@@ -7,6 +7,7 @@ LITV2_DCN_CUDA=0 leaves the CUDA kernels out. Linux and macOS, GCC or clang. Not
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import re
@@ -18,13 +19,14 @@ import sysconfig
 from functools import cache
 from pathlib import Path
 
-__all__ = ["compiler_tag", "setup_arguments", "version", "why_no_cuda", "why_not"]
+__all__ = ["compiler_tag", "folder_of", "identity", "setup_arguments", "sources_digest", "version", "why_no_cuda", "why_not"]
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]  # of the importable packages, in a checkout or in site-packages
 FLAGS = {
     "mm_modules.DCN._C": ["-O3"],
     "litv2.ops._C": ["-O3", "-ffp-contract=fast", "-Wno-psabi"],
 }
+SAMPLE = "mm_modules/DCN/csrc/sample.h"  # of the one, and included by the other
 # Without debugging symbols, which are most of a library. Compiled with -fopenmp (at::parallel_for is serial without) but linked
 # without: the symbols come from torch's own OpenMP runtime. A second one would bring a second pool of threads.
 COMMON_FLAGS = ["-g0"] if sys.platform == "darwin" else ["-g0", "-fopenmp"]
@@ -33,6 +35,30 @@ COMMON_FLAGS = ["-g0"] if sys.platform == "darwin" else ["-g0", "-fopenmp"]
 def version() -> str:
     """``litv2.__version__``, without an import of the package."""
     return re.search(r'^__version__ = "(.+)"', (ROOT / "litv2/__init__.py").read_text(), re.M)[1]
+
+
+def folder_of(name: str) -> Path:
+    """The folder of an extension's package."""
+    return ROOT.joinpath(*name.split(".")[:-1])
+
+
+@cache
+def sources_digest(name: str) -> str:
+    """Of what an extension is compiled from: its csrc/, the arithmetic of deformable samples, which both share, and the flags.
+    Empty where the sources are not installed.
+    """
+    files = sorted(folder_of(name).glob("csrc/*.*"))
+    if not files:
+        return ""
+    digest = hashlib.sha256(repr((FLAGS[name], COMMON_FLAGS)).encode())
+    for path in [*files, ROOT / SAMPLE]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def identity(torch_version: str, digest: str) -> str:
+    """What the documentation of an extension's module ends with, in csrc/ (the one with ``PyInit__C``) as here."""
+    return f"built for torch {torch_version} from the sources {digest}."
 
 
 def why_not() -> str | None:
@@ -62,35 +88,34 @@ def compiler_tag(name: str) -> str:
     return f"{tag}-cuda" if _cuda_sources(name) and why_no_cuda() is None else tag
 
 
-def setup_arguments(name: str) -> dict:
-    """``ext_modules`` and ``cmdclass`` of setuptools.setup(), which must run in the folder of the package."""
+def setup_arguments(*names: str) -> dict:
+    """``ext_modules`` and ``cmdclass`` for setuptools.setup(), which runs in the present folder."""
     if (problem := why_not()) is not None:
-        sys.exit(f"{name}: {problem}")
-    cuda_sources = _cuda_sources(name)
-    if cuda_sources and why_no_cuda() is None:
+        sys.exit(f"{', '.join(names)}: {problem}")
+    if any(map(_cuda_sources, names)) and why_no_cuda() is None:
         os.environ["CUDA_HOME"] = str(_cuda_home())  # read when torch.utils.cpp_extension is imported
     os.environ["PATH"] += f"{os.pathsep}{Path(sys.executable).parent}"  # for the ninja of this environment
 
     import torch
     from torch.utils import cpp_extension
 
-    if cuda_sources and not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
         os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;8.6;9.0+PTX"  # Ampere to Hopper, and by PTX what came later
 
-    def extension(with_cuda: bool):
-        # Relative to the folder: setuptools takes no others.
-        csrc = Path("csrc")
-        arguments = dict(
-            depends=[str(path) for path in sorted((*csrc.glob("*.h"), *csrc.glob("*.inl"), ROOT / "mm_modules/DCN/csrc/sample.h"))],
-            include_dirs=[str(ROOT / "mm_modules/DCN/csrc")],
-        )
-        flags = {"cxx": [*FLAGS[name], *COMMON_FLAGS]}
+    def extension(name: str, with_cuda: bool):
+        csrc = Path(os.path.relpath(folder_of(name) / "csrc"))  # setuptools takes no absolute paths
         files = [str(path) for path in sorted(csrc.glob("*.cpp"))]
+        flags = {"cxx": [*FLAGS[name], *COMMON_FLAGS, f"-DLITV2_SOURCES={sources_digest(name)}"]}
+        arguments = dict(
+            depends=[str(path) for path in sorted((*csrc.glob("*.h"), *csrc.glob("*.inl"), ROOT / SAMPLE))],
+            include_dirs=[str((ROOT / SAMPLE).parent)],
+            extra_compile_args=flags,
+        )
         if not with_cuda:
-            return cpp_extension.CppExtension(name, files, extra_compile_args=flags, **arguments)
+            return cpp_extension.CppExtension(name, files, **arguments)
         flags["cxx"].append("-DDCN_WITH_CUDA")
         flags["nvcc"] = ["-O3"]
-        return cpp_extension.CUDAExtension(name, [*files, *cuda_sources], extra_compile_args=flags, **arguments)
+        return cpp_extension.CUDAExtension(name, [*files, *(str(csrc / file) for file in _cuda_sources(name))], **arguments)
 
     class BuildExtension(cpp_extension.BuildExtension):
         """Falls back to the CPU kernels where the CUDA kernels do not build, and says at the end what was built."""
@@ -104,19 +129,21 @@ def setup_arguments(name: str) -> dict:
             try:
                 super().run()
             except Exception as error:  # the compiler has printed its own message
-                if not cuda_sources or reason is not None:
+                if reason is not None or not any(map(_cuda_sources, names)):
                     raise
                 reason = f"they do not compile ({type(error).__name__} above)"
                 self.compiler, self.inplace = compiler, inplace
-                vars(self.extensions[0]).update(vars(extension(with_cuda=False)))  # setuptools' own marks on it stay
+                for each in self.extensions:
+                    vars(each).update(vars(extension(each.name, with_cuda=False)))  # setuptools' own marks on it stay
                 super().run()
-            kernels = "CPU kernels" if not cuda_sources else "CPU and CUDA kernels"
-            if cuda_sources and reason is not None:
-                kernels = f"CPU kernels, no CUDA kernels: {reason}"
-            print(f"{name} for torch {torch.__version__}: {kernels}")
+            for name in names:
+                kernels = "CPU kernels" if not _cuda_sources(name) else "CPU and CUDA kernels"
+                if _cuda_sources(name) and reason is not None:
+                    kernels = f"CPU kernels, no CUDA kernels: {reason}"
+                print(f"{name} for torch {torch.__version__}: {kernels}")
 
-    with_cuda = bool(cuda_sources) and why_no_cuda() is None
-    return dict(ext_modules=[extension(with_cuda)], cmdclass={"build_ext": BuildExtension})
+    extensions = [extension(name, bool(_cuda_sources(name)) and why_no_cuda() is None) for name in names]
+    return dict(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})
 
 
 @cache
@@ -151,9 +178,8 @@ def _cuda_home() -> Path | None:
 
 
 def _cuda_sources(name: str) -> list[str]:
-    """Relative to the folder of the package."""
-    folder = ROOT.joinpath(*name.split(".")[:-1])
-    return [str(path.relative_to(folder)) for path in sorted(folder.glob("csrc/*.cu"))]
+    """Their names in csrc/."""
+    return [path.name for path in sorted(folder_of(name).glob("csrc/*.cu"))]
 
 
 def _compiler() -> list[str]:

@@ -10,8 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mm_modules.build import compiler_tag, why_not
-from mm_modules.extension import ROOT, SUFFIX, cached_library
+from mm_modules.build import compiler_tag, folder_of, why_not
+from mm_modules.extension import SUFFIX, cached_library
 
 from ..errors import UserError
 from ..files import atomic_write, one_process
@@ -38,14 +38,14 @@ def run(args: argparse.Namespace) -> None:
             if args.force or not library.is_file():
                 _compile(name, library)
         print(library)
-        in_place = ROOT.joinpath(*name.split(".")[:-1]) / f"_C{SUFFIX}"
+        in_place = folder_of(name) / f"_C{SUFFIX}"
         if in_place.is_file():
             print(f"where it fits, {in_place} takes precedence: it was built in place")
 
 
 def _compile(name: str, library: Path) -> None:
     """By the setup.py of the package, in a process and a folder of their own."""
-    folder = ROOT.joinpath(*name.split(".")[:-1])
+    folder = folder_of(name)
     with tempfile.TemporaryDirectory(prefix="litv2-build-") as work:
         print(f"compiling {name}: a minute, more or less", file=sys.stderr, flush=True)
         command = [sys.executable, folder / "setup.py", "build_ext", "--build-lib", f"{work}/lib", "--build-temp", f"{work}/temp"]
