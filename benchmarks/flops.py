@@ -37,7 +37,8 @@ from litv2.factory import create_model
 from litv2.layers import Block, DeformableTokenMerging, DepthwiseConv, PatchEmbed
 from litv2.model import LITv2
 from litv2.weights.releases import ZOO, Release
-from mm_modules.DCN import DeformConv2dPack, deform_conv
+from mm_modules.DCN import DeformConv2dPack
+from mm_modules.dispatch import use
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,9 +51,9 @@ def main() -> None:
     flags.add_argument("--only", nargs="+", default=TASKS, choices=TASKS, help="default: all that the installed packages allow")
     args = flags.parse_args()
     warnings.filterwarnings("ignore")
-    deform_conv.backend = "torch"  # of plain operations, which every counter sees
     tasks = [task for task in args.only if task == "classification" or mm_packages()]
-    rows = [row(entry) for entry in ZOO.values() if entry.task in tasks]
+    with use(deform_conv2d="torch"):  # plain operations, which every counter sees
+        rows = [row(entry) for entry in ZOO.values() if entry.task in tasks]
     if not rows:
         raise SystemExit("error: nothing is left to count")
     publish(rows, args.out, "G multiply-adds of one image", plot)

@@ -95,8 +95,9 @@ def test_what_the_wheel_holds(wheel):
     assert "litv2 = litv2.__main__:main" in metadata
     expected = {"hilo.py"}
     for package in ("litv2", "mm_modules"):
-        files = [path for path in (ROOT / package).rglob("*") if path.is_file() and not {"__pycache__", "build"} & set(path.parts)]
-        expected |= {path.relative_to(ROOT).as_posix() for path in files if path.suffix in (".py", ".typed") or path.parent.name == "csrc"}
+        files = [path.relative_to(ROOT) for path in (ROOT / package).rglob("*") if path.is_file()]
+        files = [path for path in files if not {"__pycache__", "build"} & set(path.parent.parts)]
+        expected |= {path.as_posix() for path in files if path.suffix in (".py", ".typed") or path.parent.name == "csrc"}
     assert names == expected
     assert {"litv2/py.typed", "mm_modules/py.typed", "mm_modules/DCN/csrc/kernels_cuda.cu", "litv2/ops/csrc/kernels.inl"} <= names
 

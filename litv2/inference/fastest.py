@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import ops as native
 from ..model import LITv2
+from ..ops import native
 from .fused import fuse
 from .packed import native_form
 

@@ -43,9 +43,9 @@ class LITv2Backbone(LITv2, BaseModule):
         norm_eval: keep all batch norms in evaluation mode.
         with_cp: recompute blocks in the backward pass to save memory (gradient checkpointing).
         init_cfg: ``dict(type="Pretrained", checkpoint=SOURCE)``: weights of a classifier, detector or segmenter, the release's
-            files or ours: a path, a URL or a name of the model zoo (:mod:`litv2.weights.releases`). They are read without running the file's
-            code and must fit: only the ``out_norms`` may be missing from the file and only the classifier's ``norm`` and ``head``
-            may be left over.
+            files or ours: a path, a URL or a name of the model zoo (:mod:`litv2.weights.releases`). They are read without running
+            the file's code and must fit: only the ``out_norms`` may be missing from the file and only the classifier's ``norm`` and
+            ``head`` may be left over.
         model: the arguments of :class:`litv2.LITv2`, without ``num_classes``. The defaults are those of LITv2-S.
 
     Raises:

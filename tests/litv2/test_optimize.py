@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from helpers import TINY, fill, max_difference, normal, tiny_model
 from litv2 import LITv2, optimize
-from litv2 import ops as native
 from litv2.inference import fastest
 from litv2.inference.fastest import FORMS, Optimized, make_form
+from litv2.ops import native
 
 optimizer = fastest
 needs_native = pytest.mark.skipif(native.problem is not None, reason=f"the native operators: {native.problem}")

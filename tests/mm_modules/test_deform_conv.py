@@ -14,15 +14,16 @@ from torch.export import Dim, export
 
 from helpers import ROOT, max_difference
 from mm_modules.DCN import DeformConv2dPack, deform_conv, deform_conv2d, reference
+from mm_modules.dispatch import use
 
 
-@pytest.fixture(params=deform_conv.BACKENDS)
-def backend(request, monkeypatch):
+@pytest.fixture(params=["compiled", "torchvision", "torch"])
+def backend(request):
     """``deform_conv2d`` computed by this backend."""
-    if problem := deform_conv.BACKENDS[request.param].problem:
-        pytest.skip(f"the {request.param} backend {problem}")
-    monkeypatch.setattr(deform_conv, "backend", request.param)
-    return request.param
+    if problem := deform_conv.operator.backends[request.param].why_not(torch.zeros(1, 1, 1, 1)):
+        pytest.skip(f"the backend {request.param}: {problem}")
+    with use(deform_conv2d=request.param):
+        yield request.param
 
 
 def slow_deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask):
@@ -182,15 +183,15 @@ def test_wild_offsets_in_a_process_of_its_own():
     """The input that kills torchvision's operator, and noise of NaN everywhere: a crash here would end pytest itself."""
     code = """
 import torch
-from mm_modules.DCN.deform_conv import BACKENDS
+from mm_modules.DCN.deform_conv import operator
 x, offset, weight = torch.randn(1, 3, 57, 57), torch.zeros(1, 8, 28, 28), torch.randn(4, 3, 2, 2)
 offset[0, 0, 3, 3] = float("nan")
 for noise in (offset, torch.full_like(offset, float("nan")), torch.randn_like(offset) * 1e20):
-    for backend in BACKENDS.values():
-        if backend.problem:
+    for backend in operator.backends.values():
+        if backend.name == "onnx" or backend.why_not(x):
             continue
         y = noise.clone().requires_grad_()
-        backend.deform_conv2d(x, y, weight, None, (2, 2), (0, 0), (1, 1), None).nansum().backward()
+        backend.run(x, y, weight, None, (2, 2), (0, 0), (1, 1), None).nansum().backward()
 print("alive")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

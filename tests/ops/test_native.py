@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from helpers import TINY, fill, golden, golden_arrays, max_difference, normal, tiny_model
 from litv2 import litv2_small
-from litv2 import ops as native
 from litv2.inference.packed import NativePatchEmbed, Operator, native_block, native_form
 from litv2.layers import Block, DeformableTokenMerging, PatchEmbed
+from litv2.ops.block_forward.native import infer_block
 from litv2.ops.packing import feed_forward_arguments, hilo_arguments, patch_embed_arguments, token_merging_arguments
 from native_helpers import close, in_float64
 
@@ -45,7 +45,7 @@ def make_block(*args, **kwargs) -> Block:
 
 
 def forms_of(block: Block) -> list:
-    return [lambda x: native.infer_block(block, x), native_block(block)]
+    return [lambda x: infer_block(block, x), native_block(block)]
 
 
 @pytest.mark.parametrize("window, alpha", [(0, 0.5), (1, 0.5), *product((2, 3, 4, 7), (0, 0.3, 0.5, 0.9, 1))])
@@ -122,11 +122,11 @@ def test_nan_is_not_lost(window, alpha):
     x = normal(0, 3, 6, 8, 32)
     bad = x.clone()
     bad[1, 2, 3, 4] = NAN
-    ours, theirs = native.infer_block(block, bad).isnan(), block(bad).isnan()
+    ours, theirs = infer_block(block, bad).isnan(), block(bad).isnan()
     assert not (theirs & ~ours).any() and ours[1].any() and not ours[::2].any()
     part = block.attn.h_qkv if block.attn.h_heads else block.attn.l_q
     part.bias[0] = NAN  # of a query
-    assert native.infer_block(block, x).isnan().any(-1).all()
+    assert infer_block(block, x).isnan().any(-1).all()
 
 
 @pytest.mark.parametrize("window, alpha, dim, heads", [(0, 0.5, 32, 4), (1, 0.5, 32, 4), (2, 0.5, 64, 4), (3, 0.9, 96, 3), (2, 0, 64, 2)])
