@@ -47,7 +47,7 @@ def sources_digest(name: str) -> str:
     """Of what an extension is compiled from: its csrc/, the arithmetic of deformable samples, which both share, and the flags.
     Empty where the sources are not installed.
     """
-    files = sorted(folder_of(name).glob("csrc/*.*"))
+    files = sorted(path for path in folder_of(name).glob("csrc/*") if path.suffix)
     if not files:
         return ""
     digest = hashlib.sha256(repr((FLAGS[name], COMMON_FLAGS)).encode())
