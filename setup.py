@@ -11,8 +11,10 @@ from setuptools import setup
 
 if os.environ.get("LITV2_BUILD") == "1":
     sys.path.insert(0, str(Path(__file__).resolve().parent))
-    from mm_modules.build import FLAGS, setup_arguments
+    from mm_modules.build import FLAGS, setup_arguments, why_not
 
+    if (problem := why_not()) is not None:
+        sys.exit(f"litv2: {problem}")
     setup(**setup_arguments(*FLAGS))
 else:
     setup()

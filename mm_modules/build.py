@@ -1,4 +1,4 @@
-"""Compiles the extensions: what ``python -m litv2 build`` and the two ``setup.py`` have in common.
+"""Compiles the extensions: what ``python -m litv2 build`` and the three ``setup.py`` have in common.
 
 They are built against the torch of this environment: with their CPU kernels always, and, where there are CUDA sources, with those
 where that torch has CUDA and nvcc is found (no GPU is needed). CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS are respected;
@@ -19,7 +19,7 @@ import sysconfig
 from functools import cache
 from pathlib import Path
 
-__all__ = ["compiler_tag", "folder_of", "identity", "setup_arguments", "sources_digest", "version", "why_no_cuda", "why_not"]
+__all__ = ["compiler_tag", "folder_of", "identity", "setup_arguments", "sources_digest", "why_no_cuda", "why_not"]
 
 ROOT = Path(__file__).resolve().parents[1]  # of the importable packages, in a checkout or in site-packages
 FLAGS = {
@@ -30,11 +30,6 @@ SAMPLE = "mm_modules/DCN/csrc/sample.h"  # of the one, and included by the other
 # Without debugging symbols, which are most of a library. Compiled with -fopenmp (at::parallel_for is serial without) but linked
 # without: the symbols come from torch's own OpenMP runtime. A second one would bring a second pool of threads.
 COMMON_FLAGS = ["-g0"] if sys.platform == "darwin" else ["-g0", "-fopenmp"]
-
-
-def version() -> str:
-    """``litv2.__version__``, without an import of the package."""
-    return re.search(r'^__version__ = "(.+)"', (ROOT / "litv2/__init__.py").read_text(), re.M)[1]
 
 
 def folder_of(name: str) -> Path:
@@ -89,9 +84,7 @@ def compiler_tag(name: str) -> str:
 
 
 def setup_arguments(*names: str) -> dict:
-    """``ext_modules`` and ``cmdclass`` for setuptools.setup(), which runs in the present folder."""
-    if (problem := why_not()) is not None:
-        sys.exit(f"{', '.join(names)}: {problem}")
+    """``ext_modules`` and ``cmdclass`` for setuptools.setup(), which runs in the present folder. Nothing must be missing: ``why_not()``."""
     if any(map(_cuda_sources, names)) and why_no_cuda() is None:
         os.environ["CUDA_HOME"] = str(_cuda_home())  # read when torch.utils.cpp_extension is imported
     os.environ["PATH"] += f"{os.pathsep}{Path(sys.executable).parent}"  # for the ninja of this environment

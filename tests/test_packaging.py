@@ -85,7 +85,7 @@ def test_importable_names():
 def test_the_version_stands_in_one_place():
     assert PROJECT["project"]["dynamic"] == ["version"]
     files = [ROOT / "pyproject.toml", *ROOT.glob("**/setup.py"), *ROOT.glob("litv2/**/*.py"), *ROOT.glob("mm_modules/**/*.py")]
-    assert [file for file in files if f'"{litv2.__version__}"' in file.read_text()] == [ROOT / "litv2/__init__.py"]
+    assert [file for file in files if f'"{litv2.__version__}"' in file.read_text()] == [ROOT / "mm_modules/__init__.py"]
 
 
 def test_what_the_wheel_holds(wheel):

@@ -19,11 +19,14 @@ os.chdir(FOLDER)
 sys.path.append(sysconfig.get_path("purelib"))
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from mm_modules.build import setup_arguments, version  # noqa: E402
+from mm_modules import __version__  # noqa: E402
+from mm_modules.build import setup_arguments, why_not  # noqa: E402
 
+if (problem := why_not()) is not None:
+    sys.exit(f"mm_modules.DCN: {problem}")
 setup(
     name="litv2-dcn",
-    version=version(),
+    version=__version__,
     description="Deformable convolution for CPU and CUDA, of LITv2",
     license="Apache-2.0",
     python_requires=">=3.11",
