@@ -100,7 +100,7 @@ def setup_arguments(*names: str) -> dict:
         files = [str(path) for path in sorted(csrc.glob("*.cpp"))]
         flags = {"cxx": [*FLAGS[name], *COMMON_FLAGS, f"-DLITV2_SOURCES={sources_digest(name)}"]}
         arguments = dict(
-            depends=[str(path) for path in sorted((*csrc.glob("*.h"), *csrc.glob("*.inl"), ROOT / SAMPLE))],
+            depends=[str(path) for path in sorted((*csrc.glob("*.h"), *csrc.glob("*.inl"), os.path.relpath(ROOT / SAMPLE)), key=str)],
             include_dirs=[str((ROOT / SAMPLE).parent)],
             extra_compile_args=flags,
         )
