@@ -68,9 +68,10 @@ def why_not() -> str | None:
             f"no C++ compiler: {_compiler()[0]} was not found. Install GCC or clang (Debian, Ubuntu: apt install g++; "
             "macOS: xcode-select --install), or name yours in CXX"
         )
-    torch = Path(importlib.util.find_spec("torch").origin).parent
-    if not (torch / "include/torch/csrc/api/include/torch/version.h").is_file():
-        return f"the torch in {torch} comes without its C++ headers; pip's and conda's have them"
+    spec = importlib.util.find_spec("torch")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    if not any((Path(folder) / "include/torch/csrc/api/include/torch/version.h").is_file() for folder in folders):
+        return f"the torch in {', '.join(folders)} comes without its C++ headers; pip's and conda's have them"
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         return "Python's C headers are missing (Debian, Ubuntu: apt install python3-dev)"
     return None
@@ -118,14 +119,14 @@ def setup_arguments(*names: str) -> dict:
 
         def run(self) -> None:
             reason = why_no_cuda()
-            compiler, inplace = self.compiler, self.inplace  # the run changes both, and puts nothing back when it fails
+            before = {name: vars(self)[name] for name in ("compiler", "inplace")}  # changed by the run, and not put back when it fails
             try:
                 super().run()
             except Exception as error:  # the compiler has printed its own message
                 if reason is not None or not any(map(_cuda_sources, names)):
                     raise
                 reason = f"they do not compile ({type(error).__name__} above)"
-                self.compiler, self.inplace = compiler, inplace
+                self.__dict__.update(before)
                 for each in self.extensions:
                     vars(each).update(vars(extension(each.name, with_cuda=False)))  # setuptools' own marks on it stay
                 super().run()

@@ -91,7 +91,7 @@ def _why_not(name: str, library: Path) -> str | None:
     """What the library was built for, if that is not what is here. Loaded, it might crash, or compute what the sources once said."""
     content = library.read_bytes()
     found = re.search(identity(r"(\d[\d.]*)", "([0-9a-f]+)").encode(), content)
-    here = re.match(r"[\d.]*\d", torch.__version__)[0]
+    here = re.split(r"[^\d.]", torch.__version__)[0].rstrip(".")  # without +cu130, .dev20261126 and the like
     if found and found[1].decode() != here:
         return f"is for torch {found[1].decode()}, not {here}"
     if sources_digest(name) and (found is None or found[2].decode() != sources_digest(name)):
@@ -102,6 +102,7 @@ def _why_not(name: str, library: Path) -> str | None:
 def _import(name: str, library: Path) -> str | None:
     """Makes the library the module ``name``. Returns the reason if it cannot be loaded."""
     spec = importlib.util.spec_from_file_location(name, library)
+    assert spec is not None and spec.loader is not None
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

@@ -48,7 +48,7 @@ def _compile(name: str, library: Path) -> None:
     folder = folder_of(name)
     with tempfile.TemporaryDirectory(prefix="litv2-build-") as work:
         print(f"compiling {name}: a minute, more or less", file=sys.stderr, flush=True)
-        command = [sys.executable, folder / "setup.py", "build_ext", "--build-lib", f"{work}/lib", "--build-temp", f"{work}/temp"]
+        command = [sys.executable, str(folder / "setup.py"), "build_ext", "--build-lib", f"{work}/lib", "--build-temp", f"{work}/temp"]
         environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # the packages' folder may be another user's
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
         if done.returncode != 0:
