@@ -42,6 +42,7 @@ import distributed
 import engine
 from data.dataset import Batch
 from data.loader import BadFiles
+from precision import Precision
 
 KNOWN = {candidate.timm: candidate for candidate in CANDIDATES if candidate.timm and candidate.group != "today"}  # they have drop path
 PRECISIONS = {"float32": "off", "bfloat16": "bf16", "float16": "fp16"}  # as the trainer names them
@@ -133,10 +134,8 @@ def training_step(
     batch = batch._replace(images=batch.images.to(device), targets=batch.targets.to(device))
 
     def step(mode: str) -> None:
-        precision, loss_fn, bad_files = engine.Precision(device, mode), nn.CrossEntropyLoss(), BadFiles(0, print)
-        engine.train_one_epoch(
-            runner, [batch], 1, optimizer, scheduler, precision, loss_fn, engine.Progress(), clip_grad=5.0, bad_files=bad_files
-        )
+        once = engine.Step(runner, optimizer, scheduler, nn.CrossEntropyLoss(), Precision(device, mode), clip_grad=5.0)
+        engine.train_one_epoch(once, [batch], 1, engine.Progress(), bad_files=BadFiles(0, print))
         if device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from decimal import ROUND_HALF_UP, Decimal
@@ -18,6 +17,7 @@ from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
 from PIL import Image
 from torch import nn
 
+from document_helpers import blocks
 from helpers import ROOT, fill, generator
 from litv2.openmmlab.commands import build_model
 from litv2.openmmlab.config import load_config
@@ -55,10 +55,8 @@ def run_tool(task: str, script: str, *arguments, check: bool = True, launcher: t
 
 
 def readme_config(task: str) -> str:
-    """The configuration that the README shows for one's own data: the Python block that names the task's base file."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    base = {"detection": "coco.py", "segmentation": "ade20k.py"}[task]
-    (block,) = (block for block in blocks if "_base_ =" in block and base in block)
+    """The configuration that the task's README shows for one's own data."""
+    (block,) = (block for block in blocks(f"{task}/README.md", "python") if "_base_ =" in block)
     return block
 
 

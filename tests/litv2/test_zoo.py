@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 import yaml
@@ -15,7 +13,6 @@ from litv2.weights.architecture import infer_arguments
 from litv2.weights.releases import ZOO
 from litv2.weights.state_dict import find_weights
 
-README = (ROOT / "README.md").read_text()
 CLASSIFIERS = [name for name, entry in ZOO.items() if entry.task == "classification"]
 
 
@@ -39,24 +36,6 @@ def test_dense_entries_are_the_configurations():
         for entry in entries:
             assert entry.file == f"{entry.config}.pth"
             assert (entry.window[2] == 4) == entry.name.endswith("ws_4")
-
-
-def test_figures_are_those_of_the_readme():
-    rows = {
-        cells[0].strip("` "): cells
-        for cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in README.splitlines() if "|" in line)
-    }
-    for entry in ZOO.values():
-        if entry.task == "detection":
-            cells = rows[entry.name.removesuffix("_ws_4")]
-            figures = cells[5].split(", ")[-1].split(" / ") if entry.name.endswith("ws_4") else [cell for cell in cells[3:5] if cell]
-        elif entry.task == "segmentation":
-            figures = [rows[entry.name][3]]
-        elif "alpha" not in entry.name:
-            figures = re.findall(rf"`litv2_{entry.variant}` .*\| {entry.image_size[0]} \| (\S+) \|", README)
-        else:
-            continue
-        assert [str(figure) for figure in entry.figures.values()] == figures, entry.name
 
 
 def test_alpha_sweep():
