@@ -74,6 +74,12 @@ def installed(wheel, tmp_path) -> Installed:
     return Installed(wheel, tmp_path)
 
 
+def package_files(package: str) -> list[Path]:
+    """Of the checkout, without what building leaves there."""
+    files = [path for path in (ROOT / package).rglob("*") if path.is_file()]
+    return [path for path in files if not {"__pycache__", "build"} & set(path.relative_to(ROOT).parent.parts)]
+
+
 def test_importable_names():
     """``hilo``, ``litv2`` and ``mm_modules``; all that their folders hold is found, not listed; a build needs no torch."""
     tools = PROJECT["tool"]["setuptools"]
@@ -84,7 +90,8 @@ def test_importable_names():
 
 def test_the_version_stands_in_one_place():
     assert PROJECT["project"]["dynamic"] == ["version"]
-    files = [ROOT / "pyproject.toml", *ROOT.glob("**/setup.py"), *ROOT.glob("litv2/**/*.py"), *ROOT.glob("mm_modules/**/*.py")]
+    files = [ROOT / "pyproject.toml", ROOT / "setup.py", *package_files("litv2"), *package_files("mm_modules")]
+    files = [file for file in files if file.suffix in (".py", ".toml")]
     assert [file for file in files if f'"{litv2.__version__}"' in file.read_text()] == [ROOT / "mm_modules/__init__.py"]
 
 
@@ -96,9 +103,7 @@ def test_what_the_wheel_holds(wheel):
     assert "litv2 = litv2.__main__:main" in metadata
     expected = {"hilo.py"}
     for package in ("litv2", "mm_modules"):
-        files = [path.relative_to(ROOT) for path in (ROOT / package).rglob("*") if path.is_file()]
-        files = [path for path in files if not {"__pycache__", "build"} & set(path.parent.parts)]
-        expected |= {path.as_posix() for path in files if path.suffix in (".py", ".typed", *SOURCES)}
+        expected |= {path.relative_to(ROOT).as_posix() for path in package_files(package) if path.suffix in (".py", ".typed", *SOURCES)}
     assert names == expected
     assert {"litv2/py.typed", "mm_modules/py.typed", "mm_modules/DCN/csrc/kernels_cuda.cu", "litv2/ops/csrc/kernels.inl"} <= names
 

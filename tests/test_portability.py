@@ -69,7 +69,7 @@ def test_every_module_is_importable(hidden):
 def test_inference(hidden):
     code = "import torch, litv2; from hilo import HiLo; torch.manual_seed(0)\n"
     code += f"model = litv2.LITv2(**{TINY}).eval(); x = torch.rand(1, 3, 64, 64)\n"
-    code += "with torch.no_grad(): print(model(x).shape, litv2.optimize(model, x)(x).shape)\n"
+    code += "with torch.no_grad(): print(model(x).shape, litv2.fuse(model)(x).shape)\n"
     code += "model.train()(x).sum().backward()"
     assert hidden("-c", code).split("\n")[0] == "torch.Size([1, 10]) torch.Size([1, 10])"
 
