@@ -47,6 +47,8 @@ def evaluation_size(config: dict | None, release: Release | None = None) -> tupl
     """
     if release is not None:
         return release.image_size[0], release.image_size[0] < 384
+    if config is None:
+        return None
     try:
         test = config.get("TEST") or {}
         side = int(test.get("IMG_SIZE") or config["DATA"]["IMG_SIZE"])

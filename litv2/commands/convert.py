@@ -59,8 +59,10 @@ def run(args: argparse.Namespace) -> None:
 
 def _entries(content: dict) -> tuple[dict, list[str]]:
     """The entries to keep, and what to say of those that cannot be."""
-    meta = content["meta"] if isinstance(content.get("meta"), dict) else {}
-    described = meta.get("dataset_meta") if isinstance(meta.get("dataset_meta"), dict) else meta
+    meta = content.get("meta")
+    meta = meta if isinstance(meta, dict) else {}
+    described = meta.get("dataset_meta")
+    described = described if isinstance(described, dict) else meta
     names = next((described[key] for key in ("classes", "CLASSES") if key in described), None)
     found = {"class_names": names, "epoch": meta.get("epoch"), **content}
     kept, notes = {}, []
@@ -101,6 +103,10 @@ def _write_safetensors(path: Path, weights: dict[str, Tensor], entries: dict) ->
 def _compare(written: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
     for key, value in weights.items():
         again = written.get(key)
-        same = again is not None and (again.shape, again.dtype) == (value.shape, value.dtype)
-        if not same or not torch.equal(again.flatten().view(torch.uint8), value.flatten().view(torch.uint8)):
+        if again is None or (again.shape, again.dtype) != (value.shape, value.dtype) or not torch.equal(_bytes(again), _bytes(value)):
             raise OSError(f"{key} is not the same when it is read back from the disk")
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """NaN is equal to itself in these."""
+    return tensor.flatten().view(torch.uint8)

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     meta = content["meta"] if isinstance(content.get("meta"), dict) else {}
     for key, value in (("epoch", content.get("epoch", meta.get("epoch"))), ("accuracy", content.get("max_accuracy"))):
         if isinstance(value, (int, float)):
-            rows.append((key, value))
+            rows.append((key, str(value)))
     if isinstance(content.get("class_names"), list):
         names = [str(name)[:30] for name in content["class_names"][:5]]
         rows.append(("classes", f"{len(content['class_names'])}: {', '.join(names)}" + (" ..." if len(names) == 5 else "")))

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> None:
         image, windows = "x".join(map(str, entry.image_size)), " ".join(map(str, entry.window))
         here = "yes" if (cache_folder() / entry.file).exists() else ""
         address = entry.url if args.urls else entry.file
-        rows.append((entry.name, entry.task, entry.variant, entry.alpha, windows, image, figures, here, address))
+        rows.append((entry.name, entry.task, entry.variant, str(entry.alpha), windows, image, figures, here, address))
     print_table(rows)
     print(f"\n{len(entries)} files. Names stand for files in every command, in --pretrained and in init_cfg; they are downloaded to")
     print(f"{cache_folder()}. alpha: share of Lo-Fi heads; windows: side per stage, 0 = no attention; image: height x width.")

@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
     args.out.mkdir(parents=True, exist_ok=True)
-    failed, used = False, set()
+    failed = False
+    used: set[Path] = set()
     for path in args.images:
         try:
             with open(path, "rb") as file:
@@ -88,8 +89,8 @@ def _class_names(content: dict, classes: int) -> list[str]:
         raise MissingPackage(f"{error}; the names of ImageNet's classes need timm: pip install timm") from error
 
     imagenet = ImageNetInfo()
-    descriptions = {imagenet.index_to_label_name(i): imagenet.index_to_description(i) for i in range(1000)}
-    return [descriptions.get(name, name) for name in names] if names else list(descriptions.values())
+    descriptions = {imagenet.index_to_label_name(i): str(imagenet.index_to_description(i)) for i in range(1000)}
+    return [descriptions.get(name, name) for name in map(str, names)] if names else list(map(str, descriptions.values()))
 
 
 def _free_name(folder: Path, stem: str, used: set[Path]) -> Path:

@@ -44,14 +44,14 @@ def export(network: Network, format: str, path: str | Path, settings: Settings |
     """
     settings = settings or Settings()
     known = _format(format)
-    if settings.dynamic is None:
-        settings = dataclasses.replace(settings, dynamic=known.dynamic)
+    dynamic = known.dynamic if settings.dynamic is None else tuple(settings.dynamic)
+    settings = dataclasses.replace(settings, dynamic=dynamic)
     path = Path(path)
     if settings.dtype not in known.dtypes:
         raise UserError(f"export: {format} has {', '.join(known.dtypes)}, not dtype={settings.dtype!r}")
-    if not set(settings.dynamic) <= set(known.dynamic):
-        raise UserError(f"export: {format} fixes its sizes: dynamic={tuple(settings.dynamic)} must be left out, or be empty")
-    smallest = network.smallest * (known.min_cells if "size" in settings.dynamic else 1)
+    if not set(dynamic) <= set(known.dynamic):
+        raise UserError(f"export: {format} fixes its sizes: dynamic={dynamic} must be left out, or be empty")
+    smallest = network.smallest * (known.min_cells if settings.leaves_open("size") else 1)
     if min(settings.image_size) < smallest:
         raise UserError(f"export: image_size={settings.image_size}: each side must be at least {smallest}")
     if settings.images is not None and not Path(settings.images).is_dir():

@@ -21,10 +21,10 @@ def pyramid(backbone: LITv2) -> Network:
     """Images -> one map (B, C, H / s, W / s) per stride s, ``stride4`` to ``stride32``; a detector's backbone has its own maps."""
     indices = getattr(backbone, "out_indices", range(len(backbone.layers)))
     outputs = tuple(f"stride{backbone.feature_info[i]['reduction']}" for i in indices)
-    module, reference = fuse(backbone), backbone
-    if not hasattr(backbone, "out_indices"):  # a classifier
-        module, reference = _Pyramid(module), _Pyramid(reference)
-    return Network(module, reference, outputs, backbone.in_chans, _smallest(backbone))
+    fused = fuse(backbone)
+    if hasattr(backbone, "out_indices"):
+        return Network(fused, backbone, outputs, backbone.in_chans, _smallest(backbone))
+    return Network(_Pyramid(fused), _Pyramid(backbone), outputs, backbone.in_chans, _smallest(backbone))
 
 
 class _Pyramid(nn.Module):

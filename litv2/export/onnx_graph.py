@@ -44,9 +44,9 @@ def _trace(network: Network, settings: Settings, opset: int) -> onnx.ModelProto:
     # Quantization starts from float32.
     dtype = torch.float32 if settings.dtype == "int8" else getattr(torch, settings.dtype)
     dynamic = {}
-    if "batch" in settings.dynamic:
+    if settings.leaves_open("batch"):
         dynamic[0] = "batch"
-    if "size" in settings.dynamic:
+    if settings.leaves_open("size"):
         dynamic |= {2: "height", 3: "width"}
     network = network.in_dtype(dtype)
     with torch.no_grad(), _quiet():
@@ -60,6 +60,7 @@ def _trace(network: Network, settings: Settings, opset: int) -> onnx.ModelProto:
             output_names=list(network.outputs),
             verbose=False,
         )
+    assert program is not None  # as with dynamo=True
     return program.model_proto
 
 

@@ -49,7 +49,7 @@ def compare(network: Network, run: Run, settings: Settings, smallest: int) -> di
             rows.append(_row(name, output, exact, other, settings.dtype, output in network.classes))
     return dict(
         dtype=settings.dtype,
-        dynamic=list(settings.dynamic),
+        dynamic=list(settings.dynamic or ()),
         tolerance=TOLERANCES[settings.dtype],
         passed=all(row["passed"] for row in rows),
         torch=str(torch.__version__),
@@ -62,9 +62,9 @@ def _inputs(network: Network, settings: Settings, smallest: int) -> list[tuple[s
     """Random batches of 1, 3 and 5, and real images, of the size asked for and of an odd one, as far as the graph is open for them."""
     H, W = settings.image_size
     sizes = [(H, W)]
-    if "size" in settings.dynamic:  # odd, and another aspect
+    if settings.leaves_open("size"):  # odd, and another aspect
         sizes += [(max(smallest, H // 2) | 1, max(smallest, 3 * W // 4) | 1)]
-    sizes_of_batches = (1, 3, 5) if "batch" in settings.dynamic else (settings.batch_size,)
+    sizes_of_batches = (1, 3, 5) if settings.leaves_open("batch") else (settings.batch_size,)
     inputs = []
     generator = torch.Generator().manual_seed(0)
     for size in sizes:
@@ -75,7 +75,7 @@ def _inputs(network: Network, settings: Settings, smallest: int) -> list[tuple[s
             inputs.append((f"{batch} random {size[0]} x {size[1]}", [images]))
         real = _real_images(settings, size, 2 if large else REAL_IMAGES) if network.channels == 3 else torch.empty(0)
         batches = real.split(sizes_of_batches[0 if large else -1])
-        if "batch" not in settings.dynamic:
+        if not settings.leaves_open("batch"):
             batches = [images for images in batches if len(images) == settings.batch_size]
         if count := sum(map(len, batches)):
             inputs.append((f"{count} real {size[0]} x {size[1]}", list(batches)))

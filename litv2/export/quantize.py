@@ -34,8 +34,9 @@ class _Images(CalibrationDataReader):
     """The calibration images one by one, or two by two where the graph is for batches of two, and so on."""
 
     def __init__(self, model: onnx.ModelProto, settings: Settings):
+        assert settings.images is not None  # checked by export()
         images = read_images(settings.images, settings.image_size, CALIBRATION_IMAGES)
-        size = 1 if "batch" in settings.dynamic else settings.batch_size
+        size = 1 if settings.leaves_open("batch") else settings.batch_size
         if len(images) < size:
             raise UserError(f"export: {settings.images} has {len(images)} images, a batch of {size} needs more to calibrate int8")
         name = model.graph.input[0].name

@@ -43,6 +43,10 @@ class Settings:
         if min(self.image_size) < 1 or self.batch_size < 1:
             raise UserError(f"export: image_size={self.image_size} and batch_size={self.batch_size} must be positive")
 
+    def leaves_open(self, what: str) -> bool:
+        """Whether "batch" or "size" may change from run to run."""
+        return what in (self.dynamic or ())
+
 
 class Network(nn.Module):
     """What is exported: images (B, channels, H, W) -> a tuple of tensors, with a name each.
@@ -91,6 +95,6 @@ def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def example_input(network: Network, settings: Settings, dtype: torch.dtype = torch.float32) -> Tensor:
     """The image batch that is traced. What is dynamic is larger than 1, down to the last map: a size of 1 is taken for a constant."""
-    batch = 2 if "batch" in settings.dynamic else settings.batch_size
-    least = 2 * network.smallest if "size" in settings.dynamic else 1
+    batch = 2 if settings.leaves_open("batch") else settings.batch_size
+    least = 2 * network.smallest if settings.leaves_open("size") else 1
     return torch.zeros(batch, network.channels, *(max(side, least) for side in settings.image_size), dtype=dtype)

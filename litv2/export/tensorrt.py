@@ -69,9 +69,9 @@ def write_calibration_cache(graph: Path, cache: Path, settings: Settings, versio
 
 def _script(network: Network, graph: str, settings: Settings) -> str:
     H, W = settings.image_size
-    batches = (1, 8, LARGEST_BATCH) if "batch" in settings.dynamic else (settings.batch_size,) * 3
+    batches = (1, 8, LARGEST_BATCH) if settings.leaves_open("batch") else (settings.batch_size,) * 3
     sizes = ((H, W),) * 3
-    if "size" in settings.dynamic:
+    if settings.leaves_open("size"):
         least = network.smallest
         sizes = ((min(H, max(least, H // 2)), min(W, max(least, W // 2))), (H, W), (2 * H, 2 * W))
     names = ("minShapes", "optShapes", "maxShapes")

@@ -25,9 +25,9 @@ def program(network: Network, settings: Settings) -> ExportedProgram:
     """
     dtype = getattr(torch, settings.dtype)
     dynamic = {}
-    if "batch" in settings.dynamic:
+    if settings.leaves_open("batch"):
         dynamic[0] = Dim.DYNAMIC
-    if "size" in settings.dynamic:
+    if settings.leaves_open("size"):
         dynamic |= {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     network = network.in_dtype(dtype)
     with torch.no_grad():

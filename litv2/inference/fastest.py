@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,14 +41,14 @@ class Optimized(nn.Module):
         errors: largest error over the largest value of the plain float32 model's results, by form; of those left out too.
     """
 
-    def __init__(self, module: Callable[[Tensor], object], form: str, dtype: torch.dtype, compute_dtype: torch.dtype):
+    def __init__(self, module: Callable[[Tensor], Any], form: str, dtype: torch.dtype, compute_dtype: torch.dtype):
         super().__init__()
         self.module, self.form, self.dtype, self.compute_dtype = module, form, dtype, compute_dtype
         self.seconds: dict[str, float] = {}
         self.errors: dict[str, float] = {}
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> object:
+    def forward(self, x: Tensor) -> Any:
         result = self.module(x.to(self.compute_dtype))
         if self.dtype == self.compute_dtype:
             return result
@@ -118,7 +119,7 @@ def optimize(
             forms.remove(form)
             del candidates[form]
     seconds = _times(candidates, example)
-    best = candidates[min(forms, key=seconds.get)]
+    best = candidates[min(forms, key=seconds.__getitem__)]
     best.seconds, best.errors = seconds, errors
     for form in candidates:
         about = FORMS.get(form, "the model as it is")
@@ -152,7 +153,7 @@ def make_form(model: LITv2, form: str, dtype: torch.dtype) -> Optimized:
     return Optimized(fused, form, dtype, dtype)
 
 
-def _tensors(result: object) -> list[Tensor]:
+def _tensors(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 

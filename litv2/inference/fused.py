@@ -123,7 +123,8 @@ class FusedHiLo(nn.Module):
             qkv = F.pad(qkv - self.h_bias, (0, 0, 0, nw * s - W, 0, nh * s - H)) + self.h_bias
         # Into windows and back in steps of at most five dimensions: mobile runtimes have no more.
         qkv = qkv.reshape(B * nh, s, nw, s * 3 * heads * d).transpose(1, 2).reshape(B * nh * nw, s * s, 3, heads, d)
-        y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0), scale=1.0)  # (B * nh * nw, heads, s * s, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v, scale=1.0)  # (B * nh * nw, heads, s * s, d)
         y = y.transpose(1, 2).reshape(B * nh, nw, s, s * heads * d).transpose(1, 2).reshape(B, nh * s, nw * s, heads * d)
         if padded:
             y = F.pad(y, (0, 0, 0, W - nw * s, 0, H - nh * s))  # a negative pad crops, and leaves no strides that a traced graph would fix

@@ -34,6 +34,7 @@ def inference_copy(model: LITv2) -> LITv2:
 def merging_weights(merging: DeformableTokenMerging) -> tuple[Tensor, Tensor]:
     """Weight and bias of the deformable convolution with the batch norm after it folded in."""
     conv, norm = merging.dconv, merging.norm_layer
+    assert norm.running_mean is not None and norm.running_var is not None  # a batch norm of ours has statistics
     return fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
 
 

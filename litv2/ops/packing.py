@@ -35,25 +35,26 @@ def _missing(n: int) -> int:
 def feed_forward_arguments(mlp: Mlp, norm: nn.LayerNorm, dtype: torch.dtype = torch.float32) -> dict[str, Tensor | float]:
     """The arguments of the operator ``native_feed_forward`` after x: x + mlp(norm(x))."""
     conv = mlp.dwconv.dwconv
+    assert conv.bias is not None
     rest = _missing(len(conv.bias))  # hidden channels up to whole columns, all zero
     fc1, fc1_bias = packed(F.pad(mlp.fc1.weight, (0, 0, 0, rest)) if rest else mlp.fc1.weight, mlp.fc1.bias, dtype)
     fc2, fc2_bias = packed(F.pad(mlp.fc2.weight, (0, rest)) if rest else mlp.fc2.weight, mlp.fc2.bias, dtype)
     depthwise = F.pad(conv.weight.flatten(1).t(), (0, rest)).contiguous()  # (9, hidden)
-    result = dict(norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, fc1=fc1, fc1_bias=fc1_bias)
+    result: dict[str, Tensor | float] = dict(norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, fc1=fc1, fc1_bias=fc1_bias)
     return result | dict(depthwise=depthwise, depthwise_bias=F.pad(conv.bias, (0, rest)), fc2=fc2, fc2_bias=fc2_bias)
 
 
 def hilo_arguments(attn: HiLo, norm: nn.LayerNorm, dtype: torch.dtype = torch.float32) -> dict[str, Tensor | float | int]:
     """The arguments of the operator ``native_hilo`` after x: x + attn(norm(x))."""
     none = norm.weight.new_zeros(0)
-    result = dict(norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, kv=none, kv_bias=none)
+    result: dict[str, Tensor | float | int] = dict(norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, kv=none, kv_bias=none)
     if attn.l_heads and attn.window_size > 1:
         result["kv"], result["kv_bias"] = packed(attn.l_kv.weight, attn.l_kv.bias, dtype)
     weights, biases = zip(*token_projections(attn))
     result["proj"], result["proj_bias"] = packed(torch.cat(weights), torch.cat(biases), dtype)
-    for name, heads in (("h_proj", attn.h_heads), ("l_proj", attn.l_heads)):
-        linear = getattr(attn, name) if heads else None
-        result[name], result[f"{name}_bias"] = packed(linear.weight, linear.bias, dtype) if heads else (none, none)
+    for name in ("h_proj", "l_proj"):
+        linear = getattr(attn, name, None)  # of a branch without heads there is none
+        result[name], result[f"{name}_bias"] = (none, none) if linear is None else packed(linear.weight, linear.bias, dtype)
     return result | dict(h_heads=attn.h_heads, l_heads=attn.l_heads, window_size=attn.window_size)
 
 
@@ -71,5 +72,5 @@ def token_merging_arguments(merging: DeformableTokenMerging, dtype: torch.dtype 
     weight, bias = packed(weight.permute(0, 2, 3, 1).flatten(1), bias, dtype)  # inputs ordered (tap, channel)
     offset = conv.conv_offset.weight.permute(0, 2, 3, 1).flatten(2)  # (8, row, column and channel)
     top, offset_bias = packed(offset[:, 0], conv.conv_offset.bias)
-    result = dict(offset_top=top, offset_bottom=packed(offset[:, 1], None)[0], offset_bias=offset_bias)
+    result: dict[str, Tensor | int] = dict(offset_top=top, offset_bottom=packed(offset[:, 1], None)[0], offset_bias=offset_bias)
     return result | dict(weight=weight, bias=bias, out_channels=merging.norm_layer.num_features)

@@ -73,6 +73,8 @@ def infer_arguments(weights: dict[str, Tensor], config: dict | None = None) -> t
 
 def _section(config: dict | None, embed_dim: int, depths: Sequence[int]) -> dict | None:
     """The section MODEL.LIT of a trainer's configuration, if it is of a network of these widths and depths."""
+    if config is None:
+        return None
     try:
         lit = config["MODEL"]["LIT"]
         same = lit["EMBED_DIM"] == embed_dim and list(lit["DEPTHS"]) == list(depths)
