@@ -17,6 +17,7 @@ COMMANDS = {
     "info": ("litv2.commands.info", "what a checkpoint holds"),
     "convert": ("litv2.commands.convert", "write the weights of a checkpoint as .pth or .safetensors"),
     "predict": ("litv2.commands.predict", "classify images"),
+    "build": ("litv2.commands.build", "compile the native operators, which are optional"),
     "env": ("litv2.commands.env", "this machine, and which backend computes each operator here"),
     "export": ("litv2.commands.export", "write a model for another runtime, and compare the two"),
 }

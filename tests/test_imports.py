@@ -32,7 +32,7 @@ SCRIPTS = ("setup.py",)  # run by hand, imported by nobody
 def modules() -> dict[str, Path]:
     files = [ROOT / "hilo.py", *(ROOT / "litv2").rglob("*.py"), *(ROOT / "mm_modules").rglob("*.py")]
     names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files}
-    return {name: path for path, name in names.items() if path.name not in SCRIPTS and "build" not in path.parent.parts}
+    return {name: path for path, name in names.items() if path.name not in SCRIPTS and "build" not in name.split(".")[:-1]}
 
 
 MODULES = modules()

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from helpers import ROOT
 from mm_modules import extension
+from mm_modules.build import identity, sources_digest
 
 NAMES = ("mm_modules.DCN._C", "litv2.ops._C")
 LOAD = "from mm_modules.extension import load; [print(load(name)) for name in ('mm_modules.DCN._C', 'litv2.ops._C')]"
@@ -35,12 +37,10 @@ def run(tree: Path, code: str) -> subprocess.CompletedProcess:
 
 
 def built(name: str) -> Path:
-    """The library in place that the tests run with."""
-    folder = ROOT.joinpath(*name.split(".")[:-1])
-    library = folder / f"_C{extension.SUFFIX}"
-    if not library.is_file():
-        pytest.skip(f"{name} is not built")
-    return library
+    """The library that the tests run with."""
+    if (problem := extension.load(name)) is not None:
+        pytest.skip(f"{name} is {problem}")
+    return Path(sys.modules[name].__file__)
 
 
 def place(tree: Path, name: str, file: str = f"_C{extension.SUFFIX}") -> Path:
@@ -48,14 +48,15 @@ def place(tree: Path, name: str, file: str = f"_C{extension.SUFFIX}") -> Path:
 
 
 def cached(tree: Path, name: str) -> Path:
-    code = f"from mm_modules.extension import cached_library; print(cached_library({name!r}, 'some-compiler-1'))"
-    library = Path(run(tree, code).stdout.strip())
+    """The place in the cache of ``run``, for the sources as they are."""
+    inside = extension.cached_library(name, "some-compiler-1").relative_to(extension.cache_folder())
+    library = tree.parent / "cache/litv2" / inside
     library.parent.mkdir(parents=True)
     return library
 
 
 def test_nothing_is_said_where_nothing_is_built(tree):
-    done = run(tree, LOAD)
+    done = run(tree, f"import litv2, mm_modules.DCN, hilo; {LOAD}")
     assert done.stdout.splitlines() == ["not built; `python -m litv2 build` compiles it"] * 2
     assert done.stderr == ""
 
@@ -66,34 +67,52 @@ def test_the_advice_fits_a_tree_without_litv2(tree):
     assert done.stdout.strip() == "not built; `cd mm_modules/DCN && python setup.py build_ext --inplace` compiles it"
 
 
-def another_torch(library: Path) -> str:
-    """A library with a symbol that this torch lacks, as one has that was built for another."""
+def another_torch(name: str, library: Path) -> str:
+    content = built(name).read_bytes()
+    version = torch.__version__.partition("+")[0]
+    text = f"built for torch {version} from"
+    assert content.count(text.encode()) == 1
+    library.write_bytes(content.replace(text.encode(), f"built for torch 1{version[1:]} from".encode()))
+    return f"is for torch 1{version[1:]}, not {version}"
+
+
+def other_sources(name: str, library: Path) -> str:
+    shutil.copy(built(name), library)
+    csrc = library.parent / "csrc"
+    (csrc / "sample.h" if name == NAMES[0] else csrc / "hilo.cpp").open("a").write("// changed\n")
+    return "was compiled from other sources"
+
+
+def missing_symbols(name: str, library: Path) -> str:
+    """A library with a symbol that this torch lacks, which says of itself that it fits."""
     if shutil.which("cc") is None:
         pytest.skip("no C compiler")
+    text = identity(torch.__version__.partition("+")[0], sources_digest(name))
     source = library.with_name("another.c")
-    source.write_text("void gone_from_torch(void); void *PyInit__C(void) { gone_from_torch(); return 0; }")
+    source.write_text(f'void gone_from_torch(void); const char text[] = "{text}"; void *PyInit__C(void) {{ gone_from_torch(); return 0; }}')
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
     return "gone_from_torch"
 
 
-def another_processor(library: Path) -> str:
-    library.write_bytes(b"\x7fELF" + bytes(60))
-    return library.name
+def another_processor(name: str, library: Path) -> str:
+    text = identity(torch.__version__.partition("+")[0], sources_digest(name))
+    library.write_bytes(b"\x7fELF" + bytes(60) + text.encode())
+    return f"{library.name} cannot be loaded"
 
 
-def another_python(library: Path) -> str:
+def another_python(name: str, library: Path) -> str:
     library.with_name("_C.cpython-39-x86_64-linux-gnu.so").touch()
     return "_C.cpython-39-x86_64-linux-gnu.so"
 
 
-@pytest.mark.parametrize("damage", [another_torch, another_processor, another_python])
+@pytest.mark.parametrize("damage", [another_torch, other_sources, missing_symbols, another_processor, another_python])
 @pytest.mark.parametrize("name", NAMES)
 def test_one_line_where_it_is_built_for_something_else(tree, name, damage):
-    words = damage(place(tree, name))
+    words = damage(name, place(tree, name))
     done = run(tree, f"from mm_modules.extension import load; print(load({name!r})); load({name!r})")
     (line,) = done.stderr.splitlines()
     problem = done.stdout.strip()
-    assert problem.startswith("built for another torch, Python or processor (") and words in problem
+    assert problem.startswith("unusable: ") and words in problem
     assert f"{name} is {problem}. Until then slower operators compute the same." in line
     assert "`python -m litv2 build`" in line
 
@@ -108,20 +127,18 @@ def test_the_cache_is_used(tree):
 
 def test_the_cache_stands_in_for_a_library_that_does_not_fit(tree):
     name = NAMES[0]
-    another_processor(place(tree, name))
+    another_processor(name, place(tree, name))
     shutil.copy(built(name), cached(tree, name))
     done = run(tree, f"from mm_modules.extension import load; print(load({name!r}))")
     assert done.stdout.strip() == "None" and done.stderr == ""
 
 
-@pytest.mark.parametrize("file", ["litv2/ops/csrc/hilo.cpp", "mm_modules/DCN/csrc/sample.h", "mm_modules/build.py"])
+@pytest.mark.parametrize("file", ["litv2/ops/csrc/hilo.cpp", "mm_modules/DCN/csrc/sample.h"])
 def test_other_sources_are_another_library(tree, file):
     name = "litv2.ops._C"
-    before = cached(tree, name)
-    shutil.copy(built(name), before)
+    shutil.copy(built(name), cached(tree, name))
     with open(tree / file, "a") as source:
         source.write("\n")
-    assert cached(tree, name) != before
     assert run(tree, f"from mm_modules.extension import load; print(load({name!r}))").stdout.startswith("not built")
 
 
