@@ -10,7 +10,8 @@ from torch import Tensor
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     """(B, C, H, W) -> the same with zeros on the right and at the bottom, until ``multiple`` divides both sides."""
     H, W = images.shape[2:]
-    right, bottom = -W % multiple, -H % multiple
+    # Not -W % multiple: torch.export's symbols cannot simplify that, and guards against a batch of 1.
+    right, bottom = ((side + multiple - 1) // multiple * multiple - side for side in (W, H))
     # A traced graph always pads, if by nothing: no branch on H and W, so that one graph serves every size.
     if torch.compiler.is_compiling() or right or bottom:
         images = F.pad(images, (0, right, 0, bottom))
