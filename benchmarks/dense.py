@@ -1,7 +1,7 @@
 """Speed and memory of a detector or segmenter against the same one with another backbone, in interleaved runs.
 
-    python detection/tools/benchmark.py detection/configs/litv2/retinanet_litv2_s_fpn_1x_coco.py --synthetic
-    python segmentation/tools/benchmark.py segmentation/configs/litv2/litv2_s_fpn_r50_512x512_80k_ade20k.py --synthetic
+    python benchmarks/dense.py detection/configs/litv2/retinanet_litv2_s_fpn_1x_coco.py --synthetic
+    python benchmarks/dense.py segmentation/configs/litv2/litv2_s_fpn_r50_512x512_80k_ade20k.py --synthetic
 
 "Image to result" is ``test_step``: preprocessing, network, and boxes or labels at the end. Without --synthetic the images are
 those of the configuration's test set. Weights are random.
@@ -11,17 +11,25 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 
-import numpy as np
 import torch
 
 from harness import interleaved, peak_memory, positive, table
-from litv2.openmmlab.commands import arguments, build_model, command, load_config
+from litv2.errors import MissingPackage, UserError, run_program
 
-# The import before says what to do where these fail.
+try:
+    from litv2.openmmlab.build import build_model
+    from litv2.openmmlab.commands import arguments
+    from litv2.openmmlab.config import load_config
+    from litv2.openmmlab.speed import random_images
+except MissingPackage as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+# After the lines that say what to do where these are absent.
 # isort: split
 from mmengine.config import Config
-from mmengine.dataset import Compose
 from mmengine.registry import DATASETS
 
 # Swin-T as mmdet and mmseg define it: the backbone of LITv2-S's size that they have.
@@ -42,28 +50,19 @@ SWIN_T = dict(
 def with_swin(config: Config) -> Config:
     config = copy.deepcopy(config)
     if config.model.neck.in_channels != [96, 192, 384, 768]:
-        raise SystemExit(f"error: Swin-T gives 96 to 768 channels, this configuration's neck expects {config.model.neck.in_channels}")
+        raise UserError(f"Swin-T gives 96 to 768 channels, this configuration's neck expects {config.model.neck.in_channels}")
     config.model.backbone = SWIN_T
     return config
 
 
-def samples(config: Config, count: int, synthetic: bool, shape: tuple[int, int]) -> list[dict]:
-    """Batches of one image, through the test pipeline."""
-    if not synthetic:
-        with DATASETS.switch_scope_and_registry(config.default_scope) as registry:
-            dataset = registry.build(config.test_dataloader.dataset)
-        items = [dataset[i] for i in range(min(count, len(dataset)))]
-    else:
-        steps = [step for step in config.test_dataloader.dataset.pipeline if not step["type"].startswith("Load")]
-        resize = next(step for step in steps if step["type"] == "Resize")
-        resize["scale"] = (shape[1], shape[0])
-        pipeline = Compose([dict(type="LoadImageFromNDArray"), *steps])
-        pixels = np.random.default_rng(0).integers(0, 256, (count, *shape, 3), dtype=np.uint8)
-        items = [pipeline(dict(img=image, img_id=i, img_path="")) for i, image in enumerate(pixels)]
+def first_images(config: Config, count: int) -> list[dict]:
+    """Batches of one image of the test set."""
+    with DATASETS.switch_scope_and_registry(config.default_scope) as registry:
+        dataset = registry.build(config.test_dataloader.dataset)
+    items = [dataset[i] for i in range(min(count, len(dataset)))]
     return [dict(inputs=[item["inputs"]], data_samples=[item["data_samples"]]) for item in items]
 
 
-@command
 def main() -> None:
     parser = arguments(__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -80,7 +79,7 @@ def main() -> None:
     config = load_config(args.config, args.cfg_options)
     shape = tuple(args.shape or ((800, 1216) if config.default_scope == "mmdet" else (512, 512)))
     models = {"LITv2": build_model(config).to(args.device), "Swin-T": build_model(with_swin(config)).to(args.device)}
-    batches = samples(config, 1 if args.synthetic else 8, args.synthetic, shape)
+    batches = random_images(config, 1, *shape) if args.synthetic else first_images(config, 8)
 
     def whole(model: torch.nn.Module) -> None:
         for batch in batches:
@@ -103,3 +102,7 @@ def main() -> None:
     where = f"{args.device}, {args.threads} threads, torch {torch.__version__}"
     print(f"{config.model.type}, float32, one image of {shape[0]} x {shape[1]}, ms; {where}")
     print(table(["", *models, "times as good"], rows))
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

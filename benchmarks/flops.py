@@ -3,7 +3,7 @@
     python benchmarks/flops.py
     python benchmarks/flops.py --only classification      # without OpenMMLab's packages
 
-"ours" is the counter that follows the release's: ``LITv2.flops`` of classifiers, ``litv2.mm_flops.count_flops`` of detectors and
+"ours" is the counter that follows the release's: ``LITv2.flops`` of classifiers, ``litv2.openmmlab.flops.count_flops`` of detectors and
 segmenters. "torch" is ``torch.utils.flop_counter.FlopCounterMode``, which knows nothing of either: it counts the matrix products
 and convolutions that run, and nothing else. The columns after it say what the release counts differently, each by a formula over
 the shapes that the modules see, in G:
@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harness import COLOURS, figure, parser, publish
 from hilo import HiLo
+from litv2.errors import MissingPackage
 from litv2.factory import create_model
 from litv2.layers import Block, DeformableTokenMerging, DepthwiseConv, PatchEmbed
 from litv2.model import LITv2
@@ -60,8 +61,8 @@ def main() -> None:
 
 def mm_packages() -> bool:
     try:
-        import litv2.openmmlab.commands  # noqa: F401
-    except SystemExit as problem:
+        import litv2.openmmlab  # noqa: F401
+    except MissingPackage as problem:
         print(f"left out: {problem}")
         return False
     return True
@@ -76,7 +77,8 @@ def row(entry: Release) -> dict:
         forward = model.to_empty(device="cpu")  # without initialisation, which takes longer than all that follows
         ours = model.flops(*size)
     else:
-        from litv2.openmmlab.commands import build_model, load_config
+        from litv2.openmmlab.build import build_model
+        from litv2.openmmlab.config import load_config
         from litv2.openmmlab.flops import CountedForward, count_flops
 
         size, terms = ((800, 1280) if entry.task == "detection" else (512, 512)), dense_terms

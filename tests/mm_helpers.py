@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 from helpers import ROOT, fill, generator
-from litv2.openmmlab.commands import build_model
+from litv2.openmmlab.build import build_model
 from litv2.openmmlab.config import load_config
 
 # A backbone that trains in seconds, as --cfg-options.

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..inference.fused import fuse
 from ..weights.download import fetch
 from ..weights.releases import ZOO
@@ -28,17 +29,16 @@ def from_config(name: str, checkpoint: str | None, backbone: bool) -> tuple[Netw
         backbone: the maps of the backbone alone.
 
     Raises:
-        ImportError: OpenMMLab's packages are not installed.
-        ValueError: a model of another kind, or weights that do not fit.
+        MissingPackage: OpenMMLab's packages are not installed.
+        UserError: a model of another kind, or weights that do not fit.
     """
-    try:
-        from ..openmmlab.commands import build_model, config_of, load_config
-    except SystemExit as error:  # it ends the tools of detection/ and segmentation/ so
-        raise ImportError(str(error).removeprefix("error: ")) from error
+    from ..openmmlab.build import build_model, config_of
+    from ..openmmlab.config import load_config
+
     path = name if name.endswith(".py") else config_of(name)
     stem = Path(path).stem
     if checkpoint is None and stem not in ZOO:
-        raise ValueError(f"{path} has no published weights: say which with --checkpoint")
+        raise UserError(f"{path} has no published weights: say which with --checkpoint")
     model = build_model(load_config(path), str(fetch(checkpoint or stem)))
     size = (512, 512) if stem not in ZOO else tuple(side - side % 32 for side in ZOO[stem].image_size)
     return (pyramid(model.backbone) if backbone else network_of(model)), size
@@ -51,7 +51,7 @@ def network_of(model: nn.Module) -> Network:
     (B, anchors * classes, h, w) and ``box{i}`` (B, anchors * 4, h, w) of each level, before boxes are decoded.
 
     Raises:
-        ValueError: a two-stage detector, whose second stage depends on the boxes of the first.
+        UserError: a two-stage detector, whose second stage depends on the boxes of the first.
     """
     if hasattr(model, "decode_head"):
         module, outputs, classes = _Segmenter, ("logits",), ("logits",)
@@ -60,7 +60,7 @@ def network_of(model: nn.Module) -> Network:
         outputs = (*(f"class{i}" for i in levels), *(f"box{i}" for i in levels))
         module, classes = _OneStage, ()
     else:
-        raise ValueError(f"export: a {type(model).__name__} cannot be exported as one graph; its backbone can, with --backbone")
+        raise UserError(f"export: a {type(model).__name__} cannot be exported as one graph; its backbone can, with --backbone")
     inference = copy.deepcopy(model)
     inference.backbone = fuse(model.backbone)
     for parent in list(inference.modules()):

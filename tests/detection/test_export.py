@@ -12,7 +12,8 @@ from helpers import ROOT, fill, max_difference, normal
 from litv2.__main__ import main
 from litv2.export import Settings, export, load
 from litv2.export.dense import network_of
-from litv2.openmmlab.commands import build_model, load_config
+from litv2.openmmlab.build import build_model
+from litv2.openmmlab.config import load_config
 
 pytestmark = pytest.mark.extra
 

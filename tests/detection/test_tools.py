@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from helpers import ROOT, shared
-from litv2.openmmlab.commands import config_of
+from litv2.openmmlab.build import config_of
 from litv2.openmmlab.config import adapt_to_device, load_config
-from litv2.openmmlab.runner import CarefulRunner, load_checkpoint
+from litv2.openmmlab.runner import StrictRunner, load_checkpoint
 from mm_helpers import TINY_OPTIONS, config_files, readme_config, run_tool, tiny_config, tiny_dense_model, write_coco
 
 pytestmark = pytest.mark.extra
@@ -118,7 +118,7 @@ def test_release_backbone_in_a_detector(tmp_path):
 def failing_run(config, checkpoint=None, train=True):
     adapt_to_device(config, "none")
     config.load_from = str(checkpoint) if checkpoint else None
-    runner = CarefulRunner.from_cfg(config)
+    runner = StrictRunner.from_cfg(config)
     return runner.train() if train else runner.test()
 
 
@@ -170,7 +170,7 @@ def test_checkpoint_of_other_classes(mine, tmp_path):
     with pytest.raises(ValueError, match=r"for 80 classes and the configuration for 2"):
         failing_run(mine_config(mine, tmp_path), tmp_path / "coco.pth", train=False)
     # to fine-tune, the layers of the classes start anew and all others are taken
-    runner = CarefulRunner.from_cfg(mine_config(mine, tmp_path))
+    runner = StrictRunner.from_cfg(mine_config(mine, tmp_path))
     head = runner.model.bbox_head.retina_cls.weight.clone()
     load_checkpoint(runner.model, tmp_path / "coco.pth", fine_tune=True)
     assert torch.equal(runner.model.bbox_head.retina_cls.weight, head)
@@ -221,7 +221,7 @@ def test_one_line_for_the_user(mine, tmp_path):
     }
     for message, arguments in cases.items():
         done = run_tool("detection", *arguments, check=False)
-        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
         assert done.stderr.splitlines()[-1].startswith("error: ") and message in done.stderr.splitlines()[-1]
 
 

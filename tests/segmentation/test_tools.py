@@ -12,7 +12,7 @@ from PIL import Image
 
 from helpers import ROOT
 from litv2.openmmlab.config import adapt_to_device
-from litv2.openmmlab.runner import CarefulRunner, load_checkpoint
+from litv2.openmmlab.runner import StrictRunner, load_checkpoint
 from mm_helpers import TINY_OPTIONS, readme_config, run_tool, tiny_config, tiny_dense_model, write_segmentation
 
 pytestmark = pytest.mark.extra
@@ -57,7 +57,7 @@ def test_labels_are_those_of_the_files(mine):
     config = tiny_config(mine / "mine.py", data_root=str(mine / "data"), load_from=None)
     config.train_dataloader.update(num_workers=0, persistent_workers=False)
     init_default_scope("mmseg")
-    dataset = CarefulRunner.build_dataloader(config.train_dataloader).dataset
+    dataset = StrictRunner.build_dataloader(config.train_dataloader).dataset
     labels = dataset[0]["data_samples"].gt_sem_seg.data.unique().tolist()
     assert set(labels) <= {0, 1, 255} and 1 in labels and len(dataset) == 6
 
@@ -107,7 +107,7 @@ def failing_train(mine, tmp_path, **options):
     for name in ("train", "val", "test"):
         config[f"{name}_dataloader"].update(num_workers=0, persistent_workers=False)
     adapt_to_device(config, "none")
-    CarefulRunner.from_cfg(config).train()
+    StrictRunner.from_cfg(config).train()
 
 
 def test_missing_data_root(mine, tmp_path):
