@@ -59,10 +59,10 @@ def augment(config: Config) -> None:
     if detector and _has_masks(config):
         raise UserError(f"--tta: mmdet merges the boxes of several views but no masks, and a {config.model.type} predicts masks")
     dataset = _test_set(config)
-    if "tta_model" not in config:
+    if not config.get("tta_model"):
         nms = dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=100)
         config.tta_model = dict(type="DetTTAModel", tta_cfg=nms) if detector else dict(type="SegTTAModel")
-    if "tta_pipeline" not in config:
+    if not config.get("tta_pipeline"):
         *steps, pack = copy.deepcopy(list(dataset.pipeline))
         if "meta_keys" in pack:
             pack["meta_keys"] = (*pack["meta_keys"], "flip", "flip_direction")

@@ -16,27 +16,19 @@ from helpers import ROOT, shared
 from litv2.openmmlab.build import config_of
 from litv2.openmmlab.config import adapt_to_device, load_config
 from litv2.openmmlab.runner import StrictRunner, load_checkpoint
-from mm_helpers import TINY_OPTIONS, config_files, readme_config, run_tool, tiny_config, tiny_dense_model, write_coco
+from mm_helpers import SMALL_OPTIONS, TINY_OPTIONS, config_files, free_port, own_project, run_tool, tiny_config, tiny_dense_model
 
 pytestmark = pytest.mark.extra
 
 RETINANET = ROOT / "detection/configs/litv2/retinanet_litv2_s_fpn_1x_coco.py"
 MASK_RCNN = ROOT / "detection/configs/litv2/mask_rcnn_litv2_s_fpn_1x_coco.py"
-SMALL = [
-    *TINY_OPTIONS,
-    "train_dataloader.dataset.pipeline.2.scale=(80,64)",
-    "val_dataloader.dataset.pipeline.1.scale=(80,64)",
-    "test_dataloader.dataset.pipeline.1.scale=(80,64)",
-]
+SMALL = SMALL_OPTIONS["detection"]
 
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory):
     """A folder with the README's configuration, pointed at the repository, and a generated data set."""
-    folder = tmp_path_factory.mktemp("detection")
-    (folder / "mine.py").write_text(readme_config("detection").replace("./litv2", str(RETINANET.parent)))
-    write_coco(folder / "data")
-    return folder
+    return own_project("detection", tmp_path_factory.mktemp("detection"))
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +65,9 @@ def test_evaluation_and_pictures(mine, trained):
 
 
 def test_two_processes(mine):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     options = [*SMALL, f"data_root={mine / 'data'}", "train_cfg.max_epochs=1", "load_from=None", "model.test_cfg.score_thr=0.0"]
-    flags = [mine / "mine.py", "--work-dir", mine / "two", "--auto-scale-lr", "--cfg-options", *options]
-    done = run_tool("detection", "tools/train.py", *flags, launcher=launcher)
+    flags = ["--work-dir", mine / "two", "--auto-scale-lr", "--cfg-options", *options]
+    done = run_tool("detection", "tools/dist_train.sh", mine / "mine.py", 2, *flags, PORT=free_port())
     assert "Epoch(train) [1][2/2]" in done.stdout and "coco/bbox_mAP" in done.stdout
     assert "Scaling the original LR by 0.25" in done.stdout  # 2 processes x 2 images, of 16
 
