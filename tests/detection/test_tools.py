@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from helpers import ROOT, shared
-from litv2.openmmlab.build import config_of
+from litv2.openmmlab.build import build_model, config_of
 from litv2.openmmlab.config import adapt_to_device, load_config
 from litv2.openmmlab.runner import StrictRunner, load_checkpoint
 from mm_helpers import SMALL_OPTIONS, TINY_OPTIONS, config_files, free_port, own_project, run_tool, tiny_config, tiny_dense_model
@@ -248,3 +248,11 @@ def test_data_root_moves_all_paths():
     assert config.train_dataloader.dataset.data_root == config.test_dataloader.dataset.data_root == "/elsewhere/"
     assert config.val_evaluator.ann_file == config.test_evaluator.ann_file == "/elsewhere/annotations/instances_val2017.json"
     assert "data/coco" not in json.dumps(config.to_dict())
+
+
+def test_pretrained_of_the_release():
+    """mmdet of then handed a detector's ``pretrained`` to the backbone; that of today does not know the key."""
+    config = load_config(RETINANET, {"model.pretrained": "litv2_s.pth", "model.backbone.use_checkpoint": True})
+    backbone = build_model(config).backbone
+    assert backbone.init_cfg == dict(type="Pretrained", checkpoint="litv2_s.pth") and backbone.layers[0].grad_checkpointing
+    assert build_model(load_config(RETINANET, {"model.pretrained": None})).backbone.init_cfg["checkpoint"] == "litv2_small"
