@@ -98,7 +98,7 @@ class LITv2Backbone(LITv2, BaseModule):
         for module in self._frozen():
             module.requires_grad_(False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         maps = []
         for i, tokens in enumerate(self._stages(x, last=self.out_indices[-1])):
             if i in self.out_norms:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, init_default_scope
-from torch import nn
 
 from ..errors import UserError
 from .config import revert_sync_bn
@@ -18,8 +18,8 @@ __all__ = ["build_model", "config_of"]
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def build_model(config: Config, checkpoint: str | Path | None = None) -> nn.Module:
-    """The model of a configuration in evaluation mode, in one process on the CPU, with ``dataset_meta``.
+def build_model(config: Config, checkpoint: str | Path | None = None) -> Any:
+    """The module of a configuration in evaluation mode, in one process on the CPU, with ``dataset_meta``.
 
     Without a checkpoint its weights are random.
     """

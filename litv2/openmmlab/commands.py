@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import mmcv
@@ -148,7 +149,7 @@ def benchmark() -> None:
     images = args.max_iter or (2000 if detector else 200)
     model = build_model(config, args.checkpoint or args.weights).to(args.device)
     if args.synthetic:
-        batches = random_images(config, min(images, 20), *(args.shape or ((800, 1216) if detector else (512, 512))))
+        batches: Iterable[dict] = random_images(config, min(images, 20), *(args.shape or ((800, 1216) if detector else (512, 512))))
     else:
         config.test_dataloader.update(batch_size=1, num_workers=0, persistent_workers=False)
         batches = StrictRunner.build_dataloader(config.test_dataloader)

@@ -81,7 +81,7 @@ def adapt_to_device(config: Config, launcher: str) -> None:
             dist.init_process_group("gloo")
 
 
-def revert_sync_bn(config: dict | list) -> None:
+def revert_sync_bn(config: dict | list | tuple) -> None:
     """Changes, in place, synchronised batch norms to plain ones: the former need GPUs and several processes."""
     for value in config.values() if isinstance(config, dict) else config:
         if isinstance(value, dict | list | tuple):

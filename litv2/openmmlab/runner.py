@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,8 +50,8 @@ MMENGINE_CLASSES = [
     np.ndarray,
     np.dtype,
     *{type(np.dtype(kind)) for kind in ("int32", "int64", "uint8", "float32", "float64")},
-    np._core.multiarray._reconstruct,
-    np._core.multiarray.scalar,
+    np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+    np._core.multiarray.scalar,  # type: ignore[attr-defined]
 ]
 
 
@@ -106,7 +107,7 @@ class StrictRunner(Runner):
         """mmengine's, with channels-last parameters: the layout of the backbone's maps, so that the neck copies nothing."""
         return super().build_model(model).to(memory_format=torch.channels_last)
 
-    def load_checkpoint(self, filename: str, map_location="cpu", strict: bool = True, revise_keys: list = ()) -> dict:
+    def load_checkpoint(self, filename: str, map_location="cpu", strict: bool = True, revise_keys: Sequence = ()) -> dict:
         """Called by mmengine to resume, to test and, for ``load_from``, to start training from other weights."""
         model = _unwrapped(self.model)
         fine_tune = isinstance(self._train_loop, BaseLoop) and not self._resume  # a dictionary until training begins
@@ -162,7 +163,7 @@ class StrictRunner(Runner):
                     )
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrapped(model: Any) -> Any:
     """The detector or segmenter inside the wrappers of distributed processes and of test-time augmentation."""
     while hasattr(model, "module"):
         model = model.module

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose
-from torch import nn
 
 from ..errors import UserError
 
@@ -20,7 +20,7 @@ WARM_UP = 5  # images that are not counted
 
 
 @torch.no_grad()
-def frames_per_second(model: nn.Module, batches: Iterable[dict], most: int, log_interval: int = 50) -> float:
+def frames_per_second(model: Any, batches: Iterable[dict], most: int, log_interval: int = 50) -> float:
     """Runs ``model.test_step`` on at most ``most`` batches of one image and prints and returns how many it does in a second.
 
     The time is that of preprocessing, network, and boxes or labels at the end; reading files and the first five images are not in it.

@@ -8,6 +8,8 @@ The names and the parameters in their state dicts are those of the public releas
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +21,8 @@ from .deform_conv import deform_conv2d
 __all__ = ["DeformConv2d", "DeformConv2dPack", "DeformConv2dPackMore", "ModulatedDeformConv2d", "ModulatedDeformConv2dPack"]
 
 
-class DeformConv2d(nn.Module):
-    """A deformable convolution whose offsets are given.
+class _DeformConv2d(nn.Module):
+    """What the modules share: their arguments, weight and bias.
 
     Args:
         kernel_size, stride, padding, dilation, groups, bias: as in ``nn.Conv2d``.
@@ -29,8 +31,7 @@ class DeformConv2d(nn.Module):
         lr_mult: the release's mark on ``conv_offset``, which no optimizer here reads; a parameter group says the same.
 
     Shape:
-        x (B, in_channels, H, W), offset (B, 2 * deformable_groups * kh * kw, Ho, Wo), as ``deform_conv2d`` has it ->
-        (B, out_channels, Ho, Wo). Both maps may be of any memory format; the result is channels-last.
+        (B, in_channels, H, W) -> (B, out_channels, Ho, Wo), both of any memory format; the result is channels-last.
 
     Raises:
         ValueError: groups that do not divide the channels.
@@ -78,9 +79,6 @@ class DeformConv2d(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
-        return self._convolve(x, offset)
-
     def _convolve(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
         return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
 
@@ -89,11 +87,19 @@ class DeformConv2d(nn.Module):
         return f"{out_channels} channels, {kernel=}, stride={self.stride}, padding={self.padding}, dilation={self.dilation}"
 
 
-class DeformConv2dPack(DeformConv2d):
+class DeformConv2d(_DeformConv2d):
+    """A deformable convolution whose offsets are given."""
+
+    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+        """offset: (B, 2 * deformable_groups * kh * kw, Ho, Wo), as ``deform_conv2d`` has it."""
+        return self._convolve(x, offset)
+
+
+class DeformConv2dPack(_DeformConv2d):
     """A deformable convolution that predicts its own offsets with a plain convolution of the same geometry: LITv2's.
 
     ``conv_offset`` starts at zero, so that training starts from the plain convolution. Offsets are computed and kept in
-    float32 under autocast. Arguments and result are those of :class:`DeformConv2d`, without ``offset``.
+    float32 under autocast.
     """
 
     def _add_offset_layers(self, in_channels: int) -> None:
@@ -111,7 +117,7 @@ class DeformConv2dPack(DeformConv2d):
         return _in_float32(self.conv_offset, x)
 
 
-class DeformConv2dPackMore(DeformConv2d):
+class DeformConv2dPackMore(_DeformConv2d):
     """:class:`DeformConv2dPack` with a small network in place of the plain convolution: 1 x 1 to a quarter of the channels, batch norm,
     ReLU, and then the convolution that starts at zero."""
 
@@ -131,21 +137,21 @@ class DeformConv2dPackMore(DeformConv2d):
 
     def predict_offset(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, 2 * deformable_groups * kh * kw, Ho, Wo), in float32 or better."""
-        first, norm, relu, last = self.conv_offset
+        first, norm, relu, last = cast("Iterable[Any]", self.conv_offset)
         with torch.autocast(x.device.type, enabled=False):
             hidden = relu(norm(first(x.to(first.weight.dtype))))
         return _in_float32(last, hidden)
 
 
-class ModulatedDeformConv2d(DeformConv2d):
+class ModulatedDeformConv2d(_DeformConv2d):
     """Deformable convolution v2, whose offsets and mask, a factor on each sample, are given."""
 
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-        """mask: (B, deformable_groups * kh * kw, Ho, Wo); the rest as in :class:`DeformConv2d`."""
+        """offset: (B, 2 * n, Ho, Wo), mask: (B, n, Ho, Wo), for n = deformable_groups * kh * kw."""
         return self._convolve(x, offset, mask)
 
 
-class ModulatedDeformConv2dPack(DeformConv2d):
+class ModulatedDeformConv2dPack(_DeformConv2d):
     """Deformable convolution v2 that predicts its own offsets and mask with a plain convolution of the same geometry.
 
     ``conv_offset_mask`` starts at zero: all samples of the plain convolution count by one half. Its first two thirds of channels are the
@@ -169,12 +175,12 @@ class ModulatedDeformConv2dPack(DeformConv2d):
         return both[:, : 2 * n], both[:, 2 * n :].sigmoid()
 
 
-def _zero(conv: nn.Conv2d) -> None:
+def _zero(conv: Any) -> None:
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)
 
 
-def _in_float32(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def _in_float32(conv: Any, x: Tensor) -> Tensor:
     """The convolution in float32 or better, whatever autocast says: rounded offsets would move samples."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
