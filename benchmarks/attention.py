@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -31,8 +32,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from attention_layers import DIM, HEADS, LAYERS, SIZE, Size, Window
 from attention_plots import plot_case, plot_choice, plot_layers, plot_resolution
-from harness import device_name, parser, peak_memory, positive, publish, rounded, samples, say
+from harness import device_name, milliseconds, parser, peak_memory, positive, publish, rounded, samples, say
 from hilo import HiLo
+from litv2.errors import UserError, run_program
 
 # How a layer is made ready; None for a layer that the mode does not have.
 MODES: dict[str, Callable[[nn.Module], Callable | None]] = {
@@ -99,7 +101,7 @@ def main() -> None:
 
 def over_layers(args: argparse.Namespace) -> list[dict]:
     size = (args.sides[0], args.sides[0])
-    layers = {name: _ready(BUILD[name](args.dim, args.heads, size), args) for name in args.layers}
+    layers = {name: _ready(partial(BUILD[name], args.dim, args.heads, size), args) for name in args.layers}
     costs = {name: dict(parameters_M=_parameters(layer) / 1e6, MFLOPs=layer.flops(*size) / 1e6) for name, layer in layers.items()}
     published = {name: LAYERS[name] for name in layers if name in LAYERS and (args.dim, args.heads, size) == (DIM, HEADS, SIZE)}
     check({name: costs[name] for name in published})
@@ -128,7 +130,7 @@ def over_resolution(args: argparse.Namespace) -> list[dict]:
     rows = []
     for side in args.sides:
         size = (side, side)
-        layers = {name: _ready(BUILD[name](args.dim, args.heads, size), args) for name in args.layers}
+        layers = {name: _ready(partial(BUILD[name], args.dim, args.heads, size), args) for name in args.layers}
         measured = measure(layers, size, args)
         for name, layer in layers.items():
             rows.append(dict(layer=name, side=side, tokens=side**2, GFLOPs=round(layer.flops(*size) / 1e9, 3), **measured[name]))
@@ -149,13 +151,14 @@ def over_alpha(args: argparse.Namespace) -> list[dict]:
 def over_case(args: argparse.Namespace) -> list[dict]:
     """HiLo as a user had it, its two halves with all of the heads, and attention in windows of that size."""
     size = (args.sides[0], args.sides[0])
-    layers = {
-        "HiLo, alpha 0.5": HiLo(args.dim, args.heads, qkv_bias=True, window_size=8, alpha=0.5),
-        "Hi-Fi alone": HiLo(args.dim, args.heads, qkv_bias=True, window_size=8, alpha=0),
-        "Lo-Fi alone": HiLo(args.dim, args.heads, qkv_bias=True, window_size=8, alpha=1),
-        "window attention": Window(args.dim, args.heads, window=8),
+    hilo = partial(HiLo, args.dim, args.heads, qkv_bias=True, window_size=8)
+    builds = {
+        "HiLo, alpha 0.5": partial(hilo, alpha=0.5),
+        "Hi-Fi alone": partial(hilo, alpha=0),
+        "Lo-Fi alone": partial(hilo, alpha=1),
+        "window attention": partial(Window, args.dim, args.heads, window=8),
     }
-    layers = {name: _ready(layer, args) for name, layer in layers.items()}
+    layers = {name: _ready(build, args) for name, build in builds.items()}
     measured = measure(layers, size, args)
     x = _tokens(size, args)
     rows = []
@@ -170,7 +173,7 @@ def _hilos(args: argparse.Namespace, choices: dict[str, dict]) -> list[dict]:
     """A row for each HiLo of these windows and alphas."""
     size = (args.sides[0], args.sides[0])
     layers = {
-        name: _ready(HiLo(args.dim, args.heads, qkv_bias=True, window_size=choice["window"], alpha=choice["alpha"]), args)
+        name: _ready(partial(HiLo, args.dim, args.heads, qkv_bias=True, window_size=choice["window"], alpha=choice["alpha"]), args)
         for name, choice in choices.items()
     }
     measured = measure(layers, size, args)
@@ -196,25 +199,29 @@ def measure(layers: dict[str, nn.Module], size: Size, args: argparse.Namespace) 
     for name, call in calls.items():  # compiles
         say(f"preparing {name}, {size[0]} x {size[1]}")
         call()
-    memory = {name: _peak(call, x.device) / 2**20 for name, call in calls.items()}
+    memory = {name: peak_memory(call, x.device) / 2**20 for name, call in calls.items()}
     seconds = samples(calls, args.rounds, args.warm_up)
     columns = {}
     for name in layers:
         columns[name] = {}
         for mode in args.modes:
-            times = sorted(seconds.get(f"{name}, {mode}", []))
-            median = statistics.median(times) if times else None
+            times = seconds.get(f"{name}, {mode}")
+            spread = milliseconds(times, 2) if times else dict.fromkeys(("ms", "p10_ms", "p90_ms"))
             columns[name] |= {
-                f"{mode}_ms": rounded(1e3 * median if times else None, 2),
-                f"{mode}_p10": rounded(1e3 * times[len(times) // 10] if times else None, 2),
-                f"{mode}_p90": rounded(1e3 * times[9 * len(times) // 10] if times else None, 2),
-                f"{mode}_images_per_s": float(f"{args.batch_size / median:.4g}") if times else None,
+                f"{mode}_ms": spread["ms"],
+                f"{mode}_p10": spread["p10_ms"],
+                f"{mode}_p90": spread["p90_ms"],
+                f"{mode}_images_per_s": float(f"{args.batch_size / statistics.median(times):.4g}") if times else None,
                 f"{mode}_MiB": rounded(memory.get(f"{name}, {mode}"), 1),
             }
     return columns
 
 
-def _ready(layer: nn.Module, args: argparse.Namespace) -> nn.Module:
+def _ready(build: Callable[[], nn.Module], args: argparse.Namespace) -> nn.Module:
+    try:
+        layer = build()
+    except ValueError as error:  # of what the flags say: heads that do not divide the channels, a map of broken windows
+        raise UserError(f"this layer cannot be built: {error}") from error
     return layer.train(args.training).requires_grad_(args.training).to(args.device, getattr(torch, args.dtype))
 
 
@@ -238,15 +245,6 @@ def _train(layer: nn.Module, x: Tensor, size: Size) -> None:
     torch.autograd.grad(y, [x, *layer.parameters()], torch.ones_like(y))
     if x.is_cuda:
         torch.cuda.synchronize()
-
-
-def _peak(function: Callable[[], object], device: torch.device) -> int:
-    if device.type == "cpu":
-        return peak_memory(function)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    function()
-    return torch.cuda.max_memory_allocated(device) - before
 
 
 PARTS = ["projections", "window_attention", "global_attention", "pooling", "moving_data", "rest"]
@@ -299,4 +297,4 @@ EXPERIMENTS = {
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

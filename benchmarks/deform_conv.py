@@ -1,58 +1,62 @@
 """Backends of the deformable convolution at the three shapes of LITv2-S, and their share of the model's time.
 
-python benchmarks/deform_conv.py --batch-size 16 --threads 2
+    python benchmarks/deform_conv.py --batch-size 16 --threads 2
+
+An ordinary convolution of the same size stands beside. Times are compared with plain PyTorch's in float32, memory is the most that a
+call allocates. Writes JSON, CSV and a plot.
 """
 
 from __future__ import annotations
 
-import argparse
+import itertools
+import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness import interleaved, peak_memory, positive, table
+from harness import COLOURS, figure, milliseconds, parser, peak_memory, positive, publish, samples, say
 from litv2 import litv2_small
+from litv2.errors import run_program
 from litv2.layers import DeformableTokenMerging
-from mm_modules.DCN import compiled, reference, vision
+from mm_modules.DCN import onnx_node
+from mm_modules.DCN.deform_conv import operator
+from mm_modules.dispatch import Backend
 
 SHAPES = ((96, 56), (192, 28), (384, 14))  # channels and side of the input; kernel 2, stride 2, twice the channels
-BACKENDS = {"torchvision": vision, "torch": reference, "compiled": compiled}
+GEOMETRY = (None, (2, 2), (0, 0), (1, 1), None)  # bias, stride, padding, dilation, mask
+BASE, PLAIN = "torch", "nn.Conv2d"
+FORWARD, TRAINING = "forward", "forward + backward"
+Case = tuple[str, str, str]  # who computes it, the pass, the dtype
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=positive, default=16)
-    parser.add_argument("--threads", type=positive, default=2)
-    parser.add_argument("--rounds", type=positive, default=9)
-    args = parser.parse_args()
+    flags = parser(__doc__, "deform_conv")
+    flags.add_argument("--batch-size", type=positive, default=16)
+    args = flags.parse_args()
     torch.set_num_threads(args.threads)
-    if compiled.problem:
-        parser.error(f"the compiled backend is {compiled.problem}")
-
-    times, memory = [], []
+    rows = []
     for channels, side in SHAPES:
+        say(f"{channels} x {side} x {side}")
         functions = cases(args.batch_size, channels, side)
-        seconds = interleaved(functions, args.rounds, warm_up=2)
-        for name, own in seconds.items():
-            kind = name.split(", ")[1]
-            reference = seconds["torchvision, " + kind.replace("bfloat16", "float32")]
-            times.append([f"{channels} x {side} x {side}", name, f"{1e3 * own:.1f}", f"{reference / own:.1f}"])
-        for kind in ("forward float32", "forward + backward float32"):
-            peaks = {name: peak_memory(functions[f"{name}, {kind}"]) for name in BACKENDS}
-            memory.append([f"{channels} x {side} x {side}", kind] + [f"{peak / 2**20:.0f}" for peak in peaks.values()])
-
-    print(f"batch {args.batch_size}, {args.threads} threads, torch {torch.__version__}, medians of {args.rounds} interleaved rounds")
-    print(table(["input", "", "ms", "times as fast as torchvision float32"], times))
-    print("\nPeak of the memory allocated in the call, MiB")
-    print(table(["input", "", *BACKENDS], memory))
-    print(f"\nThe three DTMs take {100 * dtm_share(args.rounds):.1f} % of LITv2-S's forward pass (batch 8, 224 x 224, eager float32)")
+        seconds = samples(functions, args.rounds, args.warm_up)
+        for (name, kind, dtype), own in seconds.items():
+            theirs = statistics.median(seconds[BASE, kind, "float32"])
+            row = {"input": f"{channels} x {side} x {side}", "pass": kind, "dtype": dtype, "backend": name, **milliseconds(own)}
+            row["times_as_fast"] = round(theirs / statistics.median(own), 1)
+            rows.append(row | dict(memory_MiB=round(peak_memory(functions[name, kind, dtype]) / 2**20, 1)))
+    share = round(100 * dtm_share(args.rounds, args.warm_up), 1)
+    title = f"deformable convolution, batch {args.batch_size}, medians of {args.rounds} interleaved rounds"
+    publish(rows, args.out, title, plot, batch_size=args.batch_size, token_mergings_percent=share)
+    print(f"The three token mergings take {share} % of LITv2-S's forward pass (batch 8, 224 x 224, eager float32)")
 
 
-def cases(batch_size: int, channels: int, side: int) -> dict[str, Callable[[], object]]:
-    """What is timed, by name: "backend, pass dtype"."""
+def cases(batch_size: int, channels: int, side: int) -> dict[Case, Callable[[], object]]:
+    """What is timed."""
     input = torch.randn(batch_size, channels, side, side).to(memory_format=torch.channels_last).requires_grad_()
     offset = torch.randn(batch_size, 8, side // 2, side // 2).to(memory_format=torch.channels_last).requires_grad_()
     weight = torch.randn(2 * channels, channels, 2, 2).to(memory_format=torch.channels_last).requires_grad_()
@@ -64,24 +68,34 @@ def cases(batch_size: int, channels: int, side: int) -> dict[str, Callable[[], o
             return lambda: torch.autograd.grad(function(*tensors), tensors, gradient, allow_unused=True)
         return torch.no_grad()(lambda: function(*tensors))
 
-    def dcn(backend) -> Callable[..., Tensor]:
-        return lambda input, offset, weight: backend.deform_conv2d(input, offset, weight, None, (2, 2), (0, 0), (1, 1), None)
+    def dcn(backend: Backend) -> Callable[..., Tensor]:
+        return lambda input, offset, weight: backend.run(input, offset, weight, *GEOMETRY)
 
     def plain(input: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(input, weight, stride=2)
 
-    functions = {f"{name}, forward float32": run(dcn(backend), False) for name, backend in BACKENDS.items()}
-    functions["nn.Conv2d, forward float32"] = run(plain, False)
-    functions |= {f"{name}, forward + backward float32": run(dcn(backend), True) for name, backend in BACKENDS.items()}
-    functions["nn.Conv2d, forward + backward float32"] = run(plain, True)
-    functions["torch, forward bfloat16"] = run(dcn(reference), False, torch.bfloat16)
-    functions["compiled, forward bfloat16"] = run(dcn(compiled), False, torch.bfloat16)
-    functions["nn.Conv2d, forward bfloat16"] = run(plain, False, torch.bfloat16)
+    functions: dict[Case, Callable[[], object]] = {}
+    for dtype, kinds in ((torch.float32, (FORWARD, TRAINING)), (torch.bfloat16, (FORWARD,))):
+        able = available(input.to(dtype), offset, weight.to(dtype))
+        layers = {name: dcn(backend) for name, backend in able.items()} | {PLAIN: plain}
+        for kind in kinds:
+            for name, layer in layers.items():
+                functions[name, kind, str(dtype).removeprefix("torch.")] = run(layer, kind == TRAINING, dtype)
     return functions
 
 
+def available(*tensors: Tensor) -> dict[str, Backend]:
+    """The backends that can compute these; the others are said."""
+    backends = [backend for backend in operator.backends.values() if backend is not onnx_node.BACKEND]  # it computes nothing
+    reasons = {backend.name: backend.why_not(*tensors, *GEOMETRY) for backend in backends}
+    for name, reason in reasons.items():
+        if reason is not None:
+            say(f"without {name}, {tensors[0].dtype}: {reason}")
+    return {name: operator.backends[name] for name, reason in reasons.items() if reason is None}
+
+
 @torch.no_grad()
-def dtm_share(rounds: int) -> float:
+def dtm_share(rounds: int, warm_up: int) -> float:
     """Median share of the token mergings, deformable convolution, batch norm and GELU, in an eager forward pass."""
     model = litv2_small().eval().to(memory_format=torch.channels_last)
     x = torch.randn(8, 3, 224, 224)
@@ -91,13 +105,29 @@ def dtm_share(rounds: int) -> float:
             module.register_forward_pre_hook(lambda *_: started.append(time.perf_counter()))
             module.register_forward_hook(lambda *_: spent.append(time.perf_counter() - started.pop()))
     shares = []
-    for _ in range(2 + rounds):
+    for _ in range(warm_up + rounds):
         spent.clear()
         start = time.perf_counter()
         model(x)
         shares.append(sum(spent) / (time.perf_counter() - start))
-    return sorted(shares[2:])[rounds // 2]
+    return statistics.median(shares[warm_up:])
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Times in float32, a group of bars per input, forward and with backward."""
+    inputs = list(dict.fromkeys(row["input"] for row in rows))
+    names = list(dict.fromkeys(row["backend"] for row in rows))
+    width = 0.8 / len(names)
+    with figure(path, 2, (10, 4)) as drawings:
+        for axes, kind in zip(drawings, (FORWARD, TRAINING)):
+            for i, (name, colour) in enumerate(zip(names, itertools.cycle(COLOURS.values()))):
+                own = [row["ms"] for row in rows if (row["backend"], row["pass"], row["dtype"]) == (name, kind, "float32")]
+                axes.bar([at + (i - (len(names) - 1) / 2) * width for at in range(len(inputs))], own, width, color=colour, label=name)
+            axes.set_xticks(range(len(inputs)), inputs)
+            axes.set(title=kind, xlabel="input", ylabel="ms", yscale="log")
+            axes.grid(False, axis="x")
+        drawings[0].legend(fontsize=8)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

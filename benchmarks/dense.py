@@ -4,23 +4,23 @@
     python benchmarks/dense.py segmentation/configs/litv2/litv2_s_fpn_r50_512x512_80k_ade20k.py --synthetic
 
 "Image to result" is ``test_step``: preprocessing, network, and boxes or labels at the end. Without --synthetic the images are
-those of the configuration's test set. Weights are random.
+those of the configuration's test set. Weights are random. Writes JSON and CSV.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
+import statistics
 import sys
+from functools import partial
 
 import torch
 
-from harness import interleaved, peak_memory, positive, table
+from harness import device_name, milliseconds, parser, peak_memory, positive, publish, samples
 from litv2.errors import MissingPackage, UserError, run_program
 
 try:
     from litv2.openmmlab.build import build_model
-    from litv2.openmmlab.commands import arguments
     from litv2.openmmlab.config import load_config
     from litv2.openmmlab.speed import random_images
 except MissingPackage as error:
@@ -29,7 +29,7 @@ except MissingPackage as error:
 
 # After the lines that say what to do where these are absent.
 # isort: split
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from mmengine.registry import DATASETS
 
 # Swin-T as mmdet and mmseg define it: the backbone of LITv2-S's size that they have.
@@ -64,17 +64,16 @@ def first_images(config: Config, count: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("config")
-    parser.add_argument("--synthetic", action="store_true", help="random images of --shape: no data set is needed")
-    parser.add_argument(
+    flags = parser(__doc__, "dense")
+    flags.set_defaults(rounds=7)
+    flags.add_argument("config")
+    flags.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="changes to the configuration")
+    flags.add_argument("--synthetic", action="store_true", help="random images of --shape: no data set is needed")
+    flags.add_argument(
         "--shape", type=positive, nargs=2, metavar=("H", "W"), help="default: 800 1216 for detectors, 512 512 for segmenters"
     )
-    parser.add_argument("--rounds", type=positive, default=7)
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    flags.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
+    args = flags.parse_args()
     torch.set_num_threads(args.threads)
     config = load_config(args.config, args.cfg_options)
     shape = tuple(args.shape or ((800, 1216) if config.default_scope == "mmdet" else (512, 512)))
@@ -88,20 +87,20 @@ def main() -> None:
     def backbone(model: torch.nn.Module) -> None:
         for batch in batches:
             model.backbone(model.data_preprocessor(batch, False)["inputs"])
-        if args.device == "cuda":
+        if args.device != "cpu":
             torch.cuda.synchronize()
 
     rows = []
     with torch.inference_mode():
-        for what, run in (("image to result", whole), ("backbone", backbone)):
-            seconds = interleaved({name: lambda model=model, run=run: run(model) for name, model in models.items()}, args.rounds)
-            ours, swin = (1e3 * value / len(batches) for value in seconds.values())
-            rows.append([what, f"{ours:.0f}", f"{swin:.0f}", f"{swin / ours:.2f}"])
-        memory = [peak_memory(lambda model=model: whole(model)) / 2**20 for model in models.values()]
-    rows.append(["peak memory, MiB", f"{memory[0]:.0f}", f"{memory[1]:.0f}", f"{memory[1] / memory[0]:.2f}"])
-    where = f"{args.device}, {args.threads} threads, torch {torch.__version__}"
-    print(f"{config.model.type}, float32, one image of {shape[0]} x {shape[1]}, ms; {where}")
-    print(table(["", *models, "times as good"], rows))
+        for part, run in (("image to result", whole), ("backbone", backbone)):
+            calls = {name: partial(run, model) for name, model in models.items()}
+            seconds = {name: [each / len(batches) for each in own] for name, own in samples(calls, args.rounds, args.warm_up).items()}
+            theirs = statistics.median(seconds["Swin-T"])
+            for name, own in seconds.items():
+                row = dict(part=part, model=name, **milliseconds(own), times_as_fast=round(theirs / statistics.median(own), 2))
+                rows.append(row | dict(memory_MiB=round(peak_memory(calls[name], args.device) / 2**20)))
+    title = f"{config.model.type}, float32, one image of {shape[0]} x {shape[1]}, medians of {args.rounds} interleaved rounds"
+    publish(rows, args.out, title, device=args.device, config=str(args.config), shape=shape)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/flops.py
     python benchmarks/flops.py --only classification      # without OpenMMLab's packages
 
-"ours" is the counter that follows the release's: ``LITv2.flops`` of classifiers, ``litv2.openmmlab.flops.count_flops`` of detectors and
+"ours" is the counter that follows the release's: ``LITv2.flops`` of classifiers, ``litv2.mm_flops.count_flops`` of detectors and
 segmenters. "torch" is ``torch.utils.flop_counter.FlopCounterMode``, which knows nothing of either: it counts the matrix products
 and convolutions that run, and nothing else. The columns after it say what the release counts differently, each by a formula over
 the shapes that the modules see, in G:
@@ -21,6 +21,7 @@ detectors, 1000 proposals and 100 masks where there are such, 512 x 512 for segm
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -31,16 +32,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness import COLOURS, figure, parser, publish
+from harness import COLOURS, ROOT, figure, parser, publish
 from hilo import HiLo
-from litv2.errors import MissingPackage
+from litv2.errors import MissingPackage, UserError, run_program
 from litv2.factory import create_model
 from litv2.layers import Block, DeformableTokenMerging, DepthwiseConv, PatchEmbed
 from litv2.model import LITv2
 from litv2.weights.releases import ZOO, Release
-from mm_modules.DCN import DeformConv2dPack, deform_conv
-
-ROOT = Path(__file__).resolve().parents[1]
+from mm_modules.DCN import DeformConv2dPack
+from mm_modules.dispatch import use
 
 TERMS = ("offsets", "norms", "biases", "pooling", "deformable")
 TASKS = ("classification", "detection", "segmentation")
@@ -51,11 +51,11 @@ def main() -> None:
     flags.add_argument("--only", nargs="+", default=TASKS, choices=TASKS, help="default: all that the installed packages allow")
     args = flags.parse_args()
     warnings.filterwarnings("ignore")
-    deform_conv.backend = "torch"  # of plain operations, which every counter sees
     tasks = [task for task in args.only if task == "classification" or mm_packages()]
-    rows = [row(entry) for entry in ZOO.values() if entry.task in tasks]
+    with use(deform_conv2d="torch"):  # plain operations, which every counter sees
+        rows = [row(entry) for entry in ZOO.values() if entry.task in tasks]
     if not rows:
-        raise SystemExit("error: nothing is left to count")
+        raise UserError("nothing is left to count")
     publish(rows, args.out, "G multiply-adds of one image", plot)
 
 
@@ -199,4 +199,4 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

@@ -1,5 +1,6 @@
 """What the benchmarks share: timing that survives a noisy machine (the functions take turns, medians and ratios are compared),
-peak memory, the record of the machine, and the JSON, CSV, plot and Markdown table that each of them writes."""
+peak memory, the record of the machine, and the JSON, CSV, plot and Markdown table that each of them writes. Importing this file makes
+this checkout importable, installed or not, and the trainer's modules in classification/ too."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / "classification"))  # last: its names are general ones, such as config
 
 
 def samples(functions: dict[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
@@ -38,13 +41,27 @@ def say(what: str) -> None:
     print(what, file=sys.stderr, flush=True)
 
 
-def interleaved(functions: dict[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, float]:
-    """Median seconds of each function over ``rounds`` turns."""
-    return {name: statistics.median(values) for name, values in samples(functions, rounds, warm_up).items()}
+def percentiles(values: list[float]) -> tuple[float, float, float]:
+    """The 10th percentile, the median and the 90th, interpolated between the values."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return deciles[0], deciles[4], deciles[8]
 
 
-def peak_memory(function: Callable[[], object]) -> int:
-    """The most bytes that torch's allocator held on the CPU during a call beyond what it held before."""
+def milliseconds(seconds: list[float], digits: int = 1) -> dict[str, float]:
+    """The columns of a time in a table: its median and its spread."""
+    low, median, high = (round(1e3 * value, digits) for value in percentiles(seconds))
+    return dict(ms=median, p10_ms=low, p90_ms=high)
+
+
+def peak_memory(function: Callable[[], object], device: str | torch.device = "cpu") -> int:
+    """The most bytes that torch's allocator held on the device during a call beyond what it held before."""
+    if torch.device(device).type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -138,10 +155,11 @@ def parser(doc: str, name: str, threads: bool = True) -> argparse.ArgumentParser
     return result
 
 
-def publish(rows: list[dict], out: Path, title: str, draw: Callable[[list[dict], Path], None], **about) -> None:
+def publish(rows: list[dict], out: Path, title: str, draw: Callable[[list[dict], Path], None] | None = None, **about) -> None:
     """Writes OUT.json (with the environment and ``about``), OUT.csv and OUT.png, and prints the Markdown table.
 
-    Rows are flat and have the same keys; None is an empty cell. ``draw(rows, path)`` draws the plot (see ``figure``).
+    Rows are flat and have the same keys; None is an empty cell. ``draw(rows, path)`` draws the plot (see ``figure``); without it
+    there is none.
     """
     about = dict(title=title, environment=environment(about.get("device", "cpu")), **about)
     out.with_suffix(".json").write_text(json.dumps(dict(about, rows=rows), indent=2) + "\n")
@@ -149,11 +167,12 @@ def publish(rows: list[dict], out: Path, title: str, draw: Callable[[list[dict],
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    draw(rows, out.with_suffix(".png"))
+    if draw is not None:
+        draw(rows, out.with_suffix(".png"))
     print(title)
     print(", ".join(f"{name} {value}" for name, value in about["environment"].items()))
     print(table(list(rows[0]), [["" if value is None else str(value) for value in row.values()] for row in rows]))
-    print(f"written to {out}.json, .csv and .png")
+    print(f"written to {out}.json, .csv" + (" and .png" if draw else ""))
 
 
 COLOURS = dict(ours="#d1495b", paper="#30638e", today="#8d96a3", second="#edae49", third="#3caea3")

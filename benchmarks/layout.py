@@ -4,17 +4,21 @@
 
 The second model does what the public release does: it copies tokens into a (B, C, H, W) map before each depthwise
 convolution and each token merging, and back after it. Both have the same weights and give the same numbers (checked).
+Writes JSON and CSV.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
+import statistics
+import sys
+from functools import partial
 
 import torch
 
-from harness import interleaved, positive, table
+from harness import milliseconds, parser, positive, publish, samples
 from litv2 import litv2_small
+from litv2.errors import run_program
 from litv2.layers import DeformableTokenMerging, DepthwiseConv
 
 
@@ -45,23 +49,25 @@ def with_copies(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=positive, default=8)
-    parser.add_argument("--img-size", type=positive, default=224)
-    parser.add_argument("--threads", type=positive, default=2)
-    parser.add_argument("--rounds", type=positive, default=15)
-    args = parser.parse_args()
+    flags = parser(__doc__, "layout")
+    flags.add_argument("--batch-size", type=positive, default=8)
+    flags.add_argument("--img-size", type=positive, default=224)
+    args = flags.parse_args()
     torch.set_num_threads(args.threads)
     ours = litv2_small().eval()
-    copies = with_copies(ours)
+    models = {"channels-last": ours, "channels-first copies": with_copies(ours)}
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size)
     with torch.inference_mode():
-        torch.testing.assert_close(ours(images), copies(images), rtol=1e-4, atol=1e-5)
-        seconds = interleaved({"channels-last": lambda: ours(images), "channels-first copies": lambda: copies(images)}, args.rounds)
-    base = seconds["channels-first copies"]
-    print(f"LITv2-S, float32, {tuple(images.shape)}, {args.threads} threads, torch {torch.__version__}")
-    print(table(["model", "ms", "times as fast"], [[name, f"{1e3 * s:.0f}", f"{base / s:.2f}"] for name, s in seconds.items()]))
+        torch.testing.assert_close(*(model(images) for model in models.values()), rtol=1e-4, atol=1e-5)
+        seconds = samples({name: partial(model, images) for name, model in models.items()}, args.rounds, args.warm_up)
+    slower = statistics.median(seconds["channels-first copies"])
+    rows = [
+        dict(tokens=name, **milliseconds(values), times_as_fast=round(slower / statistics.median(values), 2))
+        for name, values in seconds.items()
+    ]
+    title = f"LITv2-S, float32, batch {args.batch_size}, {args.img_size} x {args.img_size}, medians of {args.rounds} interleaved rounds"
+    publish(rows, args.out, title, batch_size=args.batch_size, img_size=args.img_size)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

@@ -31,16 +31,18 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from harness import COLOURS, device_name, figure, non_negative, parser, positive, publish, samples
-from runtimes import scikit_learn_images
+from harness import COLOURS, ROOT, device_name, figure, non_negative, parser, percentiles, positive, publish, samples
+from litv2.errors import MissingPackage, UserError, run_program
+from litv2.export.images import photographs
 from training import PRECISIONS, random_batch, training_step
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "classification"))
+# The trainer's, which the harness makes importable.
+# isort: split
 import distributed
 from config import load_config
 from data import build_loaders
 
-RECIPE = Path(__file__).resolve().parents[1] / "classification/configs/litv2-small.yaml"
+RECIPE = ROOT / "classification/configs/litv2-small.yaml"
 SOURCES = {  # by name: keys of the trainer's configuration
     "folder": ["DATA.DATASET", "folder"],
     "zip": ["DATA.ZIP_MODE", True, "DATA.CACHE_MODE", "no"],
@@ -84,17 +86,19 @@ def fill(folder: Path, args: argparse.Namespace) -> None:
     if args.data_path:
         found = sorted(path for path in (args.data_path / "train").glob("*/*") if path.suffix.lower() in IMG_EXTENSIONS)
         if not found:
-            raise SystemExit(f"error: there are no images at {args.data_path}/train/CLASS/IMAGE")
+            raise UserError(f"there are no images at {args.data_path}/train/CLASS/IMAGE")
         for path in chance.sample(found, min(args.images, len(found))):
             target = folder / "train" / path.parent.name / path.name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
     else:
-        photographs = [Image.open(path).convert("RGB") for path in sorted(scikit_learn_images().glob("*.jpg"))]
+        if photographs() is None:
+            raise MissingPackage("images are made of scikit-learn's photographs: pip install scikit-learn, or give --data-path")
+        pictures = [Image.open(path).convert("RGB") for path in sorted(photographs().glob("*.jpg"))]
         for i in range(args.images):
             target = folder / "train" / f"class{i % 10}" / f"{i}.jpg"
             target.parent.mkdir(parents=True, exist_ok=True)
-            made(chance.choice(photographs), chance).save(target, quality=90)
+            random_crop(chance.choice(pictures), chance).save(target, quality=90)
     files = sorted((folder / "train").glob("*/*"))
     classes = sorted({path.parent.name for path in files})
     names = [f"{path.parent.name}/{path.name}" for path in files]
@@ -105,7 +109,7 @@ def fill(folder: Path, args: argparse.Namespace) -> None:
     (folder / "train_map.txt").write_text("".join(f"{name}\t{classes.index(name.partition('/')[0])}\n" for name in names))
 
 
-def made(photograph: Image.Image, chance: random.Random) -> Image.Image:
+def random_crop(photograph: Image.Image, chance: random.Random) -> Image.Image:
     """A random part of a photograph, of about 500 x 375 pixels, some upright."""
     size = [round(side * chance.uniform(0.8, 1.2)) for side in (500, 375)]
     width, height = size if chance.random() < 0.75 else size[::-1]
@@ -130,13 +134,13 @@ def run_through(batches: DataLoader) -> None:
 
 def row(source: str, workers: int, rates: list[float], consumed: float) -> dict:
     """A line of the table; 0 workers load in the training process itself, in turn with the steps."""
-    ordered, median = sorted(rates), statistics.median(rates)
+    low, median, high = percentiles(rates)
     return dict(
         source=source,
         workers=workers,
         images_per_s=round(median, 1),
-        p10=round(ordered[len(ordered) // 10], 1),
-        p90=round(ordered[9 * len(ordered) // 10], 1),
+        p10=round(low, 1),
+        p90=round(high, 1),
         consumed=round(consumed, 1),
         times_consumed=round(median / consumed, 2),
     )
@@ -158,4 +162,4 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

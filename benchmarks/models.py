@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,8 +30,23 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness import COLOURS, GEMM_SIZE, device_name, figure, gemm, parser, peak_memory, positive, publish, rounded, samples, say
+from harness import (
+    COLOURS,
+    GEMM_SIZE,
+    device_name,
+    figure,
+    gemm,
+    milliseconds,
+    parser,
+    peak_memory,
+    positive,
+    publish,
+    rounded,
+    samples,
+    say,
+)
 from litv2 import LITv2
+from litv2.errors import UserError, run_program
 from litv2.inference.fastest import make_form, why_not
 
 MODES = ["eager", "compiled", "native"]
@@ -98,7 +114,7 @@ def main() -> None:
             say(f"preparing {candidate.name}")
             functions |= prepare(candidate, images, args.modes, facts)
         if not functions:
-            raise SystemExit(f"error: none of these models has a mode of {', '.join(args.modes)} here")
+            raise UserError(f"none of these models has a mode of {', '.join(args.modes)} here")
         say(f"timing: {args.warm_up} + {args.rounds} rounds of {len(functions)} functions")
         seconds = samples(functions | {"GEMM": gemm(images.dtype, args.device)}, args.rounds, args.warm_up)
     rate = GEMM_SIZE**3 / statistics.median(seconds.pop("GEMM"))
@@ -112,8 +128,11 @@ def main() -> None:
 def prepare(candidate: Candidate, images: Tensor, modes: list[str], facts: dict) -> dict[str, Callable[[], object]]:
     """What is timed of a model, by "name, mode"; its parameters, FLOPs and peak memory go into ``facts``."""
     model = timm.create_model(candidate.timm, **dict(candidate.options)).eval().requires_grad_(False).to(images.device, images.dtype)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the counter passes over fused attention on a CPU
-        model(images[:1])
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the counter passes over fused attention on a CPU
+            model(images[:1])
+    except (ValueError, AssertionError) as error:  # timm's models assert the size that they are built for
+        raise UserError(f"--img-size {images.shape[-1]}: {candidate.name} does not take it: {error}") from error
     flops = model.flops(*images.shape[2:]) if isinstance(model, LITv2) else counter.get_total_flops() / 2
     layouts = {name: images.to(memory_format=layout) for name, layout in FORMATS.items()}
     trials = {}
@@ -126,7 +145,7 @@ def prepare(candidate: Candidate, images: Tensor, modes: list[str], facts: dict)
         parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         gflops=flops / 1e9,
         layout=best,
-        memory=_peak(partial(model, own), images.device) / 2**20,
+        memory=peak_memory(partial(model, own), images.device) / 2**20,
     )
     functions = {}
     if "eager" in modes:
@@ -151,14 +170,6 @@ def _synchronised(model: nn.Module, images: Tensor) -> None:
         torch.cuda.synchronize()
 
 
-def _peak(function: Callable[[], object], device: torch.device) -> int:
-    if device.type == "cpu":
-        return peak_memory(function)
-    torch.cuda.reset_peak_memory_stats(device)
-    function()
-    return torch.cuda.max_memory_allocated(device)
-
-
 def row(candidate: Candidate, seconds: dict[str, list[float]], facts: dict, rate: float, args: argparse.Namespace) -> dict:
     """A line of the table; times are in ms, p10 and p90 of the faster mode beside its median."""
     own = facts.get(candidate.name, {})
@@ -168,10 +179,10 @@ def row(candidate: Candidate, seconds: dict[str, list[float]], facts: dict, rate
     medians = {mode: statistics.median(values) for mode, values in times.items() if values}
     result |= {f"{mode}_ms": rounded(1e3 * medians[mode] if mode in medians else None, 1) for mode in args.modes}
     best = min(medians, key=medians.get, default=None)
-    ordered = sorted(times[best]) if best else []
+    spread = milliseconds(times[best]) if best else dict.fromkeys(("p10_ms", "p90_ms"))
     result |= dict(
-        p10_ms=rounded(1e3 * ordered[len(ordered) // 10], 1) if best else None,
-        p90_ms=rounded(1e3 * ordered[(9 * len(ordered)) // 10], 1) if best else None,
+        p10_ms=spread["p10_ms"],
+        p90_ms=spread["p90_ms"],
         images_per_s=rounded(args.batch_size / medians[best], 1) if best else None,
         gemm_share=rounded(own["gflops"] * 1e9 * args.batch_size / medians[best] / rate, 2) if best else None,
     )
@@ -198,4 +209,4 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

@@ -3,14 +3,16 @@
     python benchmarks/runtimes.py --batch-sizes 1 8 --threads 2
 
 Weights are random. int8 is calibrated with the images of --images, else with the two photographs that scikit-learn brings:
-for its speed any will do.
+for its speed any will do. Writes JSON, CSV and a plot.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
+import itertools
+import statistics
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -20,9 +22,11 @@ import torch
 import torch._inductor.config
 from torch import Tensor
 
-from harness import interleaved, positive, table
+from harness import COLOURS, figure, milliseconds, parser, positive, publish, samples
 from litv2 import LITv2, create_model, fuse
+from litv2.errors import run_program
 from litv2.export import Settings, classifier, export, load, suffix
+from litv2.export.images import photographs
 from litv2.inference.fastest import make_form, why_not
 
 EXPORTS = {  # by name: format, dtype
@@ -35,42 +39,37 @@ EXPORTS = {  # by name: format, dtype
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="litv2_small")
-    parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[1, 8])
-    parser.add_argument("--img-size", type=positive, default=224)
-    parser.add_argument("--threads", type=positive, default=2)
-    parser.add_argument("--rounds", type=positive, default=15)
-    parser.add_argument("--only", default="", metavar="TEXT", help="of the rows after eager's only those whose name has it")
-    parser.add_argument("--images", type=Path, help="folder of images for int8's calibration")
-    args = parser.parse_args()
+    flags = parser(__doc__, "runtimes")
+    flags.add_argument("--model", default="litv2_small")
+    flags.add_argument("--batch-sizes", type=positive, nargs="+", default=[1, 8])
+    flags.add_argument("--img-size", type=positive, default=224)
+    flags.add_argument("--only", default="", metavar="TEXT", help="of the rows after eager's only those whose name has it")
+    flags.add_argument("--images", type=Path, help="folder of images for int8's calibration")
+    args = flags.parse_args()
     torch.set_num_threads(args.threads)
     torch._inductor.config.freezing = True  # weights are constants: they are packed once
     torch.manual_seed(0)
     model = create_model(args.model).eval()
 
-    rows = {}
+    rows = []
     for batch in args.batch_sizes:
         torch._dynamo.reset()
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-            functions, errors = cases(model, batch, args.img_size, args.images or scikit_learn_images(), Path(folder), args.only)
-            seconds = interleaved(functions, args.rounds)
-        for name, value in seconds.items():
-            row = rows.setdefault(name, [name, errors[name]])
-            row += [f"{1e3 * value:.1f}", f"{batch / value:.1f}", f"{seconds['eager'] / value:.2f}"]
-    header = ["", "largest error"]
-    for batch in args.batch_sizes:
-        header += [f"batch {batch}, ms", "images/s", "times eager"]
-    print(f"{args.model}, {args.img_size} x {args.img_size}, {args.threads} threads, torch {torch.__version__}, "
-          f"medians of {args.rounds} interleaved rounds")  # fmt: skip
-    print(table(header, list(rows.values())))
+            functions, errors = cases(model, batch, args.img_size, args.images or photographs(), Path(folder), args.only)
+            seconds = samples(functions, args.rounds, args.warm_up)
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        for name, values in seconds.items():
+            row = dict(runtime=name, batch_size=batch, **milliseconds(values), images_per_s=round(batch / medians[name], 1))
+            rows.append(row | dict(times_eager=round(medians["eager"] / medians[name], 2), largest_error=float(f"{errors[name]:.0e}")))
+    title = f"{args.model}, {args.img_size} x {args.img_size}, medians of {args.rounds} interleaved rounds"
+    publish(rows, args.out, title, plot, model=args.model, img_size=args.img_size)
     if not bfloat16_is_native():
-        print("\nbfloat16 is not listed: this processor has no instructions for it.")
+        print("bfloat16 is not listed: this processor has no instructions for it")
 
 
 def cases(
-    model: LITv2, batch: int, size: int, images: Path, folder: Path, only: str
-) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    model: LITv2, batch: int, size: int, images: Path | None, folder: Path, only: str
+) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
     """What is timed, by name, and the largest difference from the eager model's logits of each."""
     x = torch.randn(batch, 3, size, size)
     fused = fuse(model)
@@ -90,7 +89,7 @@ def cases(
                 export(classifier(model), format, path, settings)
             functions[name] = partial(load(format, path), x)
     exact = model(x)
-    return functions, {name: f"{_error(function(), exact):.0e}" for name, function in functions.items()}
+    return functions, {name: _error(function(), exact) for name, function in functions.items()}
 
 
 def _error(result: Tensor | tuple[Tensor, ...], exact: Tensor) -> float:
@@ -102,11 +101,21 @@ def bfloat16_is_native() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def scikit_learn_images() -> Path:
-    from sklearn.datasets import _base
-
-    return Path(_base.__file__).parent / "images"
+def plot(rows: list[dict], path: Path) -> None:
+    """Images/s of each runtime, a bar per batch size."""
+    names = list(dict.fromkeys(row["runtime"] for row in rows))
+    batches = list(dict.fromkeys(row["batch_size"] for row in rows))
+    height = 0.8 / len(batches)
+    with figure(path, size=(8, 1.2 + 0.4 * len(names))) as axes:
+        for i, (batch, colour) in enumerate(zip(batches, itertools.cycle(COLOURS.values()))):
+            own = {row["runtime"]: row["images_per_s"] for row in rows if row["batch_size"] == batch}
+            places = [-names.index(name) - (i - (len(batches) - 1) / 2) * height for name in own]
+            axes.barh(places, own.values(), height, color=colour, label=f"batch {batch}", zorder=2)
+        axes.set_yticks([-i for i in range(len(names))], names)
+        axes.set(xlabel="images/s")
+        axes.grid(False, axis="y")
+        axes.legend(fontsize=8)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

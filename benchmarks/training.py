@@ -34,14 +34,17 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from harness import COLOURS, device_name, figure, parser, peak_memory, positive, publish, samples, say
+from harness import COLOURS, device_name, figure, milliseconds, parser, peak_memory, positive, publish, samples, say
+from litv2.errors import UserError, run_program
 from models import CANDIDATES
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "classification"))
+# The trainer's, which the harness makes importable.
+# isort: split
 import distributed
 import engine
 from data.dataset import Batch
 from data.loader import BadFiles
+from precision import Precision
 
 KNOWN = {candidate.timm: candidate for candidate in CANDIDATES if candidate.timm and candidate.group != "today"}  # they have drop path
 PRECISIONS = {"float32": "off", "bfloat16": "bf16", "float16": "fp16"}  # as the trainer names them
@@ -71,7 +74,7 @@ def main() -> None:
 def measured(processes: int, args: argparse.Namespace) -> list[dict]:
     """The rows of one number of processes."""
     if args.batch_size % processes:
-        raise SystemExit(f"error: {processes} processes cannot share a batch of {args.batch_size}")
+        raise UserError(f"{processes} processes cannot share a batch of {args.batch_size}")
     if processes == 1:
         return run(0, 1, args)
     with socket.socket() as free:
@@ -110,7 +113,7 @@ def run(rank: int, processes: int, args: argparse.Namespace) -> list[dict]:
     if rank == 0:
         say(f"{processes} process(es): {args.warm_up} + {args.rounds} rounds of {len(steps)} steps; each is compiled in its first")
     seconds = samples(steps, args.rounds, args.warm_up)
-    return [row(case, processes, threads, values, peak(steps[case], device), args.batch_size) for case, values in seconds.items()]
+    return [row(case, processes, threads, values, peak_memory(steps[case], device), args.batch_size) for case, values in seconds.items()]
 
 
 def random_batch(size: int, img_size: int, classes: int = 1000) -> Batch:
@@ -133,36 +136,21 @@ def training_step(
     batch = batch._replace(images=batch.images.to(device), targets=batch.targets.to(device))
 
     def step(mode: str) -> None:
-        precision, loss_fn, bad_files = engine.Precision(device, mode), nn.CrossEntropyLoss(), BadFiles(0, print)
-        engine.train_one_epoch(
-            runner, [batch], 1, optimizer, scheduler, precision, loss_fn, engine.Progress(), clip_grad=5.0, bad_files=bad_files
-        )
+        once = engine.Step(runner, optimizer, scheduler, nn.CrossEntropyLoss(), Precision(device, mode), clip_grad=5.0)
+        engine.train_one_epoch(once, [batch], 1, engine.Progress(), bad_files=BadFiles(0, print))
         if device.type == "cuda":
             torch.cuda.synchronize()
 
     return step
 
 
-def peak(step: Callable[[], None], device: torch.device) -> int:
-    """The most bytes held during a step beyond those held before it."""
-    if device.type == "cpu":
-        return peak_memory(step)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    step()
-    return torch.cuda.max_memory_allocated(device) - before
-
-
 def row(case: Case, processes: int, threads: int, seconds: list[float], memory: int, batch_size: int) -> dict:
     """A line of the table; threads and memory are those of each process."""
-    ordered, median = sorted(seconds), statistics.median(seconds)
     return dict(zip(("model", "mode", "dtype", "checkpointing"), case)) | dict(
         processes=processes,
         threads=threads,
-        ms=round(1e3 * median, 1),
-        p10_ms=round(1e3 * ordered[len(ordered) // 10], 1),
-        p90_ms=round(1e3 * ordered[9 * len(ordered) // 10], 1),
-        images_per_s=round(batch_size / median, 2),
+        **milliseconds(seconds),
+        images_per_s=round(batch_size / statistics.median(seconds), 2),
         memory_MiB=round(memory / 2**20),
     )
 
@@ -187,4 +175,4 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

@@ -11,29 +11,20 @@ import numpy as np
 import torch
 
 import distributed
+from litv2.errors import UserError
+from litv2.files import atomic_write
 from litv2.weights.reading import read_checkpoint
 
 LATEST, PREVIOUS, BEST = "latest.pth", "previous.pth", "best.pth"
 
 
 def save(path: Path, state: dict, previous: Path | None = None) -> None:
-    """Writes beside the target, flushes to the disk, then renames: a reader finds the old file or the new one.
-
-    ``previous`` is where the old file goes, once the new one is complete.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if previous is not None and path.exists():
-        os.replace(path, previous)
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    """Writes the file as a whole: a reader finds the old one or the new one. ``previous`` is where the old one goes."""
+    with atomic_write(path) as draft:
+        with open(draft, "wb") as file:  # given a path, torch.save would write the draft's name into the file
+            torch.save(state, file)
+        if previous is not None and path.exists():
+            os.replace(path, previous)
 
 
 def save_latest(folder: Path, state: dict) -> None:
@@ -45,28 +36,28 @@ def find_latest(folder: Path, log: Callable[[str], None]) -> tuple[Path, dict] |
     """The newest readable checkpoint of a run and its content; a damaged one is reported and passed over.
 
     Raises:
-        ValueError: there are checkpoints, but none of them can be read.
+        UserError: there are checkpoints, but none of them can be read.
     """
     damaged = []
     for path in (folder / LATEST, folder / PREVIOUS):
         if path.is_file():
             try:
                 return path, read_checkpoint(path)
-            except ValueError as error:
+            except UserError as error:
                 damaged.append(str(error))
                 log(f"damaged checkpoint, using the one before: {error}")
     if damaged:
-        raise ValueError(f"no checkpoint in {folder} can be read; remove them to start again:\n" + "\n".join(damaged))
+        raise UserError(f"no checkpoint in {folder} can be read; remove them to start again:\n" + "\n".join(damaged))
     return None
 
 
 def random_state() -> dict:
     """State of every random number generator of this process, as builtins and tensors."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     version, internal, gauss_next = random.getstate()
     state = dict(
         python=[version, list(internal), gauss_next],
-        numpy=[kind, keys.tolist(), int(position), int(has_gauss), float(gauss)],
+        numpy=[kind, np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)],
         torch=torch.get_rng_state(),
     )
     if torch.cuda.is_available():

@@ -7,11 +7,18 @@ that is not given overrides nothing. An unknown flag, key or type ends the progr
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 from yacs.config import CfgNode as CN
+
+import release_keys
+from litv2.errors import UserError, listed
+from optim import LOOKAHEAD, SCHEDULES, optimizer_names
 
 _C = CN()
 _C.BASE = []  # YAML files, relative to the one that names them, whose values come first
@@ -19,7 +26,7 @@ _C.BASE = []  # YAML files, relative to the one that names them, whose values co
 _C.DATA = CN()
 _C.DATA.BATCH_SIZE = 128  # images per process and step; --batch-size
 _C.DATA.DATA_PATH = ""  # root of the data set; --data-path
-_C.DATA.DATASET = "digits"  # digits | folder | cifar10 | cifar100 | tar | of timm: hfds/NAME, hfids/NAME, wds/, tfds/NAME
+_C.DATA.DATASET = "digits"  # a name of data/sources.py, e.g. digits, folder, cifar100, or of timm: hfds/NAME, hfids/NAME, wds/, tfds/NAME
 _C.DATA.TRAIN_SPLIT = "train"  # folder under DATA_PATH, stem of the zip or tar file, or split name of a timm reader
 _C.DATA.VAL_SPLIT = "val"  # the same for validation
 _C.DATA.IMG_SIZE = 224  # side of the square training image in pixels
@@ -65,9 +72,15 @@ _C.TRAIN.AUTO_RESUME = True  # go on from latest.pth in the output folder when n
 _C.TRAIN.EMA_DECAY = 0.0  # moving average of the weights, evaluated and saved beside them; 0 = off; --ema-decay
 _C.TRAIN.MAX_NONFINITE = 0  # steps with a NaN or infinite loss that are skipped before the run stops
 _C.TRAIN.OPTIMIZER = CN()
-_C.TRAIN.OPTIMIZER.NAME = "adamw"  # the only one
-_C.TRAIN.OPTIMIZER.EPS = 1e-8
+_C.TRAIN.OPTIMIZER.NAME = "adamw"  # of timm: adamw, sgd (with Nesterov's momentum), lamb, lion ...
+_C.TRAIN.OPTIMIZER.EPS = 1e-8  # this and the next two go to the optimizers that have them
 _C.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]
+_C.TRAIN.OPTIMIZER.MOMENTUM = 0.9
+_C.TRAIN.LR_SCHEDULER = CN()
+_C.TRAIN.LR_SCHEDULER.NAME = "cosine"  # cosine | linear | step | of timm: multistep, poly, tanh, wsd, rsqrt, constant
+_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30.0  # step: epochs between decays; wsd, rsqrt: epochs of the last decay
+_C.TRAIN.LR_SCHEDULER.DECAY_MILESTONES = [90, 180, 270]  # multistep: epochs of the decays
+_C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1  # step, multistep: factor of a decay; poly: the power
 
 _C.AUG = CN()
 _C.AUG.SCALE = [0.08, 1.0]  # area of the random crop over the image's
@@ -80,6 +93,7 @@ _C.AUG.REMODE = "pixel"  # filling (const | rand | pixel)
 _C.AUG.RECOUNT = 1  # and number of rectangles
 _C.AUG.MIXUP = 0.8  # alpha; 0 = off
 _C.AUG.CUTMIX = 1.0  # alpha; 0 = off
+_C.AUG.CUTMIX_MINMAX = []  # least and largest side of cutmix's rectangle over the image's, instead of CUTMIX; [] = off
 _C.AUG.MIXUP_PROB = 1.0  # probability of either
 _C.AUG.MIXUP_SWITCH_PROB = 0.5  # probability of cutmix where both are on
 _C.AUG.MIXUP_MODE = "batch"  # batch | pair | elem
@@ -88,7 +102,7 @@ _C.TEST = CN()
 _C.TEST.CROP = True  # resize the short side to 256/224 of the size, then crop the centre; False = resize to the square
 _C.TEST.IMG_SIZE = 0  # side of the evaluation image; 0 = DATA.IMG_SIZE
 
-_C.AMP = "off"  # mixed precision: off | fp16 | bf16; --amp, or the release's --amp-opt-level
+_C.AMP = "auto"  # mixed precision: auto = fp16 on CUDA, else off | on = fp16 on CUDA, else bf16 | off | fp16 | bf16; --amp
 _C.DEVICE = "auto"  # auto | cpu | cuda | mps; --device
 _C.COMPILE = False  # torch.compile; --compile
 _C.SEED = 0  # --seed
@@ -105,10 +119,9 @@ _CHOICES = {
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
     "DATA.CACHE_MODE": ("no", "full", "part"),
     "MODEL.LIT.IN_CHANS": (1, 3),
-    "TRAIN.OPTIMIZER.NAME": ("adamw",),
     "AUG.REMODE": ("const", "rand", "pixel"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
-    "AMP": ("off", "fp16", "bf16"),
+    "AMP": ("auto", "on", "off", "fp16", "bf16"),
     "DEVICE": ("auto", "cpu", "cuda", "mps"),
 }
 _AT_LEAST = {
@@ -119,7 +132,7 @@ _AT_LEAST = {
 }  # fmt: skip
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that cannot be run; the message names the key, the value and what was expected."""
 
 
@@ -127,37 +140,43 @@ def default_config() -> CN:
     return _C.clone()
 
 
-def load_config(path: str | Path, overrides: list | None = None) -> CN:
+def load_config(path: str | Path, overrides: list | None = None, note: Callable[[str], None] = lambda line: None) -> CN:
     """Defaults, then the file (after its BASE files), then ``overrides`` (key, value, key, value ...), checked and frozen.
+
+    Args:
+        note: takes a line for each key of the release that has no effect here.
 
     Raises:
         ConfigError: a missing file, an unknown key, a value of a wrong type or outside its range.
     """
     config = default_config()
-    _merge_file(config, Path(path))
-    _merge_pairs(config, overrides or [])
+    obsolete = {}
+    for source, key, value in [*_of_file(Path(path)), *_of_pairs(overrides or [])]:
+        if key in release_keys.OBSOLETE:
+            obsolete[key] = value
+        elif entry := release_keys.translate(key, value):
+            _set(config, source, *entry)
     _check(config)
+    for key, value in obsolete.items():
+        note(release_keys.explain(key, value, config))
     config.freeze()
     return config
 
 
-def parse_args(argv: list[str] | None = None) -> CN:
-    """The configuration that a command line asks for. Ends the program with a message when it is not valid."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+def parse_args(argv: list[str] | None = None, note: Callable[[str], None] = lambda line: None) -> CN:
+    """The configuration that a command line asks for; ``note`` as in ``load_config``.
+
+    Raises:
+        ConfigError: as ``load_config``. Flags that do not exist end the program with the status 2, as argparse does.
+    """
+    args = _parser().parse_args(argv)
     if args.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     overrides = []
     for key, value in vars(args).items():
-        if "." in key or key.isupper():  # flags are stored under the name of the key that they set
-            overrides += [key, value] if value is not None else []
-    if args.amp_opt_level is not None and args.AMP is None:
-        mixed = "fp16" if args.DEVICE in (None, "auto", "cuda") and _has_cuda() else "bf16"
-        overrides += ["AMP", "off" if args.amp_opt_level == "O0" else mixed]
-    try:
-        return load_config(args.cfg, overrides + (args.opts or []))
-    except ConfigError as error:
-        parser.error(str(error))
+        if key.isupper() and value is not None:  # flags are stored under the name of the key that they set
+            overrides += [key, value]
+    return load_config(args.cfg, overrides + (args.opts or []), note)
 
 
 def to_dict(config: CN) -> dict:
@@ -174,13 +193,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--zip", dest="DATA.ZIP_MODE", action="store_const", const=True, help="read zip archives instead of folders")
     add("--cache-mode", dest="DATA.CACHE_MODE", choices=("no", "full", "part"), help="what a zip data set keeps in memory")
     add("--workers", dest="DATA.NUM_WORKERS", type=int, metavar="N", help="loader processes per training process")
-    add("--resume", dest="MODEL.RESUME", metavar="FILE", help="go on from this checkpoint (or, with --eval, evaluate it)")
-    add("--pretrained", dest="MODEL.PRETRAINED", metavar="FILE", help="start from these weights: file, URL or zoo name (litv2_small)")
+    start = parser.add_mutually_exclusive_group().add_argument
+    start("--resume", dest="MODEL.RESUME", metavar="FILE", help="go on from this checkpoint (or, with --eval, evaluate it)")
+    start("--pretrained", dest="MODEL.PRETRAINED", metavar="FILE", help="start from these weights: file, URL or zoo name (litv2_small)")
     add("--accumulation-steps", dest="TRAIN.ACCUMULATION_STEPS", type=int, metavar="N", help="batches per optimizer step")
     add("--use-checkpoint", dest="TRAIN.USE_CHECKPOINT", action="store_const", const=True, help="recompute activations")
     add("--ema-decay", dest="TRAIN.EMA_DECAY", type=float, metavar="D", help="moving average of the weights, e.g. 0.9999")
-    add("--amp", dest="AMP", choices=("off", "fp16", "bf16"), help="mixed precision")
-    add("--amp-opt-level", choices=("O0", "O1", "O2"), help="the release's name for --amp: O0 = off, O1 and O2 = on")
+    add("--amp-opt-level", dest="AMP_OPT_LEVEL", choices=("O0", "O1", "O2"), help="the release's --amp: O0 = off, O1 and O2 = on")
+    add("--amp", dest="AMP", choices=_CHOICES["AMP"], help="mixed precision; auto: fp16 on CUDA, off elsewhere")
     add("--device", dest="DEVICE", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
     add("--compile", dest="COMPILE", action="store_const", const=True, help="torch.compile the model")
     add("--seed", dest="SEED", type=int, metavar="N", help="of weights, order and augmentation")
@@ -192,50 +212,54 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _merge_file(config: CN, path: Path) -> None:
+def _of_file(path: Path) -> Iterator[tuple[str, str, Any]]:
+    """(source, key, value) of each value in a YAML file, after those of its BASE files."""
     if not path.is_file():
         raise ConfigError(f"there is no configuration file {path}")
     try:
-        content = yaml.safe_load(path.read_text()) or {}
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold keys and values, not a {type(content).__name__}")
-    for base in content.pop("BASE", []):
-        _merge_file(config, path.parent / base)
-    _merge(config, content, str(path), prefix="")
+    for base in content.pop("BASE", None) or []:
+        if base:  # the release's default is a list of one empty name
+            yield from _of_file(path.parent / base)
+    for key, value in _flat(content):
+        yield str(path), key, value
 
 
-def _merge_pairs(config: CN, pairs: list) -> None:
+def _of_pairs(pairs: list) -> Iterator[tuple[str, str, Any]]:
     if len(pairs) % 2:
         raise ConfigError(f"--opts needs pairs of KEY VALUE, got {pairs}")
     for key, value in zip(pairs[::2], pairs[1::2]):
-        for part in reversed(str(key).split(".")):
-            value = {part: value}
-        _merge(config, value, "the command line", prefix="")
+        yield "the command line", str(key), value
 
 
-def _merge(config: CN, values: dict, source: str, prefix: str) -> None:
+def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """{"TRAIN": {"EPOCHS": 3}} -> ("TRAIN.EPOCHS", 3)."""
     for key, value in values.items():
-        name = f"{prefix}{key}"
-        if key not in config:
-            raise ConfigError(f"{source}: there is no key {name}; config.py lists them all")
-        default = config[key]
-        if isinstance(default, CN) != isinstance(value, dict):
-            raise ConfigError(f"{source}: {name} is {'a section' if isinstance(default, CN) else 'a value'}, got {value!r}")
-        if isinstance(default, CN):
-            _merge(default, value, source, prefix=f"{name}.")
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
         else:
-            config[key] = _typed(value, default, name, source)
+            yield f"{prefix}{key}", value
 
 
-def _typed(value, default, name: str, source: str):
+def _set(config: CN, source: str, key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    node = config
+    for section in sections:
+        node = node.get(section)
+        if not isinstance(node, CN):
+            break
+    if not isinstance(node, CN) or last not in node:
+        raise ConfigError(f"{source}: there is no key {key}; config.py lists them all")
+    if isinstance(node[last], CN):
+        raise ConfigError(f"{source}: {key} is a section, got the value {value!r}")
+    node[last] = _typed(value, node[last], key, source)
+
+
+def _typed(value: Any, default: Any, name: str, source: str) -> Any:
     """``value`` in the type of ``default``. Text is read as Python would read it ("1e-3" in YAML 1.1 and --opts is text)."""
     if isinstance(value, str) and not isinstance(default, str):
         try:
@@ -253,7 +277,7 @@ def _typed(value, default, name: str, source: str):
 
 
 def _check(config: CN) -> None:
-    def get(name):
+    def get(name: str) -> Any:
         node = config
         for part in name.split("."):
             node = node[part]
@@ -275,5 +299,12 @@ def _check(config: CN) -> None:
         raise ConfigError(f"MODEL.NUM_CLASSES must be -1 (as the data has) or at least 1, got {config.MODEL.NUM_CLASSES}")
     if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
         raise ConfigError(f"TRAIN.WARMUP_EPOCHS={config.TRAIN.WARMUP_EPOCHS} must be below TRAIN.EPOCHS={config.TRAIN.EPOCHS}")
-    if config.MODEL.RESUME and config.MODEL.PRETRAINED:
-        raise ConfigError("--resume and --pretrained exclude each other: the first goes on with a run, the second starts one")
+    if config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS <= 0:
+        raise ConfigError(f"TRAIN.LR_SCHEDULER.DECAY_EPOCHS must be above 0, got {config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS}")
+    sides = config.AUG.CUTMIX_MINMAX
+    if sides and not (len(sides) == 2 and all(type(side) in (int, float) for side in sides) and 0 < sides[0] < sides[1] <= 1):
+        raise ConfigError(f"AUG.CUTMIX_MINMAX must be two rising numbers in (0, 1], or [], got {sides}")
+    for name, known in (("TRAIN.OPTIMIZER.NAME", optimizer_names()), ("TRAIN.LR_SCHEDULER.NAME", list(SCHEDULES))):
+        if get(name).removeprefix(LOOKAHEAD) not in known:
+            near = difflib.get_close_matches(get(name), known, cutoff=0.4) or known
+            raise ConfigError(f"{name}={get(name)!r} is not known here; close to it: {listed(near)}")

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from litv2.errors import UserError
+
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one, then Apple's MPS, then the CPU."""
+    """``auto`` is CUDA where there is one, then Apple's MPS, then the CPU.
+
+    Raises:
+        UserError: a device that this machine does not have.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
+            raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         return device
     if name == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: torch finds no MPS device here; use --device cpu")
+        raise UserError("--device mps: torch finds no MPS device here; use --device cpu")
     return torch.device(name)
 
 
@@ -67,11 +74,11 @@ def all_sum(values: list[float], device: torch.device) -> list[float]:
     return total.tolist()
 
 
-def gather(value) -> list:
+def gather(value: Any) -> list:
     """``value`` of every process, in the order of ranks."""
     if world_size() == 1:
         return [value]
-    values = [None] * world_size()
+    values: list = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 

@@ -1,65 +1,30 @@
-"""The loops: one epoch of training, an exact evaluation, and the timing of a model."""
+"""The loops: an optimizer step, an epoch of training, and an exact evaluation."""
 
 from __future__ import annotations
 
-import resource
-import signal
-import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.nn.parallel import DistributedDataParallel
 
 import distributed
 from data.dataset import Batch
 from data.loader import BadFiles
+from litv2.errors import UserError
+from precision import Precision
+from signals import StopRequested, StopSignals
 
 
 class NonFiniteLoss(RuntimeError):
     """Training met a NaN or infinite loss or gradient; weights and optimizer are as they were before that step."""
-
-
-class StopRequested(Exception):
-    """A signal asked the run to end; it is raised between steps, when everything can be saved."""
-
-    def __init__(self, number: int):
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.number = number
-
-
-class StopSignals:
-    """Turns the first SIGINT or SIGTERM into a request that the loops see between steps; a second one acts at once."""
-
-    def __init__(self):
-        self.received = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame) -> None:
-        self.received = number
-        signal.signal(number, signal.SIG_DFL)
-
-
-@dataclass
-class Precision:
-    """Mixed precision: one context for the forward pass, one scaler that does nothing unless float16 needs it."""
-
-    device: torch.device
-    mode: str = "off"  # off | fp16 | bf16
-    scaler: torch.amp.GradScaler = field(init=False)
-
-    def __post_init__(self):
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.mode == "fp16")
-
-    def context(self) -> torch.autocast:
-        dtype = torch.float16 if self.mode == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype=dtype, enabled=self.mode != "off")
 
 
 @dataclass
@@ -74,108 +39,125 @@ class Progress:
     best_epoch: int = -1
 
 
-def train_one_epoch(
-    model: nn.Module,
-    loader: DataLoader,
-    steps: int,
-    optimizer: torch.optim.Optimizer,
-    scheduler,
-    precision: Precision,
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
-    progress: Progress,
-    *,
-    mixup: Callable | None = None,
-    ema=None,
-    accumulation: int = 1,
-    clip_grad: float = 0.0,
-    max_nonfinite: int = 0,
-    streaming: bool = False,
-    bad_files: BadFiles,
-    stop: StopSignals | None = None,
-    on_start: Callable[[], None] = lambda: None,
-    on_update: Callable[[dict], None] = lambda record: None,
-) -> None:
-    """Trains from ``progress.step`` to the end of the epoch, one optimizer step per ``accumulation`` batches.
+class Update(NamedTuple):
+    """The numbers of an optimizer step, of this process."""
 
-    The gradients of a group are those of its mean loss; the last group of an epoch may be shorter. Ranks only exchange
-    gradients on the last batch of a group. With ``streaming`` the ranks may hold different numbers of batches: the epoch
-    ends for all with the first that has none left. ``on_start`` runs when the first batch is being loaded and nothing random has
-    happened yet, ``on_update`` after each optimizer step with the numbers of it.
+    loss: float
+    grad_norm: float
+    lr: float  # of the first parameter group, as it was in force
+    images: int
+    stop: bool  # a signal arrived at any rank
 
-    Raises:
-        NonFiniteLoss: more than ``max_nonfinite`` steps had a loss that is not finite. On every rank, as StopRequested.
-        StopRequested: a signal arrived at any rank.
-        DataError: too many unreadable files.
-    """
-    device = precision.device
-    batches = iter(loader)
-    if streaming and distributed.world_size() > 1:
-        batches = _agreeing(batches, device)
-    on_start()
-    model.train()
-    while progress.step < steps:
-        count = min(accumulation, steps - progress.step)
-        start = time.perf_counter()
-        group = _take(batches, count)
-        if not group:
-            break  # a streaming reader may hold fewer images than it announced
+
+@dataclass
+class Step:
+    """An optimizer step, and all that it needs."""
+
+    model: nn.Module  # as it is run: inside DDP and torch.compile where these are used
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    loss_fn: Callable[[Tensor, Tensor], Tensor]
+    precision: Precision
+    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    ema: ModelEmaV3 | None = None
+    clip_grad: float = 0.0  # largest norm of the gradients; 0 = no clipping
+    max_nonfinite: int = 0  # steps with a loss that is not finite that are skipped in a run
+
+    def __call__(self, group: list[Batch], progress: Progress, stop: bool = False) -> Update:
+        """Trains on the mean loss of a group of batches and moves ``progress`` on; ranks exchange gradients on the last batch.
+
+        ``stop`` says that this process was asked to stop; what every rank was asked for is in the result.
+
+        Raises:
+            NonFiniteLoss: more than ``max_nonfinite`` steps had a loss that is not finite. On every rank.
+        """
         # A loss that is not finite has already spoilt the running statistics of batch norm: keep what they were.
-        buffers = [buffer.clone() for buffer in model.buffers()]
-        names, losses = [], []
-        for i, batch in enumerate(group):
-            bad_files.add(batch.unreadable)
-            names.append(batch.names)
-            images = batch.images.to(device, non_blocking=True)
-            targets = batch.targets.to(device, non_blocking=True)
-            if mixup is not None:
-                images, targets = mixup(images, targets)
-            synchronise = i == len(group) - 1
-            with nullcontext() if synchronise or not hasattr(model, "no_sync") else model.no_sync():
-                with precision.context():
-                    logits = model(images)
-                loss = loss_fn(logits.float(), targets)
-                precision.scaler.scale(loss / len(group)).backward()
-            losses.append(loss.detach())
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        parts = len(group)
+        losses = torch.stack([self._backward(batch, parts, last=i == parts - 1) for i, batch in enumerate(group)])
+        self.precision.scaler.unscale_(self.optimizer)
+        limit = self.clip_grad if self.clip_grad > 0 else float("inf")
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
 
-        precision.scaler.unscale_(optimizer)
-        limit = clip_grad if clip_grad > 0 else float("inf")
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
-        losses = torch.stack(losses)
-        broken = [i for i, value in enumerate(losses.tolist()) if not _finite(value)]
+        broken = [batch for batch, value in zip(group, losses.tolist()) if not _finite(value)]
         # With a scaler an infinite gradient is ordinary: the scale was too large, the scaler skips the step by itself.
-        spoilt = bool(broken) or (not precision.scaler.is_enabled() and not _finite(float(grad_norm)))
-        any_spoilt, any_stop = distributed.all_sum([float(spoilt), float(stop is not None and stop.received > 0)], device)
-
+        spoilt = bool(broken) or (not self.precision.scaler.is_enabled() and not _finite(float(grad_norm)))
+        any_spoilt, any_stop = distributed.all_sum([float(spoilt), float(stop)], self.precision.device)
         if any_spoilt:
-            optimizer.zero_grad(set_to_none=True)
-            for buffer, value in zip(model.buffers(), buffers):
+            self.optimizer.zero_grad(set_to_none=True)
+            for buffer, value in zip(self.model.buffers(), buffers):
                 buffer.copy_(value)
-            if progress.nonfinite >= max_nonfinite:
-                files = [name for i in (broken or range(len(names))) for name in names[i]]
+            if progress.nonfinite >= self.max_nonfinite:
+                files = [name for batch in broken or group for name in batch.names]
                 raise NonFiniteLoss(_report(progress, losses, grad_norm, files if spoilt else None))
             progress.nonfinite += 1
         else:
-            precision.scaler.step(optimizer)
-        precision.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        rate = optimizer.param_groups[0]["lr"]
-        scheduler.step_update(progress.updates)
+            self.precision.scaler.step(self.optimizer)
+        self.precision.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.scheduler.step_update(progress.updates)
         progress.updates += 1
-        progress.step += len(group)
-        if ema is not None and not any_spoilt:
-            ema.update(unwrap(model), step=progress.updates)
-        on_update(
-            dict(
-                loss=losses.mean().item(),
-                grad_norm=float(grad_norm),
-                lr=rate,
-                images=sum(len(part) for part in names),
-                seconds=time.perf_counter() - start,
-            )
-        )
-        if any_stop:
-            numbers = distributed.gather(stop.received)
-            raise StopRequested(max(numbers))
+        progress.step += parts
+        if self.ema is not None and not any_spoilt:
+            self.ema.update(unwrap(self.model), step=progress.updates)
+        return Update(losses.mean().item(), float(grad_norm), lr, sum(len(batch.names) for batch in group), any_stop > 0)
+
+    def _backward(self, batch: Batch, parts: int, last: bool) -> Tensor:
+        """Adds the gradients of a batch, one of ``parts`` of a group; returns its loss, a scalar."""
+        device = self.precision.device
+        images = batch.images.to(device, non_blocking=True)
+        targets = batch.targets.to(device, non_blocking=True)
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
+        with self.model.no_sync() if isinstance(self.model, DistributedDataParallel) and not last else nullcontext():
+            with self.precision.context():
+                logits = self.model(images)
+            loss = self.loss_fn(logits.float(), targets)
+            self.precision.scaler.scale(loss / parts).backward()
+        return loss.detach()
+
+
+def train_one_epoch(
+    step: Step,
+    loader: Iterable[Batch],
+    steps: int,
+    progress: Progress,
+    *,
+    bad_files: BadFiles,
+    accumulation: int = 1,
+    streaming: bool = False,
+    stop: StopSignals | None = None,
+    on_start: Callable[[], None] = lambda: None,
+    on_update: Callable[[Update, float], None] = lambda update, seconds: None,
+) -> None:
+    """Trains from ``progress.step`` to the end of the epoch, one optimizer step per ``accumulation`` batches.
+
+    The last group of an epoch may be shorter. With ``streaming`` the ranks may hold different numbers of batches: the epoch
+    ends for all with the first that has none left. ``on_start`` runs when the first batch is being loaded and nothing random has
+    happened yet, ``on_update`` after each optimizer step with its numbers and the seconds that it took, loading included.
+
+    Raises:
+        NonFiniteLoss: as ``Step``.
+        StopRequested: a signal arrived at any rank. On every rank.
+        DataError: too many unreadable files.
+    """
+    batches = iter(loader)
+    if streaming and distributed.world_size() > 1:
+        batches = _agreeing(batches, step.precision.device)
+    on_start()
+    step.model.train()
+    while progress.step < steps:
+        start = time.perf_counter()
+        group = _take(batches, min(accumulation, steps - progress.step))
+        if not group:
+            break  # a streaming reader may hold fewer images than it announced
+        for batch in group:
+            bad_files.add(batch.unreadable)
+        update = step(group, progress, stop is not None and stop.received > 0)
+        on_update(update, time.perf_counter() - start)
+        if update.stop:
+            raise StopRequested(max(distributed.gather(stop.received if stop is not None else 0)))
 
 
 @torch.inference_mode()
@@ -196,6 +178,7 @@ def evaluate(
 
     Raises:
         RuntimeError: the images seen are not the expected ones.
+        UserError: there are none.
     """
     device = precision.device
     model.eval()
@@ -217,55 +200,14 @@ def evaluate(
         sums[1] += top[:, 0].sum().item()
         sums[2] += top.any(dim=1).sum().item()
         sums[3] += F.cross_entropy(logits, targets, reduction="sum").item()
-    count, top1, top5, loss, unreadable = distributed.all_sum([*sums, float(unreadable)], device)
-    if expected is not None and count + unreadable != expected:
-        raise RuntimeError(f"evaluation saw {count:.0f} images (+ {unreadable:.0f} unreadable), the data set has {expected}")
+    count, top1, top5, loss, left_out = distributed.all_sum([*sums, float(unreadable)], device)
+    if expected is not None and count + left_out != expected:
+        raise RuntimeError(f"evaluation saw {count:.0f} images (+ {left_out:.0f} unreadable), the data set has {expected}")
     if count == 0:
-        raise RuntimeError("evaluation saw no images")
-    if unreadable:
-        log(f"evaluation leaves out {unreadable:.0f} unreadable images of {expected}")
+        raise UserError("evaluation saw no images: the validation set is empty, or none of it can be read")
+    if left_out:
+        log(f"evaluation leaves out {left_out:.0f} unreadable images of {expected}")
     return dict(top1=100 * top1 / count, top5=100 * top5 / count, loss=loss / count, images=int(count))
-
-
-@torch.inference_mode()
-def throughput(model: nn.Module, images: Tensor, precision: Precision, warm_up: int = 50, timed: int = 30) -> dict[str, float]:
-    """Time of a forward pass over one batch by the paper's protocol: 50 warm-up and 30 timed passes.
-
-    Returns:
-        images_per_second and latency_ms (median, p10, p90 of a pass) and peak_memory_mb (of CUDA, else of the process).
-    """
-    device = precision.device
-    synchronise = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
-    model.eval()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    with precision.context():
-        for i in range(warm_up + timed):
-            synchronise()
-            start = time.perf_counter()
-            model(images)
-            synchronise()
-            if i >= warm_up:
-                seconds.append(time.perf_counter() - start)
-    median = statistics.median(seconds)
-    deciles = statistics.quantiles(seconds, n=10, method="inclusive")
-    return dict(
-        batch_size=len(images),
-        images_per_second=len(images) / median,
-        latency_ms_median=1e3 * median,
-        latency_ms_p10=1e3 * deciles[0],
-        latency_ms_p90=1e3 * deciles[-1],
-        peak_memory_mb=peak_memory_mb(device),
-    )
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Most memory in use so far, MiB: of CUDA tensors on CUDA, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -275,7 +217,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _take(batches: Iterator[Batch], count: int) -> list[Batch]:
-    group = []
+    group: list[Batch] = []
     while len(group) < count and (batch := next(batches, None)) is not None:
         group.append(batch)
     return group
@@ -285,7 +227,7 @@ def _agreeing(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
     """Ends for all ranks when it ends for one: a rank alone would wait for the others' gradients for ever."""
     while True:
         batch = next(batches, None)
-        if distributed.all_sum([float(batch is None)], device)[0]:
+        if distributed.all_sum([float(batch is None)], device)[0] or batch is None:
             return
         yield batch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from yacs.config import CfgNode
 
 from data.dataset import ImageDataset, collate
 from data.transforms import denormalise
-from engine import Precision
+from precision import Precision
 
 
 def plot_curves(rows: list[dict], steps_per_epoch: int, path: Path) -> None:
@@ -68,7 +69,7 @@ def plot_predictions(
     plt.close(figure)
 
 
-def _pyplot():
+def _pyplot() -> Any:
     import matplotlib  # slow to import, and only needed at the end of a run
 
     matplotlib.use("Agg")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import cast
 
 import numpy as np
 import PIL
@@ -15,61 +19,79 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+from yacs.config import CfgNode
 
 import checkpoint
 import distributed
 import engine
 from config import to_dict
 from data import build_mixup
+from data.dataset import ImageDataset, StreamingDataset
+from data.loader import BadFiles, Loaders
+from litv2 import LITv2
+from litv2.errors import UserError
 from litv2.weights.state_dict import load_weights
-from logger import read_metrics
+from logger import LOG
+from memory import peak_memory_mb
+from metrics import Metrics, read_metrics
 from optim import build_optimizer, build_scheduler
 from plots import plot_curves, plot_predictions
+from precision import Precision
+from signals import StopRequested, StopSignals
 
 
 class Training:
     """Everything that a run holds between steps: what a checkpoint saves and restores."""
 
-    def __init__(self, config, folder, log, model, loaders, precision, bad_files, stop):
+    def __init__(
+        self,
+        config: CfgNode,
+        folder: Path,
+        log: logging.Logger,
+        model: LITv2,
+        loaders: Loaders,
+        precision: Precision,
+        bad_files: BadFiles,
+        stop: StopSignals,
+    ):
         self.config, self.folder, self.log, self.loaders = config, folder, log, loaders
-        self.precision, self.bad_files, self.stop = precision, bad_files, stop
+        self.model, self.bad_files, self.stop = model, bad_files, stop
+        self.metrics = Metrics(folder, active=distributed.rank() == 0)
         self.progress = engine.Progress()
         self.accumulation = config.TRAIN.ACCUMULATION_STEPS
-        total_batch = loaders.batch_size * distributed.world_size() * self.accumulation
+        self.total_batch = loaders.batch_size * distributed.world_size() * self.accumulation
         self.updates_per_epoch = -(-loaders.steps_per_epoch // self.accumulation)
 
-        self.model = model
-        self.optimizer = build_optimizer(config, model, total_batch)
-        self.scheduler = build_scheduler(config, self.optimizer, self.updates_per_epoch, total_batch)
-        self.ema = ModelEmaV3(model, decay=config.TRAIN.EMA_DECAY, use_warmup=True) if config.TRAIN.EMA_DECAY else None
-        self.mixup = build_mixup(config, model.num_classes)
-        if self.mixup is not None:
-            self.loss_fn = SoftTargetCrossEntropy()
-        elif config.MODEL.LABEL_SMOOTHING > 0:
-            self.loss_fn = LabelSmoothingCrossEntropy(config.MODEL.LABEL_SMOOTHING)
-        else:
-            self.loss_fn = nn.CrossEntropyLoss()
+        optimizer = build_optimizer(config, model, self.total_batch)
+        scheduler = build_scheduler(config, optimizer, self.updates_per_epoch, self.total_batch)
+        ema = ModelEmaV3(model, decay=config.TRAIN.EMA_DECAY, use_warmup=True) if config.TRAIN.EMA_DECAY else None
+        mixup = build_mixup(config, model.num_classes)
         # Rank by rank, so that dropout, mixup and drop path differ between processes.
         seed_everything(config.SEED + 1000 + distributed.rank())
         self._random_states: list[dict] | None = None
 
-        self.runner = torch.compile(model) if config.COMPILE else model
+        runner: nn.Module = cast(nn.Module, torch.compile(model)) if config.COMPILE else model
         if distributed.world_size() > 1:
             ids = [precision.device] if precision.device.type == "cuda" else None
-            self.runner = DistributedDataParallel(self.runner, device_ids=ids)
+            runner = DistributedDataParallel(runner, device_ids=ids)
+        self.step = engine.Step(
+            runner, optimizer, scheduler, _loss(config, soft_targets=mixup is not None), precision, mixup, ema,
+            clip_grad=config.TRAIN.CLIP_GRAD, max_nonfinite=config.TRAIN.MAX_NONFINITE,
+        )  # fmt: skip
 
     @property
     def evaluated_model(self) -> nn.Module:
         """The one that is evaluated: the moving average where there is one."""
-        return self.model if self.ema is None else self.ema.module
+        return self.model if self.step.ema is None else self.step.ema.module
 
     def fit(self) -> None:
         config, progress, steps = self.config, self.progress, self.loaders.steps_per_epoch
         if progress.epoch >= config.TRAIN.EPOCHS:
-            self.log(f"all {config.TRAIN.EPOCHS} epochs are done already; another --tag starts afresh")
+            self.log.info(f"all {config.TRAIN.EPOCHS} epochs are done already; another --tag starts afresh")
         else:
-            self.log(f"{config.TRAIN.EPOCHS} epochs of {steps} steps, {self.updates_per_epoch} updates each; "
-                     f"total batch {self.loaders.batch_size * distributed.world_size() * self.accumulation}")  # fmt: skip
+            self.log.info(f"{config.TRAIN.EPOCHS} epochs of {steps} steps, {self.updates_per_epoch} updates each; "
+                          f"total batch {self.total_batch}")  # fmt: skip
         start, done_before = time.perf_counter(), progress.epoch
         while progress.epoch < config.TRAIN.EPOCHS:
             self._train_epoch()
@@ -84,10 +106,10 @@ class Training:
             progress.epoch, progress.step = done, 0
             if result is not None:
                 per_epoch = (time.perf_counter() - start) / (done - done_before)
-                self.log(f"epoch {done}/{config.TRAIN.EPOCHS}  Acc@1 {result['top1']:.3f}  Acc@5 {result['top5']:.3f}  "
-                         f"val loss {result['loss']:.4f}  best {progress.best:.3f}  {per_epoch:.1f} s/epoch, "
-                         f"{_clock(per_epoch * (config.TRAIN.EPOCHS - done))} left")  # fmt: skip
-                self.log.metrics("val", progress.updates, epoch=done, **result)
+                self.log.info(f"epoch {done}/{config.TRAIN.EPOCHS}  Acc@1 {result['top1']:.3f}  Acc@5 {result['top5']:.3f}  "
+                              f"val loss {result['loss']:.4f}  best {progress.best:.3f}  {per_epoch:.1f} s/epoch, "
+                              f"{_clock(per_epoch * (config.TRAIN.EPOCHS - done))} left")  # fmt: skip
+                self.metrics.write("val", progress.updates, epoch=done, **result)
             state = self._save_latest()
             if distributed.rank() == 0:
                 if better:
@@ -96,53 +118,62 @@ class Training:
                     checkpoint.save(self.folder / f"epoch-{done:04d}.pth", state)
         self._finish()
 
+    def close(self) -> None:
+        self.metrics.close()
+
     def _train_epoch(self) -> None:
         config, progress, steps = self.config, self.progress, self.loaders.steps_per_epoch
         sampler = self.loaders.sampler
         if sampler is not None:
             sampler.epoch, sampler.skip = progress.epoch, progress.step * sampler.batch_size
-        elif hasattr(self.loaders.train.dataset.dataset, "set_epoch"):
-            self.loaders.train.dataset.dataset.set_epoch(progress.epoch)
-        since = dict(loss=0.0, images=0, seconds=0.0, updates=0)
+        else:
+            reader = cast(StreamingDataset, self.loaders.train.dataset).dataset
+            if hasattr(reader, "set_epoch"):
+                reader.set_epoch(progress.epoch)
+        bar = tqdm(
+            desc=f"epoch {progress.epoch + 1}/{config.TRAIN.EPOCHS}", total=steps, initial=progress.step, unit="step",
+            dynamic_ncols=True, leave=False, disable=distributed.rank() != 0 or not sys.stderr.isatty(),
+        )  # fmt: skip
+        since: list[tuple[engine.Update, float]] = []  # the steps since the last line of the log, and their seconds
 
-        def on_update(record: dict) -> None:
-            for key in ("loss", "images", "seconds"):
-                since[key] += record[key]
-            since["updates"] += 1
-            rate = since["images"] * distributed.world_size() / max(since["seconds"], 1e-9)
-            loss = since["loss"] / since["updates"]
-            memory = engine.peak_memory_mb(self.precision.device)
-            self.log.advance_bar(self.accumulation, loss=f"{loss:.4f}", lr=f"{record['lr']:.2e}", img_s=f"{rate:.0f}", mem=f"{memory:.0f}M")
+        def on_update(update: engine.Update, seconds: float) -> None:
+            since.append((update, seconds))
+            updates, times = zip(*since)
+            mean_time, loss = fmean(times), fmean(update.loss for update in updates)
+            rate = sum(update.images for update in updates) * distributed.world_size() / max(sum(times), 1e-9)
+            memory = peak_memory_mb(step.precision.device)
+            mem = "?" if memory is None else f"{memory:.0f}MB"
+            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{update.lr:.2e}", img_s=f"{rate:.0f}", mem=mem, refresh=False)
+            bar.update(self.accumulation)
             if progress.step % config.PRINT_FREQ < self.accumulation or progress.step >= steps:
-                self.log.metrics("train", progress.updates, epoch=progress.epoch, loss=loss, lr=record["lr"],
-                                 grad_norm=record["grad_norm"], images_per_second=rate, memory_mb=memory)  # fmt: skip
-                left = (steps - progress.step) / self.accumulation * since["seconds"] / since["updates"]
-                self.log(f"epoch {progress.epoch + 1}  step {progress.step}/{steps}  loss {loss:.4f}  lr {record['lr']:.3e}  "
-                         f"grad norm {record['grad_norm']:.2f}  {rate:.0f} images/s  {memory:.0f} MiB  {_clock(left)} left")  # fmt: skip
-                since.update(loss=0.0, images=0, seconds=0.0, updates=0)
+                self.metrics.write("train", progress.updates, epoch=progress.epoch, loss=loss, lr=update.lr,
+                                   grad_norm=update.grad_norm, images_per_second=rate, memory_mb=memory)  # fmt: skip
+                left, norm = (steps - progress.step) / self.accumulation * mean_time, fmean(update.grad_norm for update in updates)
+                self.log.info(f"Train: [{progress.epoch}/{config.TRAIN.EPOCHS}][{progress.step}/{steps}] eta {_clock(left)} "
+                              f"lr {update.lr:.6g} time {seconds:.4f} ({mean_time:.4f}) loss {update.loss:.4f} ({loss:.4f}) "
+                              f"grad_norm {update.grad_norm:.4f} ({norm:.4f}) mem {mem}")  # fmt: skip
+                since.clear()
             if config.SAVE_STEPS and progress.updates % config.SAVE_STEPS == 0:
                 self._save_latest()
 
-        self.log.start_bar(f"epoch {progress.epoch + 1}/{config.TRAIN.EPOCHS}", steps, progress.step)
+        step = self.step
         try:
             engine.train_one_epoch(
-                self.runner, self.loaders.train, steps, self.optimizer, self.scheduler, self.precision, self.loss_fn, progress,
-                mixup=self.mixup, ema=self.ema, accumulation=self.accumulation, clip_grad=config.TRAIN.CLIP_GRAD,
-                max_nonfinite=config.TRAIN.MAX_NONFINITE, streaming=sampler is None, bad_files=self.bad_files, stop=self.stop,
-                on_start=self._restore_random_state, on_update=on_update,
+                step, self.loaders.train, steps, progress, accumulation=self.accumulation, streaming=sampler is None,
+                bad_files=self.bad_files, stop=self.stop, on_start=self._restore_random_state, on_update=on_update,
             )  # fmt: skip
-        except (engine.NonFiniteLoss, engine.StopRequested):
+        except (engine.NonFiniteLoss, StopRequested):
             self._save_latest()
             raise
         finally:
-            self.log.end_bar()
+            bar.close()
         progress.step = steps
 
     def _evaluate(self) -> dict:
         distributed.broadcast_buffers(self.evaluated_model)
         return engine.evaluate(
-            self.evaluated_model, self.loaders.val, self.precision,
-            expected=self.loaders.val_size, bad_files=self.bad_files, log=self.log, stop=self.stop,
+            self.evaluated_model, self.loaders.val, self.step.precision,
+            expected=self.loaders.val_size, bad_files=self.bad_files, log=self.log.info, stop=self.stop,
         )  # fmt: skip
 
     def _finish(self) -> None:
@@ -152,9 +183,8 @@ class Training:
             curves, predictions = self.folder / "curves.png", self.folder / "predictions.png"
             plot_curves(read_metrics(self.folder), self.updates_per_epoch, curves)
             if self.loaders.sampler is not None:  # a streaming reader has no image number 7
-                plot_predictions(
-                    self.evaluated_model, self.loaders.val.dataset, self.loaders.class_names, self.config, self.precision, predictions
-                )
+                images = cast(ImageDataset, self.loaders.val.dataset)
+                plot_predictions(self.evaluated_model, images, self.loaders.class_names, self.config, self.step.precision, predictions)
             last = [row for row in read_metrics(self.folder) if row["kind"] == "val"][-1]
             rows = [
                 ("images", f"{last['images']} of validation, {len(self.loaders.class_names)} classes"),
@@ -163,20 +193,20 @@ class Training:
                 ("curves", curves),
                 ("predictions", predictions),
                 ("best weights", self.folder / checkpoint.BEST),
-                ("log and metrics", self.folder / "log.txt"),
+                ("log and metrics", self.folder / LOG.format(0)),
             ]
             for name, value in rows:
-                self.log(f"{name:>16}  {value}")
+                self.log.info(f"{name:>16}  {value}")
 
     def _save_latest(self) -> dict:
         """All ranks take part; rank 0 writes. Returns the state that was written."""
-        states = distributed.gather(checkpoint.random_state())
+        step, states = self.step, distributed.gather(checkpoint.random_state())
         state = dict(
             model=self.model.state_dict(),
-            ema=None if self.ema is None else self.ema.module.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            scheduler=self.scheduler.state_dict(),
-            scaler=self.precision.scaler.state_dict(),
+            ema=None if step.ema is None else step.ema.module.state_dict(),
+            optimizer=step.optimizer.state_dict(),
+            scheduler=step.scheduler.state_dict(),
+            scaler=step.precision.scaler.state_dict(),
             progress=asdict(self.progress),
             epoch=self.progress.epoch,
             sampler=dict(
@@ -197,34 +227,52 @@ class Training:
         return state
 
     def load(self, state: dict) -> None:
-        """Goes on from a checkpoint of ours, at the very step where it was written."""
-        needed = ("model", "optimizer", "progress", "sampler", "random_states")
+        """Goes on from a checkpoint of ours, at the very step where it was written.
+
+        Raises:
+            UserError: a checkpoint that holds weights alone, or is of another model or optimizer.
+        """
+        step = self.step
+        needed = ("model", "optimizer", "progress", "sampler", "random_states", "config")
         if missing := [key for key in needed if key not in state]:
-            raise ValueError(f"the checkpoint has no {', '.join(missing)}: it cannot be resumed; --pretrained FILE takes its weights alone")
+            raise UserError(f"the checkpoint has no {', '.join(missing)}: it cannot be resumed; --pretrained FILE takes its weights alone")
         load_weights(self.model, state["model"])
-        if self.ema is not None:
-            load_weights(self.ema.module, state["ema"] or state["model"])
+        if step.ema is not None:
+            load_weights(step.ema.module, state["ema"] or state["model"])
             if state["ema"] is None:
-                self.log("the checkpoint has no moving average: it starts from the weights")
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state["scheduler"] != self.scheduler.state_dict():  # a pure function of the step: nothing else to restore
-            self.log("the schedule of learning rates is no longer the checkpoint's: from here on the configuration's holds")
-        self.precision.scaler.load_state_dict(state["scaler"]) if state["scaler"] else None
+                self.log.info("the checkpoint has no moving average: it starts from the weights")
+        before = state["config"]["TRAIN"]["OPTIMIZER"]["NAME"]
+        if before != self.config.TRAIN.OPTIMIZER.NAME:
+            raise UserError(f"the checkpoint was trained with TRAIN.OPTIMIZER.NAME={before}, which cannot go on as "
+                            f"{self.config.TRAIN.OPTIMIZER.NAME}; --pretrained FILE takes its weights alone")  # fmt: skip
+        step.optimizer.load_state_dict(state["optimizer"])
+        if state["scheduler"] != step.scheduler.state_dict():  # a pure function of the step: nothing else to restore
+            self.log.info("the schedule of learning rates is no longer the checkpoint's: from here on the configuration's holds")
+        if state["scaler"]:
+            step.precision.scaler.load_state_dict(state["scaler"])
         self.progress = engine.Progress(**state["progress"])
         self._random_states = state["random_states"]
         then, now = state["sampler"], dict(batch_size=self.loaders.batch_size, world_size=distributed.world_size())
         if self.progress.step and any(then[key] != now[key] for key in now):
-            self.log(f"resumed within an epoch with {now} instead of { {key: then[key] for key in now} }: the epoch starts again")
+            self.log.info(f"resumed within an epoch with {now} instead of { {key: then[key] for key in now} }: the epoch starts again")
             self.progress.step = 0
         if then["steps_per_epoch"] != self.loaders.steps_per_epoch:
-            self.log(f"an epoch has {self.loaders.steps_per_epoch} steps, it had {then['steps_per_epoch']}: the schedule shifts")
-        self.log.forget_after(self.progress.updates, self.progress.epoch)
-        self.log(f"resumed at epoch {self.progress.epoch}, step {self.progress.step}, update {self.progress.updates}")
+            self.log.info(f"an epoch has {self.loaders.steps_per_epoch} steps, it had {then['steps_per_epoch']}: the schedule shifts")
+        self.metrics.forget_after(self.progress.updates, self.progress.epoch)
+        self.log.info(f"resumed at epoch {self.progress.epoch}, step {self.progress.step}, update {self.progress.updates}")
 
     def _restore_random_state(self) -> None:
         if self._random_states is not None:
-            checkpoint.restore_random_state(self._random_states, self.log)
+            checkpoint.restore_random_state(self._random_states, self.log.warning)
             self._random_states = None
+
+
+def _loss(config: CfgNode, soft_targets: bool) -> nn.Module:
+    if soft_targets:  # mixup's, already smoothed
+        return SoftTargetCrossEntropy()
+    if config.MODEL.LABEL_SMOOTHING > 0:
+        return LabelSmoothingCrossEntropy(config.MODEL.LABEL_SMOOTHING)
+    return nn.CrossEntropyLoss()
 
 
 def seed_everything(seed: int) -> None:

@@ -7,17 +7,19 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import UserError
 from .model import LITv2, litv2_base, litv2_medium, litv2_small
+from .preprocess import evaluation_size
 from .weights.architecture import infer_arguments
 from .weights.download import fetch
 from .weights.reading import read_checkpoint
-from .weights.releases import lookup
+from .weights.releases import lookup, release_of
 from .weights.state_dict import find_weights, load_weights
 
-__all__ = ["VARIANTS", "create_model", "load_model"]
+__all__ = ["VARIANTS", "LoadedModel", "create_model", "load_model"]
 
 VARIANTS = {"small": litv2_small, "medium": litv2_medium, "base": litv2_base}
 
@@ -32,7 +34,7 @@ def create_model(name: str, pretrained: bool | str | Path | None = None, **kwarg
             file's the head keeps its initialisation, which is warned about; with 0 the file's head is left out.
 
     Raises:
-        ValueError: an unknown name, or weights that do not fit.
+        UserError: an unknown name, or weights that do not fit.
         OSError: the weights cannot be found or downloaded.
     """
     entry = lookup(name, task="classification")
@@ -52,25 +54,57 @@ def create_model(name: str, pretrained: bool | str | Path | None = None, **kwarg
     return model
 
 
-def load_model(source: str | Path, name: str | None = None) -> tuple[LITv2, dict]:
-    """The classifier in a file, of the architecture and the classes that the file has, and the content of the checkpoint.
+@dataclass(frozen=True)
+class LoadedModel:
+    """A classifier from a file.
+
+    Attributes:
+        model: with the file's weights.
+        content: of the checkpoint.
+        image_size: side of its evaluation images in pixels.
+        crop: whether these are crops of larger images.
+        notes: lines that say what the file does not tell and was assumed.
+    """
+
+    model: LITv2
+    content: dict
+    image_size: int
+    crop: bool
+    notes: list[str]
+
+
+def load_model(source: str | Path, name: str | None = None) -> LoadedModel:
+    """The classifier in a file, of the architecture and the classes that the file has.
 
     Args:
         source: a path, a URL or a name of the zoo.
         name: the model's name in the zoo; None for what the weights' shapes and the checkpoint's configuration say.
 
     Raises:
-        ValueError: no weights of a classifier, or weights of another model.
+        UserError: no weights of a classifier, or weights of another model.
         OSError: the weights cannot be found or downloaded.
     """
+    release = lookup(name, task="classification") if name else release_of(source)
     content = read_checkpoint(fetch(source))
-    weights = find_weights(content)
+    weights, config = find_weights(content), content.get("config")
     classes = len(weights["head.weight"]) if "head.weight" in weights else 0
     if not classes:
         raise UserError(f"{source} has no classifier: detectors and segmenters are used through their configurations")
-    model = create_model(name, num_classes=classes) if name else LITv2(**infer_arguments(weights, content.get("config")))
+    notes = []
     try:
+        if name:
+            model = create_model(name, num_classes=classes)
+        else:
+            arguments, guessed = infer_arguments(weights, config)
+            model = LITv2(**arguments)
+            if guessed and (release is None or arguments["local_ws"] != release.window):
+                heads, windows = (" ".join(map(str, arguments[key])) for key in ("num_heads", "local_ws"))
+                notes.append(f"{source} does not say its heads and windows: they are taken to be {heads} and {windows}, as published")
         load_weights(model, weights)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
-    return model, content
+    known = evaluation_size(config, release)
+    if known is None:
+        notes.append(f"{source} does not say the size of its images; the default is 224 x 224")
+    image_size, crop = known or (224, True)
+    return LoadedModel(model, content, image_size, crop, notes)

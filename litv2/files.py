@@ -29,10 +29,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def flush_folder(folder: Path) -> None:
-    """Makes the names in a folder survive a power cut. Windows cannot open folders, and does so by itself."""
-    if os.name == "nt":
+    """Makes the names in a folder survive a power cut."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folder, and needs no such call
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

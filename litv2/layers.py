@@ -8,14 +8,12 @@ Every module's ``flops(H, W)`` counts the multiply-adds of one H x W map as the 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hilo import HiLo
 from mm_modules.DCN import DeformConv2dPack
 
-from .ops import depthwise_gelu, infer_block, takes_block, takes_depthwise_gelu
-from .ops.block_forward.bfloat16 import products_in_float32
+from . import ops
 
 
 def channels_first(x: Tensor) -> Tensor:
@@ -61,10 +59,7 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        p, H, W = self.patch_size, *x.shape[2:]
-        Hp, Wp = (H + p - 1) // p, (W + p - 1) // p
-        if torch.compiler.is_compiling() or (Hp * p, Wp * p) != (H, W):  # a traced graph serves every size: no branch
-            x = F.pad(x, (0, Wp * p - W, 0, Hp * p - H))
+        x = ops.pad_to_multiple(x, self.patch_size)
         x = self.proj(x.contiguous(memory_format=torch.channels_last))
         return self.norm(channels_last(x))
 
@@ -81,10 +76,7 @@ class DepthwiseConv(nn.Module):
         self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        conv = self.dwconv
-        if takes_depthwise_gelu(x, conv.weight) and not (conv._forward_hooks or conv._forward_pre_hooks):
-            return depthwise_gelu(x, conv.weight, conv.bias)
-        return F.gelu(channels_last(conv(channels_first(x))))  # a call of the module: counters of operations hook it
+        return ops.depthwise_gelu(x, self.dwconv)
 
 
 class Mlp(nn.Module):
@@ -133,15 +125,13 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
         self.drop_path = DropPath(drop_path)
 
+    @ops.block(parts=(HiLo, DropPath, Mlp, DepthwiseConv))
     def forward(self, x: Tensor) -> Tensor:
-        if takes_block(self, x):
-            return infer_block(self, x)
         B, H, W, C = x.shape
-        with products_in_float32(x):
-            if self.attn is not None:
-                y = self.attn(self.norm1(x).reshape(B, H * W, C), H, W)
-                x = x + self.drop_path(y.reshape(B, H, W, C))
-            return x + self.drop_path(self.mlp(self.norm2(x)))
+        if self.attn is not None:
+            y = self.attn(self.norm1(x).reshape(B, H * W, C), H, W)
+            x = x + self.drop_path(y.reshape(B, H, W, C))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def flops(self, H: int, W: int) -> int:
         norm = H * W * self.norm2.normalized_shape[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -107,9 +108,9 @@ class LITv2(nn.Module):
             self.layers.append(Stage(blocks, None if last else DeformableTokenMerging(dim, 2 * dim)))
             self.feature_info.append(dict(num_chs=dim, reduction=patch_size * 2**i, module=f"layers.{i}"))
 
-        self.norm = nn.LayerNorm(self.num_features)
+        self.norm: nn.Module = nn.LayerNorm(self.num_features)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        self.head: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.apply(_init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ class LITv2(nn.Module):
 
         The maps are views in the channels-last memory format.
         """
-        return tuple(self.forward_intermediates(x, intermediates_only=True))
+        return tuple(channels_first(level) for level in self._stages(x))
 
     def forward_intermediates(
         self,
@@ -166,13 +167,18 @@ class LITv2(nn.Module):
         wanted = self._wanted_stages(indices)
         cut = max(wanted) < len(self.layers) - 1
         self.layers = self.layers[: max(wanted) + 1]
-        self.layers[-1].downsample = None
+        self.stages[-1].downsample = None
         self.num_features = self.head_hidden_size = self.feature_info[max(wanted)]["num_chs"]
         if prune_norm or cut:
             self.norm = nn.Identity()
         if prune_head or cut:
             self.reset_classifier(0, "")
         return wanted
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages in order; ``layers`` is their name in checkpoints."""
+        return cast("list[Stage]", list(self.layers))
 
     def _wanted_stages(self, indices: int | Sequence[int] | None) -> list[int]:
         """Stages counted from 0, of what timm calls indices."""
@@ -188,9 +194,9 @@ class LITv2(nn.Module):
         _check_images(x, self.in_chans, self.feature_info[last]["reduction"])
         maps = []
         x = self.patch_embed(x)
-        for i, stage in enumerate(self.layers[: last + 1]):
+        for i, stage in enumerate(self.stages[: last + 1]):
             maps.append(stage(x))
-            if i < last:
+            if i < last and stage.downsample is not None:
                 x = stage.downsample(maps[-1])
         return maps
 
@@ -223,7 +229,7 @@ class LITv2(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations: less memory, same numbers."""
-        for stage in self.layers:
+        for stage in self.stages:
             stage.grad_checkpointing = enable
 
     def flops(self, H: int = 224, W: int = 224) -> int:
@@ -236,8 +242,8 @@ class LITv2(nn.Module):
         patch = self.patch_embed.patch_size
         h, w = patches = -(-H // patch), -(-W // patch)
         total = self.patch_embed.flops(h, w)
-        for stage in self.layers:
-            total += sum(block.flops(h, w) for block in stage.blocks)
+        for stage in self.stages:
+            total += sum(cast("Block", block).flops(h, w) for block in stage.blocks)
             if stage.downsample is not None:
                 total += stage.downsample.flops(h, w)
                 h, w = h // 2, w // 2
@@ -265,7 +271,8 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, DepthwiseConv):
         nn.init.normal_(module.dwconv.weight, std=(2 / 9) ** 0.5)  # fan-out of a 3 x 3 depthwise kernel
-        nn.init.zeros_(module.dwconv.bias)
+        if module.dwconv.bias is not None:
+            nn.init.zeros_(module.dwconv.bias)
 
 
 def litv2_small(**kwargs) -> LITv2:

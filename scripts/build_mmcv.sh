@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds mmcv's operators for the installed torch and installs them: scripts/build_mmcv.sh [PYTHON]
 #
-# For machines that no prebuilt wheel exists for (README, "Detection and segmentation"). It takes about a quarter of an hour on two
+# For machines that no prebuilt wheel exists for (detection/README.md). It takes about a quarter of an hour on two
 # cores, so the wheel is kept in ~/.cache/litv2, under the name of the torch that it was built for, and the next call only installs it.
 # CUDA operators are built where torch sees a GPU, or with FORCE_CUDA=1.
 set -euo pipefail

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -86,6 +87,29 @@ def timm_model(name: str = "litv2_small", **kwargs) -> nn.Module:
 def max_difference(a: Tensor, b: Tensor) -> float:
     assert a.shape == b.shape, (a.shape, b.shape)
     return (a.double() - b.double()).abs().max().item()
+
+
+def assert_as_precise(low: Tensor, plain: Tensor, exact: Tensor, factor: float = 2) -> None:
+    """The rule for low precision: ``low`` is at most twice as far from ``exact`` as ``plain``, the plain version in that precision.
+
+    Over all values together: the error of the worst one is a matter of luck.
+    """
+    assert low.shape == plain.shape == exact.shape
+    error, allowed = ((result.double() - exact.double()).norm().item() for result in (low, plain))
+    assert allowed > 0 and error <= factor * allowed, f"error {error:.3g}, of the plain version {allowed:.3g}"
+
+
+@torch.no_grad()
+def rounded_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A float32 copy whose weights and each module's results are rounded to ``dtype``: what plain low precision makes of the model,
+    whoever computes it."""
+    model = copy.deepcopy(model)
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.to(dtype))
+    for module in model.modules():
+        module.register_forward_hook(lambda module, inputs, output: output.to(dtype).float() if isinstance(output, Tensor) else output)
+    return model
 
 
 # A model and a schedule that train in seconds, as --opts of the trainer.

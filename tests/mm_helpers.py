@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import re
 import socket
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
 from PIL import Image
 from torch import nn
 
+from document_helpers import blocks
 from helpers import ROOT, fill, generator
 from litv2.openmmlab import commands
 from litv2.openmmlab.build import build_model
@@ -108,10 +108,8 @@ def save_tiny(config: Path, path: Path) -> Path:
 
 
 def readme_config(task: str) -> str:
-    """The configuration that the README shows for one's own data: the Python block that names the task's base file."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    base = {"detection": "coco.py", "segmentation": "ade20k.py"}[task]
-    (block,) = (block for block in blocks if "_base_ =" in block and base in block)
+    """The configuration that the task's README shows for one's own data."""
+    (block,) = (block for block in blocks(f"{task}/README.md", "python") if "_base_ =" in block)
     return block
 
 

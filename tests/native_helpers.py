@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers import max_difference
-from litv2 import ops as native
+from litv2.ops import native
 
 if native.problem is not None:
     pytest.skip(f"the native operators: {native.problem}", allow_module_level=True)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 
-from helpers import ROOT
+from helpers import ROOT, normal
 
 sys.path.append(str(ROOT / "benchmarks"))
 import harness  # noqa: E402
@@ -32,8 +35,11 @@ WORDS = {  # of their tables
     "flops.py": "unexplained_%",
     "training.py": "images_per_s",
     "loader.py": "times_consumed",
-    "runtimes.py": "times eager",
+    "runtimes.py": "times_eager",
+    "deform_conv.py": "times_as_fast",
+    "layout.py": "times_as_fast",
 }
+PLOTLESS = ("layout.py",)  # of two numbers
 
 
 EXTRA = ("deform_conv.py", "training.py", "loader.py", "runtimes.py")
@@ -44,9 +50,14 @@ def test_runs(script, tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / script, *COMMANDS[script].split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert WORDS.get(script, "times as fast") in done.stdout
+    assert WORDS[script] in done.stdout
+    stem = tmp_path / "output/benchmarks" / script.removesuffix(".py")
+    results = json.loads(stem.with_suffix(".json").read_text())
+    with open(stem.with_suffix(".csv")) as file:
+        assert len(list(csv.DictReader(file))) == len(results["rows"]) > 0
+    assert stem.with_suffix(".png").exists() == (script not in PLOTLESS)
+    assert results["environment"]["threads"] >= 1 and results["title"] in done.stdout
     if script == "models.py":
-        results = json.loads((tmp_path / "output/benchmarks/models.json").read_text())
         lit, resnet = (next(row for row in results["rows"] if row["model"] == name) for name in ("LITv2-S", "ResNet-50"))
         assert lit["parameters_M"] == 27.8 and resnet["parameters_M"] == 25.6
         assert resnet["GFLOPs"] == pytest.approx(4.09 * (64 / 224) ** 2, rel=0.02)
@@ -54,19 +65,26 @@ def test_runs(script, tmp_path):
         assert (tmp_path / "output/benchmarks/models.csv").read_text().startswith("model,group,top1")
         assert (tmp_path / "output/benchmarks/models.png").stat().st_size > 10_000
     if script == "training.py":
-        rows = json.loads((tmp_path / "output/benchmarks/training.json").read_text())["rows"]
+        rows = results["rows"]
         assert [row["checkpointing"] for row in rows] == ["off", "on"] and {row["processes"] for row in rows} == {2}
         assert all(row["memory_MiB"] >= 106 for row in rows)  # at least the gradients of 27.8 M parameters
     if script == "loader.py":
-        rows = json.loads((tmp_path / "output/benchmarks/loader.json").read_text())["rows"]
+        rows = results["rows"]
         assert [(row["source"], row["workers"]) for row in rows] == [(s, n) for s in ("folder", "zip", "tar") for n in (0, 1)]
     if script == "flops.py":
-        rows = json.loads((tmp_path / "output/benchmarks/flops.json").read_text())["rows"]
+        rows = results["rows"]
         assert len(rows) == 11 and all(row["unexplained_%"] == 0 for row in rows)
         wrong = rows.pop()  # the one published figure that the release's formula does not give
         assert wrong["published"] == "3.70" and wrong["note"].startswith("3.702 without")
         assert all(f"{row['ours']:.3f}" == row["published"] and row["note"] is None for row in rows)
         assert all(row["published_M"] in (None, f"{row['parameters_M']:.3f}") for row in rows)
+
+
+    if script == "deform_conv.py":
+        rows = results["rows"]
+        assert len({row["input"] for row in rows}) == 3 and {row["backend"] for row in rows} >= {"torch", "nn.Conv2d"}
+        assert all(row["times_as_fast"] == 1 for row in rows if (row["backend"], row["dtype"]) == ("torch", "float32"))
+        assert 0 < results["token_mergings_percent"] < 100
 
 
 @pytest.mark.extra
@@ -84,11 +102,13 @@ def test_flops_of_detectors_and_segmenters(tmp_path):
 @pytest.mark.parametrize(
     "task, config", [("detection", "retinanet_litv2_s_fpn_1x_coco"), ("segmentation", "litv2_s_fpn_r50_512x512_80k_ade20k")]
 )
-def test_detectors_and_segmenters(task, config):
-    flags = f"{task}/configs/litv2/{config}.py --synthetic --shape 64 96 --rounds 1".split()
+def test_detectors_and_segmenters(task, config, tmp_path):
+    flags = f"{task}/configs/litv2/{config}.py --synthetic --shape 64 96 --rounds 1 --warm-up 0 --out {tmp_path / 'dense'}".split()
     done = subprocess.run([sys.executable, "benchmarks/dense.py", *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert all(f"| {row} | " in done.stdout for row in ("image to result", "backbone", "peak memory, MiB"))
+    rows = json.loads((tmp_path / "dense.json").read_text())["rows"]
+    parts = [(part, model) for part in ("image to result", "backbone") for model in ("LITv2", "Swin-T")]
+    assert [(row["part"], row["model"]) for row in rows] == parts and all(row["ms"] > 0 and row["memory_MiB"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +132,41 @@ def test_wrong_flags(flags, words, tmp_path, capsys):
 def test_compiling_is_not_timed():
     done = subprocess.run([sys.executable, ROOT / "benchmarks/training.py", "--warm-up", "0"], capture_output=True, text=True)
     assert done.returncode == 2 and "--warm-up 0 would count the first round" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "script, flags, words",
+    [
+        ("attention.py", "--over window --heads 7", "num_heads=7"),
+        ("models.py", "--models litv2_small --img-size 16", "--img-size 16: LITv2-S does not take it"),
+    ],
+)
+def test_what_a_model_refuses_is_one_line(script, flags, words, tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / script, *flags.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: ") and words in last and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 11, 50])
+def test_percentiles(count):
+    values = normal(count, count).tolist()
+    assert harness.percentiles(values) == pytest.approx(np.percentile(values, [10, 50, 90]).tolist())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+def test_peak_memory(device):
+    """Beyond what was held before; what is freed in the call counts no longer."""
+    held = torch.zeros(1 << 20, device=device)
+
+    def function() -> None:
+        a = held + 1
+        del a
+        b = held + 1
+        c = b[: 1 << 19] + 1  # half as large
+        del b, c
+
+    assert harness.peak_memory(function, device) == pytest.approx(1.5 * held.nbytes, rel=0.01)
 
 
 def test_every_benchmark_is_run():

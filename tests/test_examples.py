@@ -19,6 +19,10 @@ EXAMPLES = {  # by the packages that they need
 }
 
 
+# A detector begins with the probability 0.01 for each class: alpha (1 - p)^2 (-log p) for the true class of each anchor on an object.
+UNTRAINED_FOCAL_LOSS = 0.25 * 0.99**2 * -math.log(0.01)
+
+
 def run(name: str) -> str:
     for package in EXAMPLES[name]:
         pytest.importorskip(package)
@@ -48,12 +52,16 @@ def test_timm_train():
 @pytest.mark.extra
 def test_torchvision_detector():
     losses, prediction = run("torchvision_detector.py").splitlines()
-    assert re.findall(r"'(\w+)'", losses) == ["classification", "bbox_regression"] and all(0 < loss < 10 for loss in numbers(losses))
+    assert re.findall(r"'(\w+)'", losses) == ["classification", "bbox_regression"]
+    classification, boxes = numbers(losses)
+    assert classification == pytest.approx(UNTRAINED_FOCAL_LOSS, rel=0.02) and boxes > 0
     assert re.findall(r"'(\w+)'", prediction) == ["boxes", "scores", "labels"]
 
 
 @pytest.mark.extra
 def test_timm_backbone():
     detector, segmenter = run("timm_backbone.py").splitlines()
-    assert re.findall(r"'(\w+)'", detector) == ["loss", "loss_cls", "loss_bbox"] and all(0 < loss < 10 for loss in numbers(detector))
+    assert re.findall(r"'(\w+)'", detector) == ["loss", "loss_cls", "loss_bbox"]
+    loss, classification, boxes = numbers(detector)
+    assert classification == pytest.approx(UNTRAINED_FOCAL_LOSS, rel=0.02) and loss == pytest.approx(classification + boxes) and boxes > 0
     assert numbers(segmenter)[0] == pytest.approx(math.log(19), abs=0.5), "nineteen classes, not yet told apart"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -66,7 +66,7 @@ class ImageDataset(Dataset):
 class StreamingDataset(IterableDataset):
     """One of timm's streaming readers as samples. It shuffles and shares between processes by itself."""
 
-    def __init__(self, dataset: IterableDataset, transform: Callable, name: str):
+    def __init__(self, dataset: Any, transform: Callable, name: str):
         self.dataset, self.transform, self.name = dataset, transform, name
 
     def __len__(self) -> int:
@@ -78,7 +78,7 @@ class StreamingDataset(IterableDataset):
 
 
 @contextmanager
-def seeded(seed: int | None):
+def seeded(seed: int | None) -> Iterator[None]:
     """Random numbers of python, numpy and torch from ``seed`` inside, as they were before outside. None: untouched."""
     if seed is None:
         yield
@@ -97,8 +97,9 @@ def seeded(seed: int | None):
 
 def collate(samples: list[Sample]) -> Batch:
     good = [sample for sample in samples if sample.image is not None]
+    images = [sample.image for sample in samples if sample.image is not None]
     return Batch(
-        torch.stack([sample.image for sample in good]) if good else torch.empty(0),
+        torch.stack(images) if images else torch.empty(0),
         torch.tensor([sample.target for sample in good], dtype=torch.int64),
         [sample.name for sample in good],
         [report for sample in samples for report in sample.unreadable],

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 import distributed
+from litv2.errors import MissingPackage
 
 from .dataset import ImageDataset, StreamingDataset, collate
 from .sampler import EvalSampler, TrainSampler
@@ -78,14 +79,15 @@ def build_loaders(config: CfgNode) -> Loaders:
     train_source, val_source = open_sources(config)
     fixed_share = data.ZIP_MODE and data.CACHE_MODE == "part"
     sampler = TrainSampler(len(train_source), data.BATCH_SIZE, rank, world_size, config.SEED, fixed_share)
-    train = ImageDataset(train_source, transforms[0], mode)
-    val = ImageDataset(val_source, transforms[1], mode)
+    shares = EvalSampler(len(val_source), rank, world_size)
+    train_set = ImageDataset(train_source, transforms[0], mode)
+    val_set = ImageDataset(val_source, transforms[1], mode)
     # A generator of their own: without one, every pass would draw from the global state that dropout and mixup use.
     return Loaders(
-        train=DataLoader(train, sampler.batch_size, sampler=sampler, generator=torch.Generator(), **common),
-        val=DataLoader(val, data.BATCH_SIZE, sampler=EvalSampler(len(val), rank, world_size), generator=torch.Generator(), **common),
+        train=DataLoader(train_set, sampler.batch_size, sampler=sampler, generator=torch.Generator(), **common),
+        val=DataLoader(val_set, data.BATCH_SIZE, sampler=shares, generator=torch.Generator(), **common),
         class_names=train_source.class_names,
-        val_size=len(val),
+        val_size=len(val_set),
         steps_per_epoch=sampler.count // sampler.batch_size,
         batch_size=sampler.batch_size,
         sampler=sampler,
@@ -104,7 +106,7 @@ def _stream(config: CfgNode, training: bool, transform: Callable, workers: int) 
         if hasattr(dataset, "set_loader_cfg"):
             dataset.set_loader_cfg(num_workers=max(1, workers))
     except ImportError as error:
-        raise DataError(f"DATA.DATASET={data.DATASET!r} needs a package that is not installed: {error}") from error
+        raise MissingPackage(f"DATA.DATASET={data.DATASET!r} needs a package that is not installed: {error}") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"DATA.DATASET={data.DATASET!r}, split {split!r} in {data.DATA_PATH!r} cannot be opened: {error}") from error
     return StreamingDataset(dataset, transform, f"{data.DATASET}:{split}")

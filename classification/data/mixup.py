@@ -27,11 +27,12 @@ class AnyBatchMixup(Mixup):
 def build_mixup(config: CfgNode, num_classes: int) -> AnyBatchMixup | None:
     """None where both mixup and cutmix are off."""
     aug = config.AUG
-    if aug.MIXUP == 0 and aug.CUTMIX == 0:
+    if aug.MIXUP == 0 and aug.CUTMIX == 0 and not aug.CUTMIX_MINMAX:
         return None
     return AnyBatchMixup(
         mixup_alpha=aug.MIXUP,
         cutmix_alpha=aug.CUTMIX,
+        cutmix_minmax=aug.CUTMIX_MINMAX or None,
         prob=aug.MIXUP_PROB,
         switch_prob=aug.MIXUP_SWITCH_PROB,
         mode=aug.MIXUP_MODE,

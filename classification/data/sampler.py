@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
+from litv2.errors import UserError
+
 
 class TrainSampler(Sampler):
     """Yields (index, seed) pairs: every process gets equally many, in whole batches, and each image its own augmentation seed.
@@ -19,12 +21,15 @@ class TrainSampler(Sampler):
         batch_size: images per process and step. A remainder smaller than a batch is left out, unless the process's whole
             share is smaller than one batch.
         fixed_share: the process keeps the same images in all epochs (for a cache of its own).
+
+    Raises:
+        UserError: fewer images than processes.
     """
 
     def __init__(self, size: int, batch_size: int, rank: int, world_size: int, seed: int, fixed_share: bool = False):
         share = size // world_size
         if share == 0:
-            raise ValueError(f"{size} training images are too few for {world_size} processes")
+            raise UserError(f"{size} training images are too few for {world_size} processes")
         self.size, self.rank, self.world_size, self.seed, self.fixed_share = size, rank, world_size, seed, fixed_share
         self.batch_size = min(batch_size, share)
         self.count = share // self.batch_size * self.batch_size

@@ -1,6 +1,7 @@
 """Where images come from. A source is a sequence of (encoded file or PIL image, class number) with names for both.
 
-``source[i]``, ``len(source)``, ``source.filename(i)`` and ``source.class_names`` are all that the pipeline asks of one.
+``source[i]``, ``len(source)``, ``source.filename(i)`` and ``source.class_names`` are all that the pipeline asks of one. Sources can be
+pickled: on macOS and Windows, where processes are not forked, each worker of the loader gets a copy.
 timm's streaming readers (WebDataset, streamed Hugging Face data sets, TFDS) have no positions; ``loader.py`` reads them directly.
 """
 
@@ -10,18 +11,23 @@ import io
 import os
 import zipfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import Image
 from yacs.config import CfgNode
 
 import distributed
+from litv2.errors import UserError
 
 STREAMING = ("wds/", "hfids/", "tfds/")
+FOLDERS = ("folder", "imagenet", "imagenet100")  # DATA_PATH/SPLIT/CLASS/IMAGE, by any of these names
+CIFAR = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "cifar": "CIFAR100"}  # torchvision's classes
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A data set that cannot be used as it is; the message says what was found and what was expected."""
 
 
@@ -57,10 +63,10 @@ def open_sources(config: CfgNode) -> tuple[ListSource, ListSource]:
         if data.DATA_PATH:
             raise DataError("DATA.DATASET is digits, which is not read from --data-path; for your own images set it to folder")
         train, val = _digits()
-    elif data.DATASET in ("folder", "imagenet"):
+    elif data.DATASET in FOLDERS:
         train = _folder(config, data.TRAIN_SPLIT)
         val = _folder(config, data.VAL_SPLIT, train.class_names)
-    elif data.DATASET in ("cifar10", "cifar100"):
+    elif data.DATASET in CIFAR:
         train, val = (_cifar(config, training) for training in (True, False))
     elif data.DATASET == "tar":
         train = _tar(config, data.TRAIN_SPLIT)
@@ -69,7 +75,7 @@ def open_sources(config: CfgNode) -> tuple[ListSource, ListSource]:
         train, val = (_hugging_face(config, split) for split in (data.TRAIN_SPLIT, data.VAL_SPLIT))
     else:
         raise DataError(
-            f"DATA.DATASET={data.DATASET!r} is not known: it is digits, folder, cifar10, cifar100, tar, "
+            f"DATA.DATASET={data.DATASET!r} is not known: it is digits, tar, {', '.join(FOLDERS)}, {', '.join(CIFAR)}, "
             f"or a reader of timm: hfds/, {', '.join(STREAMING)}"
         )
     if max(target for _, target in val.samples) >= len(train.class_names):
@@ -86,11 +92,8 @@ def _digits() -> tuple[ListSource, ListSource]:
     pixels = (digits.images * (255 / 16)).astype("uint8")
     rows = train_test_split(range(len(pixels)), test_size=0.2, random_state=0, stratify=digits.target)
     names = [str(name) for name in digits.target_names]
-
-    def read(name: str) -> Image.Image:
-        return Image.fromarray(pixels[int(name.removeprefix("digit-"))])
-
-    return tuple(ListSource([(f"digit-{i}", int(digits.target[i])) for i in part], names, read) for part in rows)
+    train, val = (ListSource([(f"digit-{i}", int(digits.target[i])) for i in part], names, partial(_array_row, pixels)) for part in rows)
+    return train, val
 
 
 def _folder(config: CfgNode, split: str, class_names: list[str] | None = None) -> ListSource:
@@ -105,10 +108,10 @@ def _folder(config: CfgNode, split: str, class_names: list[str] | None = None) -
         raise DataError(f"{root} holds no class folders; expected {root}/CLASS/IMAGE")
     numbers = _number_classes(found, class_names, root)
     samples = make_dataset(str(root), numbers, extensions=IMG_EXTENSIONS, allow_empty=class_names is not None)
-    return ListSource(samples, class_names or found, lambda path: open(path, "rb"))
+    return ListSource(samples, class_names or found, partial(open, mode="rb"))
 
 
-def _number_classes(found: list[str], class_names: list[str] | None, where) -> dict[str, int]:
+def _number_classes(found: list[str], class_names: list[str] | None, where: Path) -> dict[str, int]:
     unknown = sorted(set(found) - set(class_names or found))
     if unknown:
         raise DataError(f"{where} has {len(unknown)} classes that training lacks: {', '.join(unknown[:20])}")
@@ -118,7 +121,7 @@ def _number_classes(found: list[str], class_names: list[str] | None, where) -> d
 def _cifar(config: CfgNode, training: bool) -> ListSource:
     from torchvision import datasets
 
-    cls = datasets.CIFAR10 if config.DATA.DATASET == "cifar10" else datasets.CIFAR100
+    cls = getattr(datasets, CIFAR[config.DATA.DATASET])
     try:
         if distributed.rank() == 0:  # one process downloads
             cls(config.DATA.DATA_PATH or "data", train=training, download=True)
@@ -127,7 +130,7 @@ def _cifar(config: CfgNode, training: bool) -> ListSource:
     except Exception as error:  # urllib, ssl and torchvision each raise their own
         raise DataError(f"{cls.__name__} is not in {config.DATA.DATA_PATH or 'data'} and cannot be downloaded: {error}") from error
     samples = [(f"cifar-{i}", target) for i, target in enumerate(dataset.targets)]
-    return ListSource(samples, list(dataset.classes), lambda name: Image.fromarray(dataset.data[int(name[6:])]))
+    return ListSource(samples, list(dataset.classes), partial(_array_row, dataset.data))
 
 
 def _tar(config: CfgNode, split: str, class_names: list[str] | None = None) -> ListSource:
@@ -143,7 +146,7 @@ def _tar(config: CfgNode, split: str, class_names: list[str] | None = None) -> L
     renumber = [numbers[name] for name in found]
     samples = [(reader.filename(i), renumber[target]) for i, target in enumerate(reader.targets)]
     position = {name: i for i, (name, _) in enumerate(samples)}
-    return ListSource(samples, class_names or found, lambda name: reader[position[name]][0])
+    return ListSource(samples, class_names or found, partial(_tar_member, reader, position))
 
 
 def _hugging_face(config: CfgNode, split: str) -> ListSource:
@@ -156,7 +159,24 @@ def _hugging_face(config: CfgNode, split: str) -> ListSource:
         raise DataError(f"DATA.DATASET={config.DATA.DATASET!r}, split {split!r} cannot be opened: {error}") from error
     class_names = [name for name, _ in sorted(reader.class_to_idx.items(), key=lambda item: item[1])]
     samples = [(f"{split}-{i}", target) for i, target in enumerate(reader.iter_targets())]
-    return ListSource(samples, class_names, lambda name: reader[int(name.removeprefix(f"{split}-"))][0])
+    return ListSource(samples, class_names, partial(_reader_row, reader))
+
+
+def _array_row(pixels: np.ndarray, name: str) -> Image.Image:
+    return Image.fromarray(pixels[_number(name)])
+
+
+def _reader_row(reader: Any, name: str) -> BinaryIO:
+    return reader[_number(name)][0]
+
+
+def _tar_member(reader: Any, position: dict[str, int], name: str) -> BinaryIO:
+    return reader[position[name]][0]
+
+
+def _number(name: str) -> int:
+    """"digit-17" -> 17"""
+    return int(name.rpartition("-")[2])
 
 
 def _zip(config: CfgNode, split: str) -> ListSource:
@@ -167,7 +187,7 @@ def _zip(config: CfgNode, split: str) -> ListSource:
         if not path.is_file():
             raise DataError(f"there is no {path}; --zip needs {split}.zip and {split}_map.txt in --data-path")
     samples = []
-    for number, line in enumerate(listing.read_text().splitlines(), start=1):
+    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1):
         name, tab, target = line.partition("\t")
         if not tab or not target.strip().isdigit():
             raise DataError(f"{listing}, line {number}: expected path<TAB>class number, got {line!r}")
@@ -177,8 +197,8 @@ def _zip(config: CfgNode, split: str) -> ListSource:
     # The map has numbers alone; the folders that images lie in give names where each class has one of its own.
     classes = 1 + max(target for _, target in samples)
     folders: dict[int, set[str]] = {}
-    for name, target in samples:
-        folders.setdefault(target, set()).add(name.partition("/")[0])
+    for name, number in samples:
+        folders.setdefault(number, set()).add(name.partition("/")[0])
     named = len(folders) == classes and all(len(names) == 1 for names in folders.values())
     class_names = [next(iter(folders[i])) if named else str(i) for i in range(classes)]
     return ListSource(samples, class_names, _ZipReader(archive, [name for name, _ in samples], config.DATA.CACHE_MODE))

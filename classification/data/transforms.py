@@ -8,30 +8,38 @@ import torch
 from timm.data import create_transform
 from yacs.config import CfgNode
 
+from litv2.errors import UserError
 from litv2.preprocess import evaluation_transform, normalisation
 
 
 def build_transform(config: CfgNode, training: bool) -> Callable:
-    """PIL image -> normalised tensor (IN_CHANS, size, size)."""
+    """PIL image -> normalised tensor (IN_CHANS, size, size).
+
+    Raises:
+        UserError: an AUTO_AUGMENT that timm does not know.
+    """
     channels, interpolation = config.MODEL.LIT.IN_CHANS, config.DATA.INTERPOLATION
     if training:
         aug = config.AUG
         mean, std = normalisation(channels)
-        return create_transform(
-            config.DATA.IMG_SIZE,
-            is_training=True,
-            scale=tuple(aug.SCALE),
-            ratio=tuple(aug.RATIO),
-            hflip=aug.HFLIP,
-            color_jitter=aug.COLOR_JITTER or None,
-            auto_augment=None if aug.AUTO_AUGMENT == "none" else aug.AUTO_AUGMENT,
-            re_prob=aug.REPROB,
-            re_mode=aug.REMODE,
-            re_count=aug.RECOUNT,
-            mean=mean,
-            std=std,
-            interpolation=interpolation,
-        )
+        try:
+            return create_transform(
+                config.DATA.IMG_SIZE,
+                is_training=True,
+                scale=tuple(aug.SCALE),
+                ratio=tuple(aug.RATIO),
+                hflip=aug.HFLIP,
+                color_jitter=aug.COLOR_JITTER or None,  # type: ignore[arg-type] # timm takes None, for none
+                auto_augment=None if aug.AUTO_AUGMENT == "none" else aug.AUTO_AUGMENT,
+                re_prob=aug.REPROB,
+                re_mode=aug.REMODE,
+                re_count=aug.RECOUNT,
+                mean=mean,
+                std=std,
+                interpolation=interpolation,
+            )
+        except AssertionError as error:  # how timm refuses a policy
+            raise UserError(f"AUG.AUTO_AUGMENT={aug.AUTO_AUGMENT!r} is no policy of timm: {error}") from error
     size = config.TEST.IMG_SIZE or config.DATA.IMG_SIZE
     return evaluation_transform(size, config.TEST.CROP, channels, "bicubic" if interpolation == "random" else interpolation)
 

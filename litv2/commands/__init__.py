@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
+from ..errors import MissingPackage, UserError
 from ..weights.download import fetch
 from ..weights.reading import read_checkpoint
 from ..weights.state_dict import find_weights
 
-__all__ = ["print_table", "read", "which_weights"]
+__all__ = ["print_notes", "print_table", "read", "which_weights"]
 
 
 def read(source: str) -> tuple[Path, dict]:
@@ -16,11 +18,13 @@ def read(source: str) -> tuple[Path, dict]:
     path = fetch(source)
     try:
         return path, read_checkpoint(path)
-    except ValueError as error:
+    except UserError as error:
         if "mmengine." not in str(error):
             raise
-        from ..openmmlab.runner import MMENGINE_CLASSES  # the history of losses, for which mmengine must be installed
-
+        try:
+            from ..openmmlab.runner import MMENGINE_CLASSES  # its history of losses
+        except ImportError as missing:
+            raise MissingPackage(f"{path} is of a training run of mmengine: reading it needs that package (make mm): {missing}") from error
         return path, read_checkpoint(path, also=MMENGINE_CLASSES)
 
 
@@ -31,9 +35,15 @@ def which_weights(content: dict) -> str:
         try:
             find_weights(content, which)
             found.append(which)
-        except ValueError:
+        except UserError:
             pass
     return {"ema": "the moving average alone", "model": "plain"}.get("".join(found), "the moving average (--weights model: the plain ones)")
+
+
+def print_notes(notes: list[str]) -> None:
+    """On stderr: stdout has the results alone."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def print_table(rows: list[tuple]) -> None:

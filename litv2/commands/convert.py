@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..errors import MissingPackage, UserError
+from ..files import atomic_write
 from ..weights.reading import read_checkpoint
 from ..weights.state_dict import find_weights
 from . import read, which_weights
@@ -29,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     target = args.target
     if target.suffix not in (".pth", ".pt", ".safetensors"):
-        raise ValueError(f"{target} must end in .pth, .pt or .safetensors, which is the format it gets")
+        raise UserError(f"{target} must end in .pth, .pt or .safetensors, which is the format it gets")
     if target.exists() and not args.force:
-        raise ValueError(f"{target} exists already; --force overwrites it")
+        raise UserError(f"{target} exists already; --force overwrites it")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {target.parent}")
     path, content = read(args.source)
@@ -41,18 +42,14 @@ def run(args: argparse.Namespace) -> None:
     weights = {key: value.clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
     entries, notes = _entries(content)
 
-    temporary = target.with_name(target.name + ".tmp")
-    try:
+    with atomic_write(target) as draft:
         if target.suffix == ".safetensors":
-            _write_safetensors(temporary, weights, entries)
+            _write_safetensors(draft, weights, entries)
         else:
             # OpenMMLab's programs look for a detector's weights under this name.
             key = "state_dict" if any(name.startswith("backbone.") for name in weights) else "model"
-            torch.save({key: weights, "meta": {}, **entries} if key == "state_dict" else {key: weights, **entries}, temporary)
-        _compare(find_weights(read_checkpoint(temporary), backbone_only=False), weights)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+            torch.save({key: weights, "meta": {}, **entries} if key == "state_dict" else {key: weights, **entries}, draft)
+        _compare(find_weights(read_checkpoint(draft), backbone_only=False), weights)
     values = sum(value.numel() for value in weights.values())
     print(f"{path} -> {target}: {len(weights)} tensors, {values / 1e6:.3f} M values, {target.stat().st_size / 1e6:.1f} MB")
     print(f"weights: {which_weights(content) if args.weights is None else args.weights}; beside them: {', '.join(entries) or 'nothing'}")
@@ -92,13 +89,13 @@ def _write_safetensors(path: Path, weights: dict[str, Tensor], entries: dict) ->
         from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError as error:
-        raise ImportError("writing .safetensors needs the package safetensors: pip install safetensors") from error
+        raise MissingPackage("writing .safetensors needs the package safetensors: pip install safetensors") from error
     metadata = {"format": "pt", **{key: json.dumps(value) for key, value in entries.items()}}
     try:
         save_file(weights, path, metadata=metadata)
     except (SafetensorError, KeyError) as error:  # KeyError: of a dtype that it does not know
         kinds = ", ".join(sorted({str(value.dtype) for value in weights.values()}))
-        raise ValueError(f"safetensors cannot hold these weights, of {kinds}: {error}") from error
+        raise UserError(f"safetensors cannot hold these weights, of {kinds}: {error}") from error
 
 
 def _compare(written: dict[str, Tensor], weights: dict[str, Tensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from ..errors import UserError
 from ..weights.download import fetch
 
 
@@ -17,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     for name in args.names:
         try:
             path = fetch(name)
-        except (OSError, ValueError) as error:
+        except (UserError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             failed = True
         else:

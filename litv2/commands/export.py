@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..errors import UserError
 from ..export import FORMATS, classifier, export, pyramid, suffix
 from ..export.settings import DYNAMIC, Network, Settings
 from ..factory import load_model
 from ..weights.releases import ZOO
+from . import print_notes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     network, size = _network(args.model, args.checkpoint, args.backbone)
     if args.img_size is not None:
         if len(args.img_size) > 2:
-            raise ValueError(f"--img-size {args.img_size}: one number, or height and width")
+            raise UserError(f"--img-size {args.img_size}: one number, or height and width")
         size = (args.img_size[0], args.img_size[-1])
     settings = Settings(size, args.batch_size, args.dynamic, args.dtype, args.images)
     out = args.out or Path(Path(args.model).stem + ("_backbone" if args.backbone else "") + suffix(args.format))
@@ -55,19 +57,8 @@ def _network(model: str, checkpoint: str | None, backbone: bool) -> tuple[Networ
         from ..export.dense import from_config
 
         return from_config(model, checkpoint, backbone)
-    if entry is not None:
-        network, _ = load_model(checkpoint or model, name=model)
-        size = entry.image_size
-    else:
-        if checkpoint is not None:
-            raise ValueError(f"--checkpoint goes with a name of the zoo or a configuration; {model!r} is neither (python -m litv2 list)")
-        network, content = load_model(model)
-        size = _trained_size(content)
-    return (pyramid if backbone else classifier)(network), size
-
-
-def _trained_size(content: dict) -> tuple[int, int]:
-    """Of the evaluation images in the checkpoint's configuration, else 224."""
-    config = content.get("config") or {}
-    side = (config.get("TEST") or {}).get("IMG_SIZE") or (config.get("DATA") or {}).get("IMG_SIZE") or 224
-    return side, side
+    if entry is None and checkpoint is not None:
+        raise UserError(f"--checkpoint goes with a name of the zoo or a configuration; {model!r} is neither (python -m litv2 list)")
+    loaded = load_model(checkpoint or model, name=model if entry else None)
+    print_notes(loaded.notes)
+    return (pyramid if backbone else classifier)(loaded.model), (loaded.image_size, loaded.image_size)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..factory import VARIANTS
-from ..weights.architecture import described, infer_arguments
+from ..weights.architecture import infer_arguments
 from ..weights.formats import check_format
 from ..weights.releases import ZOO, Release
 from ..weights.state_dict import find_weights
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _model(path: Path, content: dict, everything: dict[str, Tensor], weights: dict[str, Tensor]) -> list[tuple]:
     try:
-        arguments = infer_arguments(weights, content.get("config"))
+        arguments, guessed = infer_arguments(weights, content.get("config"))
     except ValueError as error:
         return [("model", f"unknown: {error}")]
     head = next((name for key, name in HEADS.items() if key in everything), None)
@@ -64,11 +64,9 @@ def _model(path: Path, content: dict, everything: dict[str, Tensor], weights: di
     shape = f"{arguments['embed_dim']} channels, blocks {' '.join(map(str, arguments['depths']))}"
     entries = [entry for entry in ZOO.values() if _fits(entry, arguments, variant, everything)]
     named = [entry for entry in entries if entry.file == path.name]
-    windows, told = arguments["local_ws"], "the default: shapes do not tell"
+    windows, told = arguments["local_ws"], "the default: shapes do not tell" if guessed else "by the file's configuration"
     if named:
         windows, told = named[0].window, "of the published file"
-    elif described(content.get("config"), arguments["embed_dim"], arguments["depths"]):
-        told = "by the file's configuration"
     rows = [
         ("model", f"LITv2-{variant[0].upper()} ({shape})" if variant else f"a LITv2 of its own ({shape})"),
         ("heads", f"{' '.join(map(str, arguments['num_heads']))}; alpha {arguments['alpha']:.3g}"),
@@ -84,7 +82,7 @@ def _model(path: Path, content: dict, everything: dict[str, Tensor], weights: di
 
 def _variant(arguments: dict) -> str | None:
     with torch.device("meta"):  # shapes alone
-        shapes = {name: infer_arguments(make().state_dict()) for name, make in VARIANTS.items()}
+        shapes = {name: infer_arguments(make().state_dict())[0] for name, make in VARIANTS.items()}
     same = ("embed_dim", "depths", "num_heads")
     return next((name for name, shape in shapes.items() if all(shape[key] == arguments[key] for key in same)), None)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from pathlib import Path
@@ -11,9 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..errors import MissingPackage, UserError
 from ..factory import load_model
+from ..files import atomic_write
 from ..preprocess import decode, evaluation_transform
-from ..weights.releases import ZOO, Release, lookup
+from . import print_notes
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,17 +34,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    entry = lookup(args.model, task="classification") if args.model else ZOO.get(args.checkpoint)
-    model, content = load_model(args.checkpoint, args.model)
-    names = _class_names(content, model.num_classes)
-    size, crop = _image_size(content, entry or next((entry for entry in ZOO.values() if entry.file == Path(args.checkpoint).name), None))
-    if args.img_size is not None:
-        smallest = model.feature_info[-1]["reduction"]
-        if args.img_size < smallest:
-            raise ValueError(f"--img-size {args.img_size}: at least {smallest} is needed")
-        size = args.img_size
-    transform = evaluation_transform(size, crop, model.in_chans)
-    model.to(args.device).eval()
+    loaded = load_model(args.checkpoint, args.model)
+    model = loaded.model
+    names = _class_names(loaded.content, model.num_classes)
+    size = loaded.image_size if args.img_size is None else args.img_size
+    smallest = model.feature_info[-1]["reduction"]
+    if size < smallest:
+        raise UserError(f"images of {size} pixels: at least {smallest} are needed; give another size with --img-size")
+    print_notes(loaded.notes)
+    transform = evaluation_transform(size, loaded.crop, model.in_chans)
+    try:
+        model.to(args.device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
     args.out.mkdir(parents=True, exist_ok=True)
     failed, used = False, set()
     for path in args.images:
@@ -59,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
             confidence = model(transform(image)[None].to(args.device))[0].float().softmax(dim=0).cpu()
         best = [(names[i], confidence[i].item()) for i in confidence.argsort(descending=True)[:TOP].tolist()]
         target = _free_name(args.out, path.stem, used)
-        _write(_annotated(image, best), target)
+        with atomic_write(target) as draft:
+            _annotated(image, best).save(draft, format="PNG")
         print(f"{path} -> {target}")
         for name, share in best:
             print(f"  {share:7.2%}  {name}")
@@ -70,7 +74,7 @@ def _class_names(content: dict, classes: int) -> list[str]:
     """Of the checkpoint, else ImageNet's where there are 1000, else numbers. WordNet's identifiers are made readable."""
     names = content.get("class_names")
     if names is not None and (not isinstance(names, list) or len(names) != classes):
-        raise ValueError(
+        raise UserError(
             f"the checkpoint names {len(names) if isinstance(names, list) else 'no list of'} classes, its classifier has {classes}"
         )
     if names is None and classes != 1000:
@@ -78,23 +82,14 @@ def _class_names(content: dict, classes: int) -> list[str]:
     names = names and [str(name) for name in names]
     if names and not all(re.fullmatch(r"n\d{8}", name) for name in names):
         return names
-    from timm.data import ImageNetInfo
+    try:
+        from timm.data import ImageNetInfo
+    except ImportError as error:
+        raise MissingPackage(f"{error}; the names of ImageNet's classes need timm: pip install timm") from error
 
     imagenet = ImageNetInfo()
     descriptions = {imagenet.index_to_label_name(i): imagenet.index_to_description(i) for i in range(1000)}
     return [descriptions.get(name, name) for name in names] if names else list(descriptions.values())
-
-
-def _image_size(content: dict, entry: Release | None) -> tuple[int, bool]:
-    """Side of the evaluation image, and whether it is a crop of a larger one: the recipe's, else the checkpoint's."""
-    if entry is not None:
-        return entry.image_size[0], entry.image_size[0] < 384
-    try:
-        config = content["config"]
-        size = config["TEST"].get("IMG_SIZE") or config["DATA"]["IMG_SIZE"]
-        return int(size), bool(config["TEST"]["CROP"])
-    except (KeyError, TypeError, AttributeError):
-        return 224, True
 
 
 def _free_name(folder: Path, stem: str, used: set[Path]) -> Path:
@@ -135,9 +130,3 @@ def _shortened(text: str, length, room: float) -> str:
     while text and length(text + "...") > room:
         text = text[:-1]
     return text.rstrip(" ,") + "..."
-
-
-def _write(picture: Image.Image, target: Path) -> None:
-    temporary = target.with_name(target.name + ".tmp")
-    picture.save(temporary, format="PNG")
-    os.replace(temporary, target)

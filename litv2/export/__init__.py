@@ -11,23 +11,24 @@ import dataclasses
 import importlib
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
+from ..errors import UserError
+from .format import Format, Run
 from .networks import classifier, pyramid
 from .parity import ParityError, compare, print_report, write_report
 from .settings import Network, Settings
 
 __all__ = ["FORMATS", "Network", "ParityError", "Settings", "classifier", "export", "load", "pyramid", "suffix"]
 
-# The module of each format and its function that writes a file. Imported when asked for: each needs packages of its own.
+# The module of each format, and its name there. Imported when asked for: each needs packages of its own.
 FORMATS = {
-    "torch-export": ("torch_program", "write"),
-    "onnx": ("onnx_graph", "write"),
-    "onnx-standard": ("onnx_graph", "write_standard"),
-    "openvino": ("openvino_ir", "write"),
-    "tensorrt": ("tensorrt", "write"),
-    "executorch": ("executorch_program", "write"),
+    "torch-export": ("torch_program", "FORMAT"),
+    "onnx": ("onnx_graph", "FORMAT"),
+    "onnx-standard": ("onnx_graph", "STANDARD"),
+    "openvino": ("openvino_ir", "FORMAT"),
+    "tensorrt": ("tensorrt", "FORMAT"),
+    "executorch": ("executorch_program", "FORMAT"),
 }
 
 
@@ -37,35 +38,35 @@ def export(network: Network, format: str, path: str | Path, settings: Settings |
     The report is printed and written to ``path`` + ``.parity.json``. Files appear whole or, when anything fails, not at all.
 
     Raises:
-        ValueError: a format, dtype, size or suffix that is not supported, or a graph that does not use the image.
+        UserError: a format, dtype, size or suffix that is not supported, or a graph that does not use the image.
         ParityError: results beyond the tolerance; the message says which and by how much, and the report stays.
-        ImportError: a package is missing; the message names the extra.
+        MissingPackage: a package is missing; the message names the extra.
     """
     settings = settings or Settings()
-    module = _module(format)
+    known = _format(format)
     if settings.dynamic is None:
-        settings = dataclasses.replace(settings, dynamic=module.DYNAMIC)
+        settings = dataclasses.replace(settings, dynamic=known.dynamic)
     path = Path(path)
-    if settings.dtype not in module.DTYPES:
-        raise ValueError(f"export: {format} has {', '.join(module.DTYPES)}, not dtype={settings.dtype!r}")
-    if not set(settings.dynamic) <= set(module.DYNAMIC):
-        raise ValueError(f"export: {format} fixes its sizes: dynamic={tuple(settings.dynamic)} must be left out, or be empty")
-    smallest = network.smallest * (module.CELLS if "size" in settings.dynamic else 1)
+    if settings.dtype not in known.dtypes:
+        raise UserError(f"export: {format} has {', '.join(known.dtypes)}, not dtype={settings.dtype!r}")
+    if not set(settings.dynamic) <= set(known.dynamic):
+        raise UserError(f"export: {format} fixes its sizes: dynamic={tuple(settings.dynamic)} must be left out, or be empty")
+    smallest = network.smallest * (known.min_cells if "size" in settings.dynamic else 1)
     if min(settings.image_size) < smallest:
-        raise ValueError(f"export: image_size={settings.image_size}: each side must be at least {smallest}")
+        raise UserError(f"export: image_size={settings.image_size}: each side must be at least {smallest}")
     if settings.images is not None and not Path(settings.images).is_dir():
-        raise ValueError(f"export: --images {settings.images}: there is no such folder")
+        raise UserError(f"export: --images {settings.images}: there is no such folder")
     if settings.dtype == "int8" and settings.images is None:
-        raise ValueError("export: int8 needs real images to find the ranges of activations: give a folder with --images")
-    if path.suffix != module.SUFFIX:
-        raise ValueError(f"export: {path}: files of {format} end in {module.SUFFIX}")
+        raise UserError("export: int8 needs real images to find the ranges of activations: give a folder with --images")
+    if path.suffix != known.suffix:
+        raise UserError(f"export: {path}: files of {format} end in {known.suffix}")
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
         draft = Path(folder) / path.name
-        getattr(module, FORMATS[format][1])(network, draft, settings)
+        known.write(network, draft, settings)
         report = dict(format=format, file=path.name, bytes=draft.stat().st_size, image_size=list(settings.image_size))
-        report |= compare(network, module.load(draft), settings, smallest)
+        report |= compare(network, known.load(draft), settings, smallest)
         print_report(report)
         write_report(report, path.with_name(path.name + ".parity.json"))
         for file in sorted(Path(folder).iterdir()):
@@ -75,15 +76,16 @@ def export(network: Network, format: str, path: str | Path, settings: Settings |
 
 def suffix(format: str) -> str:
     """What files of a format end in."""
-    return _module(format).SUFFIX
+    return _format(format).suffix
 
 
-def load(format: str, path: str | Path) -> Callable:
+def load(format: str, path: str | Path) -> Run:
     """The exported file in its runtime on the CPU, as a function: images (B, C, H, W) -> tuple of tensors."""
-    return _module(format).load(Path(path))
+    return _format(format).load(Path(path))
 
 
-def _module(format: str):
+def _format(format: str) -> Format:
     if format not in FORMATS:
-        raise ValueError(f"export: format={format!r} must be one of {', '.join(FORMATS)}")
-    return importlib.import_module(f".{FORMATS[format][0]}", __package__)
+        raise UserError(f"export: format={format!r} must be one of {', '.join(FORMATS)}")
+    module, name = FORMATS[format]
+    return getattr(importlib.import_module(f".{module}", __package__), name)

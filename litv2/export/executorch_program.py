@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
+from ..errors import MissingPackage
+from .format import Format, Run
 from .settings import Network, Settings
 from .torch_program import program
 
@@ -15,12 +16,7 @@ try:
     from executorch.exir import to_edge_transform_and_lower
     from executorch.runtime import Runtime
 except ImportError as error:
-    raise ImportError(f"{error}; this format needs: pip install 'litv2[executorch]'") from error
-
-SUFFIX = ".pte"
-DTYPES = ("float32",)
-DYNAMIC = ()
-CELLS = 1
+    raise MissingPackage(f"{error}; this format needs: pip install 'litv2[executorch]'") from error
 
 
 def write(network: Network, path: Path, settings: Settings) -> None:
@@ -28,10 +24,13 @@ def write(network: Network, path: Path, settings: Settings) -> None:
     path.write_bytes(lowered.to_executorch().buffer)
 
 
-def load(path: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
+def load(path: Path) -> Run:
     method = Runtime.get().load_program(path).load_method("forward")
 
     def run(images: Tensor) -> tuple[Tensor, ...]:
         return tuple(out.clone() for out in method.execute([images.contiguous()]))
 
     return run
+
+
+FORMAT = Format(write, load, ".pte", dynamic=())

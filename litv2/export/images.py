@@ -7,9 +7,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import MissingPackage, UserError
 from ..preprocess import MEAN, STD, decode
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+
+
+def photographs() -> Path | None:
+    """The folder of the two photographs that scikit-learn brings, None where it is not installed."""
+    try:
+        from sklearn.datasets import _base
+    except ImportError:
+        return None
+    return Path(_base.__file__).parent / "images"
 
 
 def read_images(folder: str | Path, size: tuple[int, int], count: int, shift: float = 0.0) -> Tensor:
@@ -19,17 +29,17 @@ def read_images(folder: str | Path, size: tuple[int, int], count: int, shift: fl
     part of the distance between two images chosen: other images, where the folder has twice as many.
 
     Raises:
-        ValueError: the folder has no images, or one of them cannot be read.
-        ImportError: Pillow is not installed.
+        UserError: the folder has no images, or one of them cannot be read.
+        MissingPackage: Pillow is not installed.
     """
     try:
         import numpy as np
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise ImportError(f"{error}; reading images needs: pip install pillow") from error
+        raise MissingPackage(f"{error}; reading images needs: pip install pillow") from error
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
-        raise ValueError(f"--images {folder}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
+        raise UserError(f"--images {folder}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
     H, W = size
     images = []
     step = -(-len(paths) // count)
@@ -38,6 +48,6 @@ def read_images(folder: str | Path, size: tuple[int, int], count: int, shift: fl
             with open(path, "rb") as file:
                 image = ImageOps.fit(decode(file, "RGB"), (W, H), Image.Resampling.BICUBIC)
         except Exception as error:  # decoders of damaged files raise anything
-            raise ValueError(f"--images {folder}: {path} cannot be read as an image: {error}") from error
+            raise UserError(f"--images {folder}: {path} cannot be read as an image: {error}") from error
         images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255)
     return (torch.stack(images) - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)

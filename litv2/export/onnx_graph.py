@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from mm_modules.DCN import deform_conv_nodes
 
+from ..errors import MissingPackage, UserError
+from .format import Format, Run
 from .settings import Network, Settings, example_input
 
 try:
@@ -20,12 +22,8 @@ try:
     import onnxscript  # noqa: F401 (torch.onnx needs it)
     from onnx import helper, numpy_helper
 except ImportError as error:
-    raise ImportError(f"{error}; exports to ONNX need: pip install 'litv2[onnx]'") from error
+    raise MissingPackage(f"{error}; exports to ONNX need: pip install 'litv2[onnx]'") from error
 
-SUFFIX = ".onnx"
-DTYPES = ("float32", "float16", "int8")
-DYNAMIC = ("batch", "size")
-CELLS = 1
 INPUT = "images"
 NODE_OPSET, TRACED_OPSET, STANDARD_OPSET = 19, 18, 17  # DeformConv is of 19, torch's exporter writes no less than 18
 
@@ -94,7 +92,7 @@ def _save(model: onnx.ModelProto, path: Path, settings: Settings) -> None:
 
 
 def check_inputs_used(model: onnx.ModelProto) -> None:
-    """Raises ValueError where an input does not reach any result: the release's graph lost its image so."""
+    """Raises UserError where an input does not reach any result: the release's graph lost its image so."""
     producers = {output: node for node in model.graph.node for output in node.output}
     seen, front = set(), [output.name for output in model.graph.output]
     while front:
@@ -104,14 +102,14 @@ def check_inputs_used(model: onnx.ModelProto) -> None:
             front += producers[name].input if name in producers else []
     unused = [value.name for value in model.graph.input if value.name not in seen]
     if unused:
-        raise ValueError(f"export: the graph does not use its inputs {unused}: its results would not depend on the image")
+        raise UserError(f"export: the graph does not use its inputs {unused}: its results would not depend on the image")
 
 
 def lower_opset(model: onnx.ModelProto) -> onnx.ModelProto:
     """Opset 18 -> 17, for the operators of a LITv2: onnx's own converter has no way down for Pad and ReduceMean.
 
     Raises:
-        ValueError: an operator that opset 18 changed in another way than is known here.
+        UserError: an operator that opset 18 changed in another way than is known here.
     """
     model = onnx.ModelProto.FromString(model.SerializeToString())
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -128,7 +126,7 @@ def lower_opset(model: onnx.ModelProto) -> onnx.ModelProto:
             if node.op_type == "Split" or helper.get_attribute_value(attribute) == helper.get_attribute_value(default):
                 node.attribute.remove(attribute)  # what it says is what opset 17 does: Split's parts are equal without num_outputs
         if len(node.input) > len(before.inputs) or not {a.name for a in node.attribute} <= before.attributes.keys():
-            raise ValueError(f"export: {node.op_type} of opset {TRACED_OPSET}, as used here, has no form in opset {STANDARD_OPSET}")
+            raise UserError(f"export: {node.op_type} of opset {TRACED_OPSET}, as used here, has no form in opset {STANDARD_OPSET}")
     used = {name for node in model.graph.node for name in node.input}
     kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
     del model.graph.initializer[:]
@@ -140,7 +138,7 @@ def lower_opset(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def load(path: Path, threads: int | None = None) -> Callable[[Tensor], tuple[Tensor, ...]]:
+def load(path: Path, threads: int | None = None) -> Run:
     """The graph in onnxruntime, on the CPU."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
@@ -153,3 +151,7 @@ def load(path: Path, threads: int | None = None) -> Callable[[Tensor], tuple[Ten
         return tuple(torch.from_numpy(out) for out in session.run(None, {INPUT: array}))
 
     return run
+
+
+FORMAT = Format(write, load, ".onnx", ("float32", "float16", "int8"))
+STANDARD = replace(FORMAT, write=write_standard)

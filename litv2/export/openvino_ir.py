@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..errors import MissingPackage
 from . import onnx_graph
+from .format import Format, Run
 from .settings import Network, Settings
 
 try:
     import openvino
 except ImportError as error:
-    raise ImportError(f"{error}; this format needs: pip install 'litv2[openvino]'") from error
-
-SUFFIX = ".xml"
-DTYPES = ("float32", "float16", "int8")  # float16: of the weights in the file
-DYNAMIC = ("batch", "size")
-CELLS = 1
+    raise MissingPackage(f"{error}; this format needs: pip install 'litv2[openvino]'") from error
 
 
 def write(network: Network, path: Path, settings: Settings) -> None:
@@ -31,7 +27,7 @@ def write(network: Network, path: Path, settings: Settings) -> None:
     graph.unlink()
 
 
-def load(path: Path, threads: int | None = None, precision: str = "f32") -> Callable[[Tensor], tuple[Tensor, ...]]:
+def load(path: Path, threads: int | None = None, precision: str = "f32") -> Run:
     """The model on the CPU. Without ``precision`` OpenVINO would choose bfloat16 where the processor has it."""
     options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads or torch.get_num_threads()}
     compiled = openvino.Core().compile_model(path, "CPU", options)
@@ -41,3 +37,6 @@ def load(path: Path, threads: int | None = None, precision: str = "f32") -> Call
         return tuple(torch.from_numpy(results[output].copy()) for output in compiled.outputs)
 
     return run
+
+
+FORMAT = Format(write, load, ".xml", ("float32", "float16", "int8"))  # float16: of the weights in the file

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .images import read_images
+from ..errors import UserError
+from ..files import atomic_write
+from .format import Run
+from .images import photographs, read_images
 from .settings import Network, Settings
 
 __all__ = ["TOLERANCES", "ParityError", "compare", "print_report", "write_report"]
@@ -22,11 +23,11 @@ TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, "int8": 0.15}
 REAL_IMAGES = 32
 
 
-class ParityError(ValueError):
+class ParityError(UserError):
     """An export whose results differ from the model's by more than its tolerance."""
 
 
-def compare(network: Network, run: Callable[[Tensor], tuple[Tensor, ...]], settings: Settings, smallest: int) -> dict:
+def compare(network: Network, run: Run, settings: Settings, smallest: int) -> dict:
     """The report: for each batch and output its errors, and the share of equal decisions where the output has classes.
 
     ``smallest`` is the least side that the export takes, in pixels.
@@ -79,20 +80,14 @@ def _inputs(network: Network, settings: Settings, smallest: int) -> list[tuple[s
         if count := sum(map(len, batches)):
             inputs.append((f"{count} real {size[0]} x {size[1]}", list(batches)))
     if not inputs:
-        raise ValueError(f"export: {settings.images} has too few images to compare on: a batch of {settings.batch_size} is needed")
+        raise UserError(f"export: {settings.images} has too few images to compare on: a batch of {settings.batch_size} is needed")
     return inputs
 
 
 def _real_images(settings: Settings, size: tuple[int, int], count: int) -> Tensor:
     """Of the folder in the settings; without one, the two photographs that scikit-learn has, where it is installed."""
-    folder = settings.images
-    if folder is None:
-        try:
-            from sklearn.datasets import _base
-        except ImportError:
-            return torch.empty(0)
-        folder = Path(_base.__file__).parent / "images"
-    return read_images(folder, size, count, shift=0.5)
+    folder = settings.images or photographs()
+    return torch.empty(0) if folder is None else read_images(folder, size, count, shift=0.5)
 
 
 def _row(inputs: str, output: str, exact: Tensor, other: Tensor, dtype: str, has_classes: bool) -> dict:
@@ -126,9 +121,8 @@ def print_report(report: dict) -> None:
 
 def write_report(report: dict, path: Path) -> None:
     """Writes the report as JSON, and raises ParityError where it has not passed."""
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(draft, path)
+    with atomic_write(path) as draft:
+        draft.write_text(json.dumps(report, indent=2) + "\n")
     failed = [row for row in report["rows"] if not row["passed"]]
     if failed:
         worst = max(failed, key=lambda row: row["relative_error"] if row["relative_error"] == row["relative_error"] else float("inf"))

@@ -21,6 +21,7 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
+from ..errors import UserError
 from .images import read_images
 from .settings import Settings
 
@@ -36,7 +37,7 @@ class _Images(CalibrationDataReader):
         images = read_images(settings.images, settings.image_size, CALIBRATION_IMAGES)
         size = 1 if "batch" in settings.dynamic else settings.batch_size
         if len(images) < size:
-            raise ValueError(f"export: {settings.images} has {len(images)} images, a batch of {size} needs more to calibrate int8")
+            raise UserError(f"export: {settings.images} has {len(images)} images, a batch of {size} needs more to calibrate int8")
         name = model.graph.input[0].name
         self.batches = ({name: batch.numpy()} for batch in images.split(size) if len(batch) == size)
 
@@ -48,7 +49,7 @@ def quantize(model: onnx.ModelProto, path: Path, settings: Settings) -> None:
     """Writes the quantized form of ``model``.
 
     Raises:
-        ValueError: too few images to calibrate with.
+        UserError: too few images to calibrate with.
     """
     products = ["Conv", "Gemm", "MatMul"]
     weights = {tensor.name for tensor in model.graph.initializer}

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
+
 __all__ = ["Network", "Settings", "example_input"]
 
 DYNAMIC = ("batch", "size")
@@ -26,7 +28,7 @@ class Settings:
         images: folder of real images, for the comparison and for int8's calibration; None for those that scikit-learn brings.
 
     Raises:
-        ValueError: a value that is not one of these.
+        UserError: a value that is not one of these.
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -37,9 +39,9 @@ class Settings:
 
     def __post_init__(self):
         if not set(self.dynamic or ()) <= set(DYNAMIC):
-            raise ValueError(f"export: dynamic={self.dynamic} must be some of {DYNAMIC}")
+            raise UserError(f"export: dynamic={self.dynamic} must be some of {DYNAMIC}")
         if min(self.image_size) < 1 or self.batch_size < 1:
-            raise ValueError(f"export: image_size={self.image_size} and batch_size={self.batch_size} must be positive")
+            raise UserError(f"export: image_size={self.image_size} and batch_size={self.batch_size} must be positive")
 
 
 class Network(nn.Module):

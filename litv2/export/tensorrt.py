@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import shlex
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import UserError
 from . import onnx_graph
-from .onnx_graph import load
 from .quantize import activation_ranges
 from .settings import Network, Settings
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["load", "unsupported_operators", "write", "write_calibration_cache"]
-
-SUFFIX = ".onnx"
-DTYPES = ("float32", "float16", "int8")
-DYNAMIC = ("batch", "size")
-CELLS = 1
+__all__ = ["FORMAT", "unsupported_operators", "write", "write_calibration_cache"]
 
 # Of the operators that github.com/onnx/onnx-tensorrt lists as supported (docs/operators.md of 8.5, LayerNormalization since
 # 8.6), those that a graph of LITv2 can come to have.
@@ -47,7 +43,7 @@ def write(network: Network, path: Path, settings: Settings) -> None:
     onnx_graph.write_standard(network, path, settings)
     missing = unsupported_operators(onnx_graph.onnx.load(path))
     if missing:
-        raise ValueError(f"export: TensorRT does not list these operators of the graph as supported: {', '.join(missing)}")
+        raise UserError(f"export: TensorRT does not list these operators of the graph as supported: {', '.join(missing)}")
     script = path.with_name(f"{path.stem}.build_engine.sh")
     script.write_text(_script(network, path.name, settings))
     script.chmod(0o755)
@@ -101,3 +97,6 @@ case ${{1:-}} in
 esac
 trtexec --onnx={onnx} --saveEngine={engine} "${{flags[@]}}"
 """
+
+
+FORMAT = replace(onnx_graph.STANDARD, write=write)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
+from ..errors import UserError
+from .format import Format, Run
 from .settings import Network, Settings, example_input
-
-SUFFIX = ".pt2"
-DTYPES = ("float32", "bfloat16", "float16")
-DYNAMIC = ("batch", "size")
-CELLS = 2  # of a side of the last map, at least, where sizes are dynamic: a program is not open for maps of one row
 
 
 def write(network: Network, path: Path, settings: Settings) -> None:
@@ -25,7 +21,7 @@ def program(network: Network, settings: Settings) -> ExportedProgram:
     """The traced network, made of plain tensor operations only.
 
     Raises:
-        ValueError: the image is not used.
+        UserError: the image is not used.
     """
     dtype = getattr(torch, settings.dtype)
     dynamic = {}
@@ -42,11 +38,11 @@ def program(network: Network, settings: Settings) -> ExportedProgram:
             used.update(node.all_input_nodes)
     for name in traced.graph_signature.user_inputs:
         if not any(node.name == name for node in used):
-            raise ValueError(f"export: the graph does not use its input {name!r}: its results would not depend on the image")
+            raise UserError(f"export: the graph does not use its input {name!r}: its results would not depend on the image")
     return traced
 
 
-def load(path: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
+def load(path: Path) -> Run:
     module = torch.export.load(path).module()
     dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
 
@@ -55,3 +51,7 @@ def load(path: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
         return module(images.to(dtype))
 
     return run
+
+
+# A program is not open for maps of one row.
+FORMAT = Format(write, load, ".pt2", ("float32", "bfloat16", "float16"), min_cells=2)

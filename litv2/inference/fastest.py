@@ -5,7 +5,6 @@ Several forms of the model are made, proven against it on the example, and timed
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,10 +12,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import ops as native
 from ..model import LITv2
+from ..ops import native
+from ..ops.folding import inference_copy
 from .fused import fuse
-from .packed import native_form
+from .packed import packed_model
 
 __all__ = ["FORMS", "Optimized", "make_form", "optimize", "why_not"]
 
@@ -35,26 +35,26 @@ class Optimized(nn.Module):
     Attributes:
         form: of ``FORMS``.
         dtype: of images and results.
-        arithmetic: dtype of the weights and of what is computed.
+        compute_dtype: dtype of the weights and of what is computed.
         seconds: of the example, by form; of the plain model too.
         errors: largest error over the largest value of the plain float32 model's results, by form; of those left out too.
     """
 
-    def __init__(self, module: Callable[[Tensor], object], form: str, dtype: torch.dtype, arithmetic: torch.dtype):
+    def __init__(self, module: Callable[[Tensor], object], form: str, dtype: torch.dtype, compute_dtype: torch.dtype):
         super().__init__()
-        self.module, self.form, self.dtype, self.arithmetic = module, form, dtype, arithmetic
+        self.module, self.form, self.dtype, self.compute_dtype = module, form, dtype, compute_dtype
         self.seconds: dict[str, float] = {}
         self.errors: dict[str, float] = {}
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> object:
-        result = self.module(x.to(self.arithmetic))
-        if self.dtype == self.arithmetic:
+        result = self.module(x.to(self.compute_dtype))
+        if self.dtype == self.compute_dtype:
             return result
         return result.to(self.dtype) if isinstance(result, Tensor) else type(result)(level.to(self.dtype) for level in result)
 
     def extra_repr(self) -> str:
-        return f"form={self.form}, dtype={self.dtype}, arithmetic={self.arithmetic}"
+        return f"form={self.form}, dtype={self.dtype}, compute_dtype={self.compute_dtype}"
 
 
 def optimize(
@@ -90,20 +90,20 @@ def optimize(
     unknown = set(forms or ()) - FORMS.keys()
     if unknown:
         raise ValueError(f"optimize: unknown forms {sorted(unknown)}; there are {', '.join(FORMS)}")
-    say = report or (lambda line: None)
+    log = report or (lambda line: None)
     dtype = dtype or next(model.parameters()).dtype
     example = example.to(dtype)
     missing = {form: why_not(form, example) for form in FORMS if forms is None or form in forms}
     if forms is not None:
         for form, reason in missing.items():
             if reason:
-                say(f"{form}: left out, {reason}")
+                log(f"{form}: left out, {reason}")
     forms = [form for form, reason in missing.items() if not reason]
     if not forms:
         raise ValueError(f"optimize: none of these forms can be had: {missing}")
 
-    plain = Optimized(_plain(model, dtype), "plain", dtype, dtype)
-    exact = _tensors(Optimized(_plain(model, torch.float32), "plain", torch.float32, torch.float32)(example))
+    plain = Optimized(inference_copy(model).to(dtype), "plain", dtype, dtype)
+    exact = _tensors(Optimized(inference_copy(model).to(torch.float32), "plain", torch.float32, torch.float32)(example))
     allowed = 1e-4 if dtype == torch.float32 else max(1e-4, 2 * _error(_tensors(plain(example)), exact))
     candidates = {"plain": plain}
     for form in forms:
@@ -114,7 +114,7 @@ def optimize(
             refused = f"{errors[form]:.1e} from the plain model, {allowed:.1e} are allowed"
             if forms == [form]:
                 raise RuntimeError(f"optimize: the {form} form is {refused}")
-            say(f"{form}: left out, {refused}")
+            log(f"{form}: left out, {refused}")
             forms.remove(form)
             del candidates[form]
     seconds = _times(candidates, example)
@@ -122,9 +122,9 @@ def optimize(
     best.seconds, best.errors = seconds, errors
     for form in candidates:
         about = FORMS.get(form, "the model as it is")
-        kind = "" if candidates[form].arithmetic == dtype else f" in {candidates[form].arithmetic}".replace("torch.", "")
+        kind = "" if candidates[form].compute_dtype == dtype else f" in {candidates[form].compute_dtype}".replace("torch.", "")
         chosen = "  <- chosen" if form == best.form else ""
-        say(f"{form + ':':17}{1e3 * seconds[form]:9.1f} ms{kind}, error {errors[form]:.0e}, {about}{chosen}")
+        log(f"{form + ':':17}{1e3 * seconds[form]:9.1f} ms{kind}, error {errors[form]:.0e}, {about}{chosen}")
     return best
 
 
@@ -141,15 +141,11 @@ def why_not(form: str, example: Tensor) -> str | None:
     return None
 
 
-def _plain(model: LITv2, dtype: torch.dtype) -> LITv2:
-    return copy.deepcopy(model).eval().requires_grad_(False).to(dtype)
-
-
 def make_form(model: LITv2, form: str, dtype: torch.dtype) -> Optimized:
     """One of ``FORMS``, neither proven nor timed."""
     if form.startswith("native"):
         products = torch.bfloat16 if form == "native-bfloat16" else torch.float32
-        return Optimized(native_form(_plain(model, torch.float32), products), form, dtype, torch.float32)
+        return Optimized(packed_model(inference_copy(model).to(torch.float32), products), form, dtype, torch.float32)
     fused = fuse(model).to(dtype)
     if form == "compiled":
         return Optimized(torch.compile(fused, options={"freezing": True}), form, dtype, dtype)

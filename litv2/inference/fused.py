@@ -12,8 +12,6 @@ Norms whose output is itself a result (of the patch embedding, the final one, th
 
 from __future__ import annotations
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +20,7 @@ from hilo import HiLo
 
 from ..layers import Block, DeformableTokenMerging
 from ..model import LITv2
+from ..ops.folding import inference_copy, merging_weights, token_projections, weight_and_bias
 
 __all__ = ["FusedHiLo", "fuse"]
 
@@ -38,9 +37,8 @@ def fuse(model: LITv2) -> LITv2:
     """
     if not isinstance(model, LITv2):
         raise TypeError(f"fuse: expected a LITv2, not {type(model).__name__}; of a detector or segmenter fuse the backbone")
-    model = copy.deepcopy(model).eval().requires_grad_(False)
+    model = inference_copy(model)
     for stage in model.layers:
-        stage.grad_checkpointing = False
         for block in stage.blocks:
             _fuse_block(block)
         if stage.downsample is not None:
@@ -60,17 +58,14 @@ def _fuse_block(block: Block) -> None:
 
 
 def _fuse_merging(merging: DeformableTokenMerging) -> None:
-    conv, norm = merging.dconv, merging.norm_layer
-    factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    conv.weight.mul_(factor.view(-1, 1, 1, 1))
-    conv.bias.copy_((conv.bias - norm.running_mean) * factor + norm.bias)
+    merging.dconv.weight, merging.dconv.bias = merging_weights(merging)
     merging.norm_layer = nn.Identity()
 
 
 def _after_norm(linear: nn.Linear, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
     """W, b, t with ``linear(norm(x)) = W n + b + t``, where n is x normalised without scale and shift."""
-    bias = torch.zeros_like(linear.weight[:, 0]) if linear.bias is None else linear.bias
-    return linear.weight * norm.weight, bias, linear.weight @ norm.bias
+    weight, bias = weight_and_bias(linear)
+    return weight * norm.weight, bias, weight @ norm.bias
 
 
 def _without_affine(norm: nn.LayerNorm) -> nn.LayerNorm:
@@ -95,20 +90,13 @@ class FusedHiLo(nn.Module):
         super().__init__()
         self.window_size, self.head_dim = attn.window_size, attn.head_dim
         self.h_heads, self.l_heads = attn.h_heads, attn.l_heads
-        parts = []  # of the one product: (weight, bias, shift) each
+        parts = token_projections(attn, lambda linear: _after_norm(linear, norm))  # of the one product: (weight, bias, shift) each
         if attn.h_heads:
-            weight, bias, shift = (part.clone() for part in _after_norm(attn.h_qkv, norm))
-            for part in (weight, bias, shift):
-                part[: attn.h_dim] *= attn.scale  # the queries
-            parts.append((weight, bias, shift))
-            self.register_buffer("h_bias", bias)
+            self.register_buffer("h_bias", parts[0][1])
             self.h_proj = attn.h_proj
         if attn.l_heads:
-            parts.append(tuple(part * attn.scale for part in _after_norm(attn.l_q, norm)))
-            weight, bias, shift = _after_norm(attn.l_kv, norm)
-            if self.window_size == 1:
-                parts.append((weight, bias, shift))
-            else:
+            if self.window_size > 1:
+                weight, bias, shift = _after_norm(attn.l_kv, norm)
                 self.l_kv = _linear(weight, bias)
                 self.register_buffer("l_shift", shift)
             self.l_proj = attn.l_proj

@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import Block, PatchEmbed
 from ..model import LITv2
+from ..ops.folding import inference_copy
 from ..ops.packing import feed_forward_arguments, hilo_arguments, patch_embed_arguments, token_merging_arguments
 
+__all__ = ["PackedOperator", "PackedPatchEmbed", "packed_block", "packed_model"]
 
-class Operator(nn.Module):
+
+class PackedOperator(nn.Module):
     """A native operator with its arguments, the tensors among them as buffers that are not saved."""
 
     def __init__(self, name: str, **arguments):
         super().__init__()
-        self.name, self.arguments = name, list(arguments)
+        self.name = name
+        self.numbers = {key: value for key, value in arguments.items() if not isinstance(value, Tensor)}
         for key, value in arguments.items():
-            if isinstance(value, Tensor):
+            if key not in self.numbers:
                 self.register_buffer(key, value.detach().clone(), persistent=False)
-            else:
-                setattr(self, key, value)
 
     def forward(self, x: Tensor) -> Tensor:
-        return getattr(torch.ops.litv2, self.name)(x, **{key: getattr(self, key) for key in self.arguments})
+        return getattr(torch.ops.litv2, self.name)(x, **self.numbers, **dict(self.named_buffers()))
 
     def extra_repr(self) -> str:
         return self.name
 
 
-class NativePatchEmbed(Operator):
+class PackedPatchEmbed(PackedOperator):
     """Image (B, in_chans, H, W) -> tokens (B, ceil(H / patch), ceil(W / patch), dim)."""
 
     def __init__(self, embed: PatchEmbed):
@@ -40,29 +40,29 @@ class NativePatchEmbed(Operator):
 
     def forward(self, x: Tensor) -> Tensor:
         H, W = x.shape[2:]
-        if H % self.patch or W % self.patch:
-            x = F.pad(x, (0, -W % self.patch, 0, -H % self.patch))
+        patch = self.numbers["patch"]
+        if H % patch or W % patch:
+            x = F.pad(x, (0, -W % patch, 0, -H % patch))
         return super().forward(x)
 
 
-def native_block(block: Block, products: torch.dtype = torch.float32) -> nn.Sequential:
+def packed_block(block: Block, products: torch.dtype = torch.float32) -> nn.Sequential:
     """(B, H, W, dim) -> (B, H, W, dim)."""
-    parts = [] if block.attn is None else [Operator("native_hilo", **hilo_arguments(block.attn, block.norm1, products))]
-    return nn.Sequential(*parts, Operator("native_feed_forward", **feed_forward_arguments(block.mlp, block.norm2, products)))
+    parts = [] if block.attn is None else [PackedOperator("native_hilo", **hilo_arguments(block.attn, block.norm1, products))]
+    return nn.Sequential(*parts, PackedOperator("native_feed_forward", **feed_forward_arguments(block.mlp, block.norm2, products)))
 
 
 @torch.no_grad()
-def native_form(model: LITv2, products: torch.dtype = torch.float32) -> LITv2:
+def packed_model(model: LITv2, products: torch.dtype = torch.float32) -> LITv2:
     """A copy of the model (classifier or backbone) for inference on the CPU in float32, of native operators.
 
     With ``products=torch.bfloat16`` the factors of the products with weights are rounded to bfloat16; all else, and the sums, stay
     float32: so do the patch embedding, the offsets of token merging, the products inside attention, and the classifier.
     """
-    model = copy.deepcopy(model).eval().requires_grad_(False)
-    model.patch_embed = NativePatchEmbed(model.patch_embed)
+    model = inference_copy(model)
+    model.patch_embed = PackedPatchEmbed(model.patch_embed)
     for stage in model.layers:
-        stage.grad_checkpointing = False
-        stage.blocks = nn.ModuleList(native_block(block, products) for block in stage.blocks)
+        stage.blocks = nn.ModuleList(packed_block(block, products) for block in stage.blocks)
         if stage.downsample is not None:
-            stage.downsample = Operator("native_token_merging", **token_merging_arguments(stage.downsample, products))
+            stage.downsample = PackedOperator("native_token_merging", **token_merging_arguments(stage.downsample, products))
     return model

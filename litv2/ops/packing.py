@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .folding import merging_weights, token_projections
+
 if TYPE_CHECKING:
     from hilo import HiLo
 
@@ -44,24 +46,11 @@ def feed_forward_arguments(mlp: Mlp, norm: nn.LayerNorm, dtype: torch.dtype = to
 def hilo_arguments(attn: HiLo, norm: nn.LayerNorm, dtype: torch.dtype = torch.float32) -> dict[str, Tensor | float | int]:
     """The arguments of the operator ``native_hilo`` after x: x + attn(norm(x))."""
     none = norm.weight.new_zeros(0)
-    weights, biases = [], []  # of the product of all tokens
     result = dict(norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, kv=none, kv_bias=none)
-    if attn.h_heads:
-        q, kv = attn.h_qkv.weight.split((attn.h_dim, 2 * attn.h_dim))
-        weights += [q * attn.scale, kv]
-        if attn.h_qkv.bias is not None:
-            q, kv = attn.h_qkv.bias.split((attn.h_dim, 2 * attn.h_dim))
-            biases += [q * attn.scale, kv]
-    if attn.l_heads:
-        weights.append(attn.l_q.weight * attn.scale)
-        if attn.l_q.bias is not None:
-            biases.append(attn.l_q.bias * attn.scale)
-        if attn.window_size > 1:
-            result["kv"], result["kv_bias"] = packed(attn.l_kv.weight, attn.l_kv.bias, dtype)
-        else:
-            weights.append(attn.l_kv.weight)
-            biases += [] if attn.l_kv.bias is None else [attn.l_kv.bias]
-    result["proj"], result["proj_bias"] = packed(torch.cat(weights), torch.cat(biases) if biases else None, dtype)
+    if attn.l_heads and attn.window_size > 1:
+        result["kv"], result["kv_bias"] = packed(attn.l_kv.weight, attn.l_kv.bias, dtype)
+    weights, biases = zip(*token_projections(attn))
+    result["proj"], result["proj_bias"] = packed(torch.cat(weights), torch.cat(biases), dtype)
     for name, heads in (("h_proj", attn.h_heads), ("l_proj", attn.l_heads)):
         linear = getattr(attn, name) if heads else None
         result[name], result[f"{name}_bias"] = packed(linear.weight, linear.bias, dtype) if heads else (none, none)
@@ -77,11 +66,10 @@ def patch_embed_arguments(embed: PatchEmbed) -> dict[str, Tensor | float | int]:
 
 def token_merging_arguments(merging: DeformableTokenMerging, dtype: torch.dtype = torch.float32) -> dict[str, Tensor | int]:
     """The arguments of the operator ``native_token_merging`` after x: gelu(norm(dconv(x))) in evaluation mode. Offsets stay float32."""
-    conv, norm = merging.dconv, merging.norm_layer
-    factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    columns = (conv.weight * factor.view(-1, 1, 1, 1)).permute(0, 2, 3, 1).flatten(1)  # inputs ordered (tap, channel)
-    weight, bias = packed(columns, (conv.bias - norm.running_mean) * factor + norm.bias, dtype)
+    conv = merging.dconv
+    weight, bias = merging_weights(merging)
+    weight, bias = packed(weight.permute(0, 2, 3, 1).flatten(1), bias, dtype)  # inputs ordered (tap, channel)
     offset = conv.conv_offset.weight.permute(0, 2, 3, 1).flatten(2)  # (8, row, column and channel)
     top, offset_bias = packed(offset[:, 0], conv.conv_offset.bias)
     result = dict(offset_top=top, offset_bottom=packed(offset[:, 1], None)[0], offset_bias=offset_bias)
-    return result | dict(weight=weight, bias=bias, out_channels=norm.num_features)
+    return result | dict(weight=weight, bias=bias, out_channels=merging.norm_layer.num_features)

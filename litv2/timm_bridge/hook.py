@@ -32,7 +32,7 @@ class _TimmFinder(MetaPathFinder):
                     sys.meta_path.remove(self)
                     _register()
 
-            spec.loader.exec_module = execute_and_register
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 

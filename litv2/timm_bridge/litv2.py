@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -111,12 +112,12 @@ def _create(
     if pretrained and source and not cfg.state_dict and not cfg.source:  # a source is another place that timm knows
         if cache_dir is not None:
             raise ValueError(f"LITv2: {cache_dir=}: the files are kept in torch.hub's folder; torch.hub.set_dir or $TORCH_HOME moves it")
-        overlay["state_dict"] = find_weights(read_checkpoint(fetch(source)))
+        overlay["state_dict"] = find_weights(read_checkpoint(fetch(str(source))))
     model = build_model_with_cfg(
         partial(VARIANTS[entry.variant], **{"alpha": entry.alpha, "local_ws": entry.window}),
         entry.name,
         pretrained,
-        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg=pretrained_cfg,  # type: ignore[arg-type]  # timm takes the tag of one, too
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=_fitting,
         feature_cfg=dict(out_indices=out_indices, feature_cls=feature_cls),
@@ -125,7 +126,7 @@ def _create(
     )
     for part in model.modules():
         if hasattr(part, "pretrained_cfg"):
-            part.pretrained_cfg.pop("state_dict", None)  # they are in the model now
+            cast("dict", part.pretrained_cfg).pop("state_dict", None)  # they are in the model now
     return model.to(device=device, dtype=dtype)
 
 

@@ -8,20 +8,23 @@ from torch import Tensor
 
 from ..errors import UserError
 
-__all__ = ["described", "infer_arguments"]
+__all__ = ["infer_arguments"]
 
 ALPHAS = (0.9, 0.5, 0.0, 1.0, 0.2, 0.4, 0.7)  # the published ones
 
 
-def infer_arguments(weights: dict[str, Tensor], config: dict | None = None) -> dict:
+def infer_arguments(weights: dict[str, Tensor], config: dict | None = None) -> tuple[dict, list[str]]:
     """The arguments of :class:`litv2.LITv2` that a state dict, as :func:`find_weights` gives it, was made with.
 
-    Shapes tell everything but HiLo's windows and, where they are not 32 channels wide, the heads: these come from the
-    checkpoint's ``config`` where it describes the same network, else they are the published ones: 2 in a stage with both kinds of
-    heads, plain attention (1) in a last stage with Lo-Fi heads alone. ``alpha`` is one that gives the same heads.
+    Shapes tell everything but HiLo's windows and heads: these come from the checkpoint's ``config`` where it describes the same
+    network. Else they are guessed, to be those of the published models: heads of 32 channels; windows of 2 in a stage with both kinds
+    of heads, plain attention (1) in a last stage with Lo-Fi heads alone. ``alpha`` is one that gives the same heads.
+
+    Returns:
+        The arguments, and the names of those that are guessed.
 
     Raises:
-        ValueError: these are not the weights of a LITv2, or the number of heads is not known.
+        UserError: these are not the weights of a LITv2, or the number of heads is not known.
     """
     try:
         embed_dim, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
@@ -31,7 +34,7 @@ def infer_arguments(weights: dict[str, Tensor], config: dict | None = None) -> d
     except (KeyError, ValueError) as error:
         raise UserError(f"these are not the weights of a LITv2 ({error}); their names begin {sorted(weights)[:5]}") from error
 
-    lit = described(config, embed_dim, depths)
+    lit = _section(config, embed_dim, depths)
     dims = [embed_dim * 2**i for i in range(len(depths))]
     if lit is None and embed_dim % 32:
         raise UserError(f"the heads of a model of {embed_dim} channels are not known: the checkpoint has no configuration that says")
@@ -53,7 +56,7 @@ def infer_arguments(weights: dict[str, Tensor], config: dict | None = None) -> d
     alpha = next((a for a in (*ALPHAS, *exact) if all(int(heads * a) == low for heads, low in shares)), None)
     if alpha is None:
         raise UserError(f"no alpha gives the Lo-Fi heads {[low for _, low in shares]} of {[heads for heads, _ in shares]} heads")
-    return dict(
+    arguments = dict(
         in_chans=in_chans,
         num_classes=len(weights["head.weight"]) if "head.weight" in weights else 0,
         patch_size=patch_size,
@@ -65,13 +68,15 @@ def infer_arguments(weights: dict[str, Tensor], config: dict | None = None) -> d
         local_ws=tuple(windows),
         alpha=alpha,
     )
+    return arguments, [] if lit or not any(windows) else ["num_heads", "local_ws"]
 
 
-def described(config: dict | None, embed_dim: int, depths: Sequence[int]) -> dict | None:
+def _section(config: dict | None, embed_dim: int, depths: Sequence[int]) -> dict | None:
     """The section MODEL.LIT of a trainer's configuration, if it is of a network of these widths and depths."""
     try:
         lit = config["MODEL"]["LIT"]
         same = lit["EMBED_DIM"] == embed_dim and list(lit["DEPTHS"]) == list(depths)
-        return lit if same and len(lit["NUM_HEADS"]) == len(lit["LOCAL_WS"]) == len(depths) else None
+        lists = lit["NUM_HEADS"], lit["LOCAL_WS"]
+        return lit if same and all(len(each) == len(depths) and {*map(type, each)} == {int} for each in lists) else None
     except (KeyError, TypeError):
         return None

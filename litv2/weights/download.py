@@ -137,12 +137,12 @@ def _transfer(url: str, part: Path) -> None:
         raise
     with response:
         start = start if response.status == 206 else 0
-        fresh = dict(url=url, size=_length(response, start), validator=_validator(response))
+        size = _length(response, start)
+        fresh = dict(url=url, size=size, validator=_validator(response))
         if start and fresh != known:  # another file by now, at a server that does not know If-Range
             part.unlink()
             return _transfer(url, part)
         note.write_text(json.dumps(fresh))
-        size = fresh["size"]
         bar = torch.hub.tqdm(total=size, initial=start, unit="B", unit_scale=True, unit_divisor=1024, disable=not sys.stderr.isatty())
         with open(part, "r+b" if start else "wb") as file, bar:
             file.seek(start)

@@ -44,8 +44,8 @@ class _Tuple:
     def __init__(self, items: list):
         self.items = items
         inner = [item for item in items if isinstance(item, _Tuple)]
-        self.size = 1 + len(items) + sum(item.size for item in inner)
-        self.depth = 1 + max((item.depth for item in inner), default=0)
+        self.size: int = 1 + len(items) + sum(item.size for item in inner)
+        self.depth: int = 1 + max((item.depth for item in inner), default=0)
         if self.size > LARGEST_TUPLE or self.depth > DEEPEST_TUPLE:
             raise UserError(f"a tuple has {self.size} elements when written out, nested {self.depth} deep: nothing of a checkpoint")
         if any(isinstance(item, _Made) and item.name == CONFIG_NODE for item in items):

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import UserError
 
-__all__ = ["ZOO", "Release", "lookup"]
+__all__ = ["ZOO", "Release", "lookup", "release_of"]
 
 DOWNLOADS = "https://github.com/ziplab/LITv2/releases/download"
 
@@ -95,3 +96,9 @@ def lookup(name: str, task: str | None = None) -> Release:
         kind = f"{task} model" if task else "model"
         raise UserError(f"there is no {kind} {name!r}; close to it: {', '.join(close)} (python -m litv2 list shows all)")
     return ZOO[name]
+
+
+def release_of(source: str | Path) -> Release | None:
+    """The release whose name or file this is; of a path or a URL the last part counts."""
+    file = str(source).replace("\\", "/").rpartition("/")[2]
+    return ZOO.get(str(source)) or next((release for release in ZOO.values() if release.file == file), None)

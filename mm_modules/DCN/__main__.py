@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from .deform_conv import BACKENDS, backend, choose_backend
+from .deform_conv import operator
 
 SHAPE = (2, 96, 56, 56)  # LITv2-S's first token merging on two 224 x 224 images
 CHANNELS, KERNEL = 192, 2
@@ -15,34 +17,40 @@ CHANNELS, KERNEL = 192, 2
 
 def main() -> None:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    print(f"torch {torch.__version__}, LITV2_DCN_BACKEND={backend}")
+    print(f"torch {torch.__version__}")
     print(f"Forward and forward + backward of a {KERNEL} x {KERNEL} kernel, {SHAPE} -> {CHANNELS} channels, float32")
     for device in devices:
-        for name, module in BACKENDS.items():
-            input = torch.randn(SHAPE, device=device).to(memory_format=torch.channels_last).requires_grad_()
-            if not module.supports(input):
-                print(f"  {device:5} {name:12} {module.problem or 'has no kernel for this device'}")
+        arguments = _arguments(device)
+        used = operator.choose(*arguments)
+        for backend in operator.backends.values():
+            reason = backend.why_not(*arguments)
+            if backend.name == "onnx" or reason is not None:
+                print(f"  {device:5} {backend.name:12} {reason or backend.why_rather_not(*arguments)}")
                 continue
-            used = "  <- used" if choose_backend(input) is module.deform_conv2d else ""
-            forward, training = (1e3 * seconds for seconds in _time(module.deform_conv2d, input))
-            print(f"  {device:5} {name:12} {forward:8.1f} ms {training:8.1f} ms{used}")
+            forward, training = (1e3 * seconds for seconds in _time(backend.run, arguments))
+            print(f"  {device:5} {backend.name:12} {forward:8.1f} ms {training:8.1f} ms{'  <- used' if backend is used else ''}")
 
 
-def _time(function, input: torch.Tensor) -> tuple[float, float]:
+def _arguments(device: str) -> tuple:
+    (B, C, H, W), k = SHAPE, KERNEL
+    input = torch.randn(SHAPE, device=device).to(memory_format=torch.channels_last).requires_grad_()
+    offset = torch.randn(B, 2 * k**2, H // 2, W // 2, device=device, requires_grad=True)
+    weight = torch.randn(CHANNELS, C, k, k, device=device, requires_grad=True)
+    return input, offset, weight, None, (2, 2), (0, 0), (1, 1), None
+
+
+def _time(function: Callable[..., Tensor], arguments: tuple) -> tuple[float, float]:
     """Median seconds of forward, and of forward + backward."""
-    B, C, H, W = input.shape
-    offset = torch.randn(B, 2 * KERNEL**2, H // 2, W // 2, device=input.device, requires_grad=True)
-    weight = torch.randn(CHANNELS, C, KERNEL, KERNEL, device=input.device, requires_grad=True)
 
-    def call():
-        return function(input, offset, weight, None, (2, 2), (0, 0), (1, 1), None)
+    def call() -> Tensor:
+        return function(*arguments)
 
     def clock() -> float:
-        if input.is_cuda:
+        if arguments[0].is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def median(call) -> float:
+    def median(call: Callable[[], object]) -> float:
         times = []
         for _ in range(5):
             start = clock()

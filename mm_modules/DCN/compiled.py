@@ -6,32 +6,37 @@ inference and autograd are registered here.
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
-from .reference import in_transform
+from ..dispatch import Backend
+from ..extension import load
+from ..torch_state import in_transform, is_exporting
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-BUILD = "build it with: cd mm_modules/DCN && python setup.py build_ext --inplace"
 
-try:
-    from . import _C  # noqa: F401 (registers the operators)
-except ImportError as error:
-    problem = f"not built; {BUILD}"
-    if error.name is None or not error.name.endswith("DCN._C"):  # it is there, but not for this torch or Python
-        problem = f"cannot be loaded ({error}); {BUILD}"
-        warnings.warn(f"mm_modules.DCN._C {problem}. Until then a slower backend is used.", stacklevel=2)
-    devices: tuple[str, ...] = ()
-else:
-    problem = None
-    devices = tuple(d for d in ("cpu", "cuda") if torch._C._dispatch_has_kernel_for_dispatch_key("litv2::deform_conv2d", d.upper()))
+problem = load("mm_modules.DCN._C")  # why it cannot be used, None if it can
+_DEVICES = tuple(
+    device
+    for device in ("cpu", "cuda")
+    if problem is None and torch._C._dispatch_has_kernel_for_dispatch_key("litv2::deform_conv2d", device.upper())
+)
 
 
-def supports(input: Tensor) -> bool:
-    transformed = not torch.compiler.is_compiling() and in_transform()
-    return input.device.type in devices and input.dtype in DTYPES and not transformed
+def why_not(input: Tensor, *_) -> str | None:
+    if problem is not None:
+        return problem
+    if input.device.type not in _DEVICES:
+        return f"it was built for {' and '.join(_DEVICES)}, not for {input.device.type}"
+    if input.dtype not in DTYPES:
+        return f"it has no kernel for {input.dtype}"
+    if not torch.compiler.is_compiling() and in_transform():
+        return "it has no rules for torch.func's transforms and forward derivatives"
+    return None
+
+
+def why_rather_not(*_) -> str | None:
+    return "an exported program is made of plain tensor operations, so that it needs nothing of ours" if is_exporting() else None
 
 
 def deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask) -> Tensor:
@@ -70,7 +75,7 @@ def _register() -> None:
 
     def no_double_backward(ctx, *gradients):
         raise NotImplementedError(
-            "deform_conv2d: the compiled backend has no second derivatives; LITV2_DCN_BACKEND=torch selects the one that has"
+            "deform_conv2d: the compiled backend has no second derivatives; LITV2_OPS=deform_conv2d=torch selects the one that has"
         )
 
     torch.library.register_autograd("litv2::deform_conv2d", backward, setup_context=keep)
@@ -79,3 +84,5 @@ def _register() -> None:
 
 if problem is None:
     _register()
+
+BACKEND = Backend("compiled", deform_conv2d, why_not, why_rather_not)

@@ -1,65 +1,22 @@
 """Deformable convolution v1 and v2 (arXiv 1703.06211, 1811.11168): one function, several backends.
 
-The definition is that of ``torchvision.ops.deform_conv2d``; ``choose_backend`` is the one place that says who computes it.
+The definition is that of ``torchvision.ops.deform_conv2d``.
 """
 
 from __future__ import annotations
-
-import os
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
+from ..dispatch import Operator
 from . import compiled, onnx_node, reference, vision
 
-__all__ = ["choose_backend", "deform_conv2d"]
+__all__ = ["deform_conv2d", "operator"]
 
-
-BACKENDS = {"compiled": compiled, "torchvision": vision, "torch": reference}
-
-
-def _forced_backend() -> str:
-    name = os.environ.get("LITV2_DCN_BACKEND", "auto")
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"LITV2_DCN_BACKEND={name!r} is not one of {', '.join(['auto', *BACKENDS])}")
-    return name
-
-
-backend = _forced_backend()  # "auto", or the one backend to use; the environment is read at import
-
-
-def choose_backend(input: Tensor) -> Callable[..., Tensor]:
-    """The implementation for this input; each takes ``(input, offset, weight, bias, stride, padding, dilation, mask)``.
-
-    The compiled backend where it is built for the input's device and dtype. Else on CUDA torchvision's operator, one kernel
-    without large temporaries, where it is installed. Else the PyTorch version: on the CPU it is faster than torchvision's
-    serial operator at every shape of LITv2 (``benchmarks/deform_conv.py``). ``torch.export`` and tracing always get it, so
-    that an exported program is made of plain tensor operations that need nothing of ours; ``torch.compile`` gets it rather
-    than torchvision, to fuse. LITV2_DCN_BACKEND forces one, whatever the case but ``deform_conv_nodes()``, inside which an
-    ONNX graph gets the operator as one node.
-
-    Raises:
-        RuntimeError: the forced backend cannot compute this input.
-    """
-    if onnx_node.active:
-        return onnx_node.deform_conv2d
-    if backend != "auto":
-        if not BACKENDS[backend].supports(input):
-            problem = BACKENDS[backend].problem or f"has no kernel for {input.dtype} on {input.device.type}, or none of this derivative"
-            raise RuntimeError(f"LITV2_DCN_BACKEND={backend}: this backend {problem}")
-        return BACKENDS[backend].deform_conv2d
-    if not (_is_exporting() or torch.jit.is_tracing()):
-        if compiled.supports(input):
-            return compiled.deform_conv2d
-        if input.device.type == "cuda" and not torch.compiler.is_compiling() and vision.supports(input):
-            return vision.deform_conv2d
-    return reference.deform_conv2d
-
-
-# torch < 2.7 cannot tell an export from a compilation.
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+# Each takes (input, offset, weight, bias, stride, padding, dilation, mask). The compiled one where it is built for the device and
+# dtype; else on CUDA torchvision's, one kernel without large temporaries; else plain PyTorch. Exports always get plain PyTorch.
+operator = Operator("deform_conv2d", [onnx_node.BACKEND, compiled.BACKEND, vision.BACKEND, reference.BACKEND])
 
 
 def deform_conv2d(
@@ -104,7 +61,7 @@ def deform_conv2d(
     position_dtype = torch.promote_types(input.dtype, torch.float32)
     offset = offset.to(position_dtype)
     mask = None if mask is None else mask.to(position_dtype)
-    return choose_backend(input)(input, offset, weight, bias, stride, padding, dilation, mask)
+    return operator(input, offset, weight, bias, stride, padding, dilation, mask)
 
 
 def _check(input, offset, weight, bias, stride, padding, dilation, mask) -> None:

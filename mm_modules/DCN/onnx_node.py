@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
-active = False  # whether a graph is being made whose deformable convolutions should be nodes
+from ..dispatch import Backend, use
 
 
-@contextmanager
-def deform_conv_nodes() -> Iterator[None]:
-    """Inside, ``torch.onnx.export`` writes each deformable convolution as a DeformConv node (torch 2.8 or newer)."""
-    global active
-    active = True
-    try:
-        yield
-    finally:
-        active = False
+def deform_conv_nodes() -> AbstractContextManager[None]:
+    """Within it ``torch.onnx.export`` writes each deformable convolution as a DeformConv node (torch 2.8 or newer)."""
+    return use(deform_conv2d="onnx")
+
+
+def why_rather_not(*_) -> str:
+    return "it is for ONNX graphs, inside deform_conv_nodes()"
 
 
 def deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask) -> Tensor:
@@ -40,3 +37,6 @@ def deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask) 
         offset_group=offset.shape[1] // (2 * kh * kw),
     )
     return torch.onnx.ops.symbolic("DeformConv", inputs, attributes, dtype=dtype, shape=(B, O, Ho, Wo), version=19).to(input.dtype)
+
+
+BACKEND = Backend("onnx", deform_conv2d, why_rather_not=why_rather_not)

@@ -9,16 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-problem = None  # why it cannot be used
-
-
-def supports(input: Tensor) -> bool:
-    return True
-
-
-def in_transform() -> bool:
-    """Whether torch.func's transforms or forward-mode derivatives are at work: some fast operators have no rules for them."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+from ..dispatch import Backend
+from ..torch_state import in_transform
 
 
 def deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask) -> Tensor:
@@ -94,5 +86,10 @@ def _weighted_gather(rows: Tensor, index: Tensor, factor: Tensor) -> Tensor:
     if rows.device.type == "cpu" and rows.dtype == factor.dtype and not (torch.compiler.is_compiling() or in_transform()):
         # One pass without temporaries, and faster. Low precision stays below: this would round the factors.
         return F.embedding_bag(index, rows, per_sample_weights=factor, mode="sum")
-    total = sum(rows.index_select(0, index[:, j]) * factor[:, j : j + 1] for j in range(index.shape[1]))
+    total = rows.index_select(0, index[:, 0]) * factor[:, :1]
+    for j in range(1, index.shape[1]):
+        total = total + rows.index_select(0, index[:, j]) * factor[:, j : j + 1]
     return total.to(rows.dtype)
+
+
+BACKEND = Backend("torch", deform_conv2d)

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-import importlib.util
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-problem = None if importlib.util.find_spec("torchvision") else "needs torchvision, which is not installed"
+from ..dispatch import Backend
+
 OUTSIDE = 1e6  # an offset that leads out of any image
+INSTALLED = find_spec("torchvision") is not None
 
 
-def supports(input: Tensor) -> bool:
-    return problem is None and input.device.type in ("cpu", "cuda")
+def why_not(input: Tensor, *_) -> str | None:
+    if not INSTALLED:
+        return "torchvision is not installed"
+    if input.device.type not in ("cpu", "cuda"):
+        return f"torchvision's operator has no kernel for {input.device.type}"
+    return None
+
+
+def why_rather_not(input: Tensor, *_) -> str | None:
+    if input.device.type != "cuda":
+        return "on the CPU plain PyTorch is faster at every shape of LITv2 (benchmarks/deform_conv.py)"
+    if torch.compiler.is_compiling():
+        return "plain PyTorch is fused with its neighbours when it is compiled, and an export of it needs nothing"
+    if torch.jit.is_tracing():
+        return "a traced program is made of plain tensor operations"
+    return None
 
 
 def deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask) -> Tensor:
@@ -48,3 +64,6 @@ def _touched(nan: Tensor, C: int, weight: Tensor) -> Tensor:
     by_channel = by_offset_group.repeat_interleave(C // offset_groups, dim=1)
     by_group = by_channel.view(B, C // C_per_group, C_per_group, Ho, Wo).any(dim=2)
     return by_group.repeat_interleave(O // by_group.shape[1], dim=1)
+
+
+BACKEND = Backend("torchvision", deform_conv2d, why_not, why_rather_not)

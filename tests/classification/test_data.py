@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import random
 import tarfile
 import zipfile
@@ -37,7 +38,11 @@ def folder(tmp_path):
 
 
 def contents(source):
-    """What a source holds, apart from how its files are named: decoded bytes and class name."""
+    """What a source holds, apart from how its files are named: decoded bytes and class name.
+
+    It goes through a pickle first, as it does to the loader's workers on macOS and Windows.
+    """
+    source = pickle.loads(pickle.dumps(source))
     rows = [(decode(file, "RGB").tobytes(), source.class_names[target]) for file, target in (source[i] for i in range(len(source)))]
     return sorted(rows)
 
@@ -93,8 +98,6 @@ def test_hugging_face_equals_folder(folder, tmp_path_factory):
 
 def test_cifar(tmp_path):
     """torchvision's own format, with a few images in it."""
-    import pickle
-
     from torchvision.datasets import CIFAR10
 
     base = tmp_path / CIFAR10.base_folder
@@ -114,7 +117,7 @@ def test_cifar(tmp_path):
     ):
         train, val = open_sources(config("DATA.DATASET", "cifar10", "DATA.DATA_PATH", str(tmp_path)))
     assert (len(train), len(val), train.class_names) == (10, 2, list("abcdefghij"))
-    image, target = train[1]
+    image, target = pickle.loads(pickle.dumps(train))[1]
     assert target == 9 and np.array_equal(np.asarray(image).transpose(2, 0, 1).reshape(-1), pixels[1])
 
 
@@ -254,6 +257,7 @@ def test_bad_folders(folder, change, words):
         (["DATA.DATA_PATH", "."], "digits, which is not read from --data-path"),
         (["DATA.DATASET", "imagenat"], "'imagenat' is not known"),
         (["DATA.ZIP_MODE", True, "DATA.DATA_PATH", "."], "there is no train.zip"),
+        (["DATA.DATASET", "cifar", "DATA.DATA_PATH", "nowhere"], "CIFAR100 is not in nowhere"),
         (["DATA.DATASET", "tar", "DATA.DATA_PATH", "."], "no archive train.tar"),
     ],
 )
@@ -314,6 +318,13 @@ def test_augmentation_does_not_depend_on_workers():
     assert not torch.equal(batches[0, 0], batches[0, 1])
 
 
+def test_loaders_can_be_sent_to_spawned_workers():
+    loaders = build_loaders(config("AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1"))
+    for loader, key in ((loaders.train, (3, 7)), (loaders.val, 3)):
+        copy = pickle.loads(pickle.dumps(loader.dataset))
+        assert torch.equal(copy[key].image, loader.dataset[key].image)
+
+
 def test_seeded_leaves_the_outside_alone():
     state = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     draws = []
@@ -337,6 +348,22 @@ def test_mixup(mixup, cutmix, mode, batch):
     if batch == 2:
         share = mixed[0].mean().item()
         assert target[0, 1].item() == pytest.approx(0.9 * share + 0.1 / 6, abs=2e-2)
+
+
+@pytest.mark.parametrize("batch", [2, 5])
+def test_cutmix_of_a_given_size(batch):
+    """AUG.CUTMIX_MINMAX: the rectangle's sides are 0.3 to 0.5 of the image's, and the target has its share."""
+    mix = build_mixup(config("AUG.MIXUP", 0, "AUG.CUTMIX", 0, "AUG.CUTMIX_MINMAX", [0.3, 0.5], "MODEL.LABEL_SMOOTHING", 0), num_classes=6)
+    shares = set()
+    for _ in range(20):
+        images = torch.arange(batch, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 3, 40, 40).clone()
+        mixed, target = mix(images, torch.arange(batch))
+        pasted = mixed[0, 0] != 0
+        sides = pasted.any(1).sum().item(), pasted.any(0).sum().item()
+        assert all(12 <= side < 20 for side in sides) and pasted.sum() == sides[0] * sides[1]
+        assert target[0, 0].item() == pytest.approx(1 - sides[0] * sides[1] / 1600, abs=1e-5)
+        shares.add(sides)
+    assert len(shares) > 5
 
 
 def test_mixup_off():

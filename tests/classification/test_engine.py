@@ -12,9 +12,12 @@ from config import load_config
 from data.dataset import Batch
 from data.loader import BadFiles
 from data.sources import DataError
-from engine import NonFiniteLoss, Precision, Progress, StopRequested, StopSignals, evaluate, throughput, train_one_epoch
+from engine import NonFiniteLoss, Progress, Step, evaluate, train_one_epoch
 from helpers import ROOT, tiny_model
 from optim import build_scheduler
+from precision import Precision, choose_precision
+from signals import StopRequested, StopSignals
+from throughput import measure_throughput
 
 CPU = torch.device("cpu")
 
@@ -32,7 +35,7 @@ def linear(classes=7, inputs=3 * 8 * 8):
     return nn.Sequential(nn.Flatten(), nn.Linear(inputs, classes))
 
 
-def train(model, loader, *, mode="off", optimizer=None, **kwargs):
+def train(model, loader, *, mode="off", optimizer=None, clip_grad=0.0, max_nonfinite=0, **kwargs):
     config = load_config(ROOT / "classification/configs/litv2-digits.yaml")
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = build_scheduler(config, optimizer, 10_000, 10_000)
@@ -40,8 +43,8 @@ def train(model, loader, *, mode="off", optimizer=None, **kwargs):
         group["lr"] = 0.1
     scheduler.step_update = lambda update: None  # these tests want a constant rate
     progress = kwargs.pop("progress", Progress())
-    settings = dict(bad_files=BadFiles(0, print), loss_fn=nn.CrossEntropyLoss(), steps=len(loader), progress=progress)
-    train_one_epoch(model, loader, optimizer=optimizer, scheduler=scheduler, precision=Precision(CPU, mode), **{**settings, **kwargs})
+    step = Step(model, optimizer, scheduler, nn.CrossEntropyLoss(), Precision(CPU, mode), clip_grad=clip_grad, max_nonfinite=max_nonfinite)
+    train_one_epoch(step, loader, **{**dict(steps=len(loader), progress=progress, bad_files=BadFiles(0, print)), **kwargs})
     return progress
 
 
@@ -53,7 +56,7 @@ def test_accumulation(sizes, accumulation, groups, clip):
     """One clipped step per group on the mean loss of its batches, the short last group included."""
     loader, model, expected = batches(sizes), linear(), linear()
     records = []
-    progress = train(model, loader, accumulation=accumulation, clip_grad=clip, on_update=records.append)
+    progress = train(model, loader, accumulation=accumulation, clip_grad=clip, on_update=lambda update, seconds: records.append(update))
     for group in groups:
         loss = torch.stack([nn.functional.cross_entropy(expected(loader[i].images), loader[i].targets) for i in group]).mean()
         gradients = torch.autograd.grad(loss, expected.parameters())
@@ -65,7 +68,7 @@ def test_accumulation(sizes, accumulation, groups, clip):
     for a, b in zip(model.parameters(), expected.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     assert progress.updates == len(groups) == len(records) and progress.step == len(sizes)
-    assert [record["images"] for record in records] == [4 * len(group) for group in groups]
+    assert [record.images for record in records] == [4 * len(group) for group in groups]
 
 
 @pytest.mark.parametrize("sizes", [[5, 3, 1], [8], [1, 1]])
@@ -148,10 +151,9 @@ def test_mixed_precision_trains(mode):
     scheduler = build_scheduler(config, optimizer, 100, 64)
     precision = Precision(CPU, mode)
     assert precision.scaler.is_enabled() == (mode == "fp16")
-    train_one_epoch(
-        model, loader, 5, optimizer, scheduler, precision, nn.CrossEntropyLoss(), progress,
-        bad_files=BadFiles(0, print), clip_grad=5.0, on_update=lambda record: losses.append(record["loss"]),
-    )  # fmt: skip
+    step = Step(model, optimizer, scheduler, nn.CrossEntropyLoss(), precision, clip_grad=5.0)
+    bad_files = BadFiles(0, print)
+    train_one_epoch(step, loader, 5, progress, bad_files=bad_files, on_update=lambda update, seconds: losses.append(update.loss))
     assert losses[-1] < losses[0] and all(p.dtype == torch.float32 for p in model.parameters())
 
 
@@ -166,7 +168,25 @@ def test_throughput():
     calls = []
     model = linear()
     model.register_forward_hook(lambda *_: calls.append(1))
-    result = throughput(model, torch.randn(4, 3, 8, 8), Precision(CPU), warm_up=3, timed=5)
+    result = measure_throughput(model, torch.randn(4, 3, 8, 8), Precision(CPU), warm_up=3, timed=5)
     assert len(calls) == 8
     assert result["latency_ms_p10"] <= result["latency_ms_median"] <= result["latency_ms_p90"]
     assert result["images_per_second"] == pytest.approx(4e3 / result["latency_ms_median"]) and result["peak_memory_mb"] > 0
+
+
+@pytest.mark.parametrize(
+    "amp, device, mode, words",
+    [
+        ("auto", "cpu", "off", "off, float32 throughout (AMP is auto, and the device is cpu, not cuda)"),
+        ("auto", "mps", "off", "the device is mps, not cuda"),
+        ("auto", "cuda", "fp16", "float16 (AMP is auto: as the release trained on CUDA)"),
+        ("on", "cpu", "bf16", "bfloat16 (AMP is on, and the device is cpu)"),
+        ("on", "cuda", "fp16", "float16 (AMP is on"),
+        ("bf16", "cuda", "bf16", "bfloat16 (AMP is bf16)"),
+        ("off", "cuda", "off", "off, float32 throughout (AMP is off)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*GradScaler.*")  # there may be no such device
+def test_the_precision_and_why(amp, device, mode, words):
+    precision, line = choose_precision(amp, torch.device(device))
+    assert precision.mode == mode and line.startswith("mixed precision: ") and words in line

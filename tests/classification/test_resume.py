@@ -139,8 +139,9 @@ def test_two_processes_evaluate_as_one(tmp_path):
     lines = []
     for processes in (1, 2):
         done = run_trainer(*flags, "--resume", best, "--eval", "--output", tmp_path / f"eval{processes}", opts=opts, processes=processes)
-        lines.append(re.search(r"Acc@1.*", done.stdout).group())
-    assert lines[0] == lines[1] and lines[0].endswith("images 5")
+        lines.append(re.findall(r"INFO (.*Acc@1.*|Accuracy of.*)", done.stdout))
+        assert len(list((tmp_path / f"eval{processes}").rglob("log_rank*.txt"))) == processes
+    assert lines[0] == lines[1] and lines[0][0].endswith("images 5")
 
 
 def test_streams_of_different_length_do_not_hang():
@@ -153,7 +154,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from data.dataset import Batch
 from data.loader import BadFiles
-from engine import Precision, Progress, train_one_epoch
+from engine import Progress, Step, train_one_epoch
+from precision import Precision
 dist.init_process_group("gloo")
 class Scheduler:
     def step_update(self, update): pass
@@ -161,8 +163,8 @@ count = 3 if dist.get_rank() == 0 else 5
 loader = [Batch(torch.randn(2, 4), torch.zeros(2, dtype=torch.long), ["x", "y"], []) for _ in range(count)]
 model = DistributedDataParallel(nn.Linear(4, 3))
 optimizer, progress = torch.optim.SGD(model.parameters(), lr=0.1), Progress()
-train_one_epoch(model, loader, 5, optimizer, Scheduler(), Precision(torch.device("cpu")), nn.CrossEntropyLoss(), progress,
-                accumulation=2, streaming=True, bad_files=BadFiles(0, print))
+step = Step(model, optimizer, Scheduler(), nn.CrossEntropyLoss(), Precision(torch.device("cpu")))
+train_one_epoch(step, loader, 5, progress, accumulation=2, streaming=True, bad_files=BadFiles(0, print))
 assert (progress.step, progress.updates) == (3, 2), progress
 dist.destroy_process_group()
 """

@@ -15,9 +15,11 @@ from PIL import Image
 from helpers import ROOT, SHARED, TINY, max_difference, normal, run_trainer, shared, tiny_model, write_images
 from litv2 import LITv2
 from litv2.__main__ import COMMANDS, main
+from litv2.factory import load_model
+from litv2.preprocess import evaluation_size
 from litv2.weights.architecture import infer_arguments
 from litv2.weights.reading import read_checkpoint
-from litv2.weights.releases import ZOO
+from litv2.weights.releases import ZOO, release_of
 from litv2.weights.state_dict import find_weights, load_weights
 
 NAMES = [f"animal {i}" for i in range(10)]
@@ -33,7 +35,7 @@ def run(*arguments, cwd: Path, check: bool = True) -> subprocess.CompletedProces
 
 def fails(capsys, *arguments) -> str:
     """The one line of an error, of a command run in this process."""
-    assert main([str(argument) for argument in arguments]) == 1
+    assert main([str(argument) for argument in arguments]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("error: ") and not any("Traceback" in line for line in lines)
     return lines[0]
@@ -107,7 +109,7 @@ def test_round_trip_of_the_releases_format(suffix, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"one.{suffix}", "two.pth"])
     content = read_checkpoint("two.pth")
     assert content["epoch"] == 299 and content["config"]["MODEL"]["LIT"]["EMBED_DIM"] == 96 and "optimizer" not in content
-    model = LITv2(**infer_arguments(second, content["config"]))
+    model = LITv2(**infer_arguments(second, content["config"])[0])
     assert load_weights(model, second) == []
     images = normal(0, 2, 3, 64, 64)
     assert max_difference(model.eval()(images), tiny_model().eval()(images)) < 1e-5
@@ -252,11 +254,65 @@ def test_predict_says_what_is_wrong(ours, tmp_path, capsys):
     image = write_images(tmp_path / "images", {"a": 1}) / "a/0.png"
     assert "another variant" in fails(capsys, "predict", image, "--checkpoint", ours, "--model", "litv2_small")
     assert "close to it: litv2_base" in fails(capsys, "predict", image, "--checkpoint", ours, "--model", "litv2_bas")
-    assert "at least 32" in fails(capsys, "predict", image, "--checkpoint", ours, "--img-size", "16")
+    for side in ("16", "0"):
+        assert "at least 32" in fails(capsys, "predict", image, "--checkpoint", ours, "--img-size", side)
+    assert "--device nowhere: " in fails(capsys, "predict", image, "--checkpoint", ours, "--device", "nowhere")
     torch.save(read_checkpoint(ours) | dict(class_names=["one"]), "names.pth")
     assert "names 1 classes, its classifier has 10" in fails(capsys, "predict", image, "--checkpoint", "names.pth")
     torch.save(dict(model=tiny_model(num_classes=0).state_dict()), "headless.pth")
     assert "no classifier" in fails(capsys, "predict", image, "--checkpoint", "headless.pth")
+
+
+def test_what_a_file_does_not_tell_is_said(ours, tmp_path, capsys):
+    """Bare weights have neither windows nor the size of images: what is assumed is said, and what the file has is not."""
+    image = write_images(tmp_path / "images", {"a": 1}) / "a/0.png"
+    torch.save(dict(model=tiny_model(local_ws=(0, 0, 4, 1)).state_dict()), "bare.pth")
+    assert main(["predict", str(image), "--checkpoint", "bare.pth", "--img-size", "64"]) == 0
+    windows, size = capsys.readouterr().err.splitlines()
+    assert windows == "note: bare.pth does not say its heads and windows: they are taken to be 1 2 4 8 and 0 0 2 1, as published"
+    assert size.startswith("note: bare.pth does not say the size of its images; the default is 224")
+    assert main(["predict", str(image), "--checkpoint", str(ours)]) == 0
+    assert capsys.readouterr().err == ""
+    arguments = ["--format", "torch-export", "--img-size", "64", "--dynamic", "--out", "bare.pt2"]
+    assert main(["export", "bare.pth", *arguments]) == 0
+    assert capsys.readouterr().err.splitlines() == [windows, size]
+
+
+@pytest.mark.parametrize(
+    "name, config, expected",
+    [
+        ("a.pth", dict(DATA=dict(IMG_SIZE=64), TEST=dict(CROP=True, IMG_SIZE=0)), (64, True)),
+        ("a.pth", dict(DATA=dict(IMG_SIZE=64), TEST=dict(CROP=False, IMG_SIZE=96)), (96, False)),
+        ("a.pth", dict(DATA=dict(IMG_SIZE=64)), (64, True)),
+        ("a.pth", dict(DATA=dict(IMG_SIZE="large")), None),
+        ("a.pth", ["no configuration"], None),
+        ("a.pth", None, None),
+        ("litv2_base_384", None, (384, False)),
+        ("folder/litv2_b_384.pth", dict(DATA=dict(IMG_SIZE=64)), (384, False)),
+        ("https://example.org/litv2_s.pth", None, (224, True)),
+    ],
+)
+def test_size_of_evaluation_images(name, config, expected):
+    assert evaluation_size(config, release_of(name)) == expected
+
+
+def test_predict_and_export_agree_on_the_size(ours):
+    """The published file's name counts for both, and the checkpoint's configuration where there is none."""
+    from litv2.commands.export import _network
+
+    for path, size in ((ours, 64), (ours.with_name("litv2_b_384.pth"), 384)):
+        path.write_bytes(ours.read_bytes())
+        assert load_model(path).image_size == size
+        assert _network(str(path), None, backbone=False)[1] == (size, size)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def broken(args):
+        raise ValueError("not the user's")
+
+    monkeypatch.setattr("litv2.commands.list.run", broken)
+    with pytest.raises(ValueError, match="not the user's"):
+        main(["list"])
 
 
 def test_predict_with_imagenets_classes(capsys):

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from helpers import TINY, fill, max_difference, normal, tiny_model
 from litv2 import LITv2, optimize
-from litv2 import ops as native
 from litv2.inference import fastest
 from litv2.inference.fastest import FORMS, Optimized, make_form
+from litv2.ops import native
 
 optimizer = fastest
 needs_native = pytest.mark.skipif(native.problem is not None, reason=f"the native operators: {native.problem}")
@@ -62,7 +62,7 @@ def test_same_numbers(build, dtype, form):
     x = normal(0, 2, 3, 64, 64)
     lines = []
     fast = optimize(model, x, dtype, [form], lines.append)
-    assert (fast.form, fast.dtype, fast.arithmetic) == (form, dtype, torch.float32 if form == "native" else dtype)
+    assert (fast.form, fast.dtype, fast.compute_dtype) == (form, dtype, torch.float32 if form == "native" else dtype)
     assert fast.seconds.keys() == fast.errors.keys() == {"plain", form} and all(s > 0 for s in fast.seconds.values())
     plain = copy.deepcopy(model).eval().to(dtype)
     for shape in ((2, 3, 64, 64), (1, 3, 65, 111), (3, 3, 33, 40)):
@@ -126,7 +126,7 @@ def test_bfloat16_products():
     assert optimize(model, x.float(), forms=["native-bfloat16", "native"], report=None).form == "native"
 
 
-def test_without_the_native_form(monkeypatch):
+def test_without_the_native_operators(monkeypatch):
     monkeypatch.setattr(native, "problem", "not built")
     x, lines = normal(0, 1, 3, 64, 64), []
     fast = optimize(tiny_model(), x, forms=QUICK, report=lines.append)
@@ -167,7 +167,7 @@ class Wrong(nn.Module):
 @pytest.mark.parametrize("build, which", [(LITv2, 0), (Pyramid, 0), (Pyramid, 3)])
 @pytest.mark.parametrize("form", [pytest.param("native", marks=needs_native), "fused"])
 def test_a_wrong_form_is_refused(monkeypatch, form, build, which, factor):
-    maker = {"native": "native_form", "fused": "fuse"}[form]
+    maker = {"native": "packed_model", "fused": "fuse"}[form]
     right = getattr(optimizer, maker)
     monkeypatch.setattr(optimizer, maker, lambda *arguments: Wrong(right(*arguments), which, factor))
     with pytest.raises(RuntimeError, match=f"the {form} form is .* from the plain model, 1.0e-04 are allowed"):

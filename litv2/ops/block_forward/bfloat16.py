@@ -1,44 +1,55 @@
-"""bfloat16 on a CPU that has no instructions for it.
+"""``block`` in bfloat16 on a CPU that has no instructions for it.
 
-torch's own products in bfloat16 go number by number there, many times as slowly as in float32, and its convolutions channel by
-channel. Eager blocks of LITv2 compute the products in float32 instead, of factors rounded to bfloat16: what instructions for bfloat16
-would give, but for roundings on the way. Activations stay bfloat16, and so does what is kept for the gradients.
+torch's own products in bfloat16 go number by number there, many times as slowly as in float32. Here the block's own forward runs, but
+its linear layers multiply in float32, with factors rounded to bfloat16: what instructions for bfloat16 would give, but for roundings
+on the way. Activations stay bfloat16, and so does what is kept for the gradients.
 """
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mm_modules.DCN.reference import in_transform
+from mm_modules import torch_state
+from mm_modules.dispatch import Backend
+from mm_modules.torch_state import compute_dtype, in_transform
 
-__all__ = ["compute_dtype", "emulated", "products_in_float32"]
-
-emulated: bool = torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """In which torch multiplies x with weights on the CPU: under autocast that of autocast, else its own."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+if TYPE_CHECKING:
+    from ...layers import Block
 
 
-def products_in_float32(x: Tensor) -> contextlib.AbstractContextManager:
-    """Within it every ``F.linear`` is computed so, if x is a tensor in whose place that pays."""
-    serves = (
-        emulated
-        and type(x) is Tensor  # not a proxy of torch.fx
-        and x.device.type == "cpu"
-        and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform())
-        and compute_dtype(x) == torch.bfloat16
-    )
-    return _ProductsInFloat32() if serves else contextlib.nullcontext()
+def backend(forward: Callable[[Block, Tensor], Tensor]) -> Backend:
+    def run(block: Block, x: Tensor) -> Tensor:
+        with LinearInFloat32():
+            return forward(block, x)
+
+    return Backend("bfloat16-emulation", run, why_not, why_rather_not)
 
 
-class _ProductsInFloat32(TorchFunctionMode):
+def why_not(block: Block, x: Tensor) -> str | None:
+    if type(x) is not Tensor:
+        return f"it is for plain tensors, not for {type(x).__name__}"
+    if x.device.type != "cpu":
+        return f"it is for the CPU, not for {x.device.type}"
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform():
+        return "a program is being compiled or traced, or transformed by torch.func"
+    if compute_dtype(x) != torch.bfloat16:
+        return f"it is for bfloat16, not for {compute_dtype(x)}"
+    return None
+
+
+def why_rather_not(block: Block, x: Tensor) -> str | None:
+    return None if torch_state.bfloat16_is_emulated() else "this processor has bfloat16 instructions, which torch uses"
+
+
+class LinearInFloat32(TorchFunctionMode):
+    """Within it every ``F.linear`` that torch would compute in bfloat16 multiplies in float32."""
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return (_linear if func is F.linear else func)(*args, **(kwargs or {}))
 

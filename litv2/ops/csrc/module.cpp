@@ -2,6 +2,7 @@
 
 #include <Python.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include <string_view>
 
@@ -117,8 +118,12 @@ TORCH_LIBRARY_IMPL(litv2, CPU, m) {
 
 }  // namespace litv2::native
 
-// Importing the module is all that Python needs to do: the registrations above run then.
+// Importing the module is all that Python needs to do: the registrations above run then. Before, the loader looks for the end of
+// the documentation in the file (mm_modules/extension.py).
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "Operators litv2::native_*.", -1};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C",
+      "Operators litv2::native_*, built for torch " TORCH_VERSION
+      " from the sources " C10_STRINGIZE(LITV2_SOURCES) ".", -1};
   return PyModule_Create(&module);
 }

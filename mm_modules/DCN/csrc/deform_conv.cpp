@@ -5,6 +5,7 @@
 #include <ATen/autocast_mode.h>
 #include <Python.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include <numeric>
 
@@ -296,8 +297,12 @@ TORCH_LIBRARY_IMPL(litv2, AutocastCUDA, m) { m.impl("deform_conv2d", deform_conv
 
 }  // namespace litv2::dcn
 
-// Importing the module is all that Python needs to do: the registrations above run then.
+// Importing the module is all that Python needs to do: the registrations above run then. Before, the loader looks for the end of
+// the documentation in the file (mm_modules/extension.py).
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "Operators litv2::deform_conv2d and its backward.", -1};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C",
+      "Operators litv2::deform_conv2d and its backward, built for torch " TORCH_VERSION
+      " from the sources " C10_STRINGIZE(LITV2_SOURCES) ".", -1};
   return PyModule_Create(&module);
 }

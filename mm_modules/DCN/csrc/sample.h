@@ -23,7 +23,7 @@
 #if defined(__CUDACC__)
 #define DCN_INLINE __host__ __device__ __forceinline__
 #else
-#define DCN_INLINE inline __attribute__((always_inline))  // into each clone of the caller, see cpu/kernels.cpp
+#define DCN_INLINE inline __attribute__((always_inline))  // into each clone of the caller, see kernels_cpu.cpp
 #endif
 
 namespace litv2::dcn {

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from helpers import TINY, fill, golden, golden_arrays, max_difference, normal, tiny_model
 from litv2 import litv2_small
-from litv2 import ops as native
-from litv2.inference.packed import NativePatchEmbed, Operator, native_block, native_form
+from litv2.inference.packed import PackedOperator, PackedPatchEmbed, packed_block, packed_model
 from litv2.layers import Block, DeformableTokenMerging, PatchEmbed
+from litv2.ops.block_forward.native import infer_block
 from litv2.ops.packing import feed_forward_arguments, hilo_arguments, patch_embed_arguments, token_merging_arguments
 from native_helpers import close, in_float64
 
@@ -45,7 +45,7 @@ def make_block(*args, **kwargs) -> Block:
 
 
 def forms_of(block: Block) -> list:
-    return [lambda x: native.infer_block(block, x), native_block(block)]
+    return [lambda x: infer_block(block, x), packed_block(block)]
 
 
 @pytest.mark.parametrize("window, alpha", [(0, 0.5), (1, 0.5), *product((2, 3, 4, 7), (0, 0.3, 0.5, 0.9, 1))])
@@ -122,11 +122,11 @@ def test_nan_is_not_lost(window, alpha):
     x = normal(0, 3, 6, 8, 32)
     bad = x.clone()
     bad[1, 2, 3, 4] = NAN
-    ours, theirs = native.infer_block(block, bad).isnan(), block(bad).isnan()
+    ours, theirs = infer_block(block, bad).isnan(), block(bad).isnan()
     assert not (theirs & ~ours).any() and ours[1].any() and not ours[::2].any()
     part = block.attn.h_qkv if block.attn.h_heads else block.attn.l_q
     part.bias[0] = NAN  # of a query
-    assert native.infer_block(block, x).isnan().any(-1).all()
+    assert infer_block(block, x).isnan().any(-1).all()
 
 
 @pytest.mark.parametrize("window, alpha, dim, heads", [(0, 0.5, 32, 4), (1, 0.5, 32, 4), (2, 0.5, 64, 4), (3, 0.9, 96, 3), (2, 0, 64, 2)])
@@ -140,7 +140,7 @@ def test_block_of_bfloat16_products(window, alpha, dim, heads):
     for linear in [module for module in rounded.modules() if isinstance(module, nn.Linear)]:
         linear.weight.copy_(linear.weight.bfloat16())
         linear.register_forward_pre_hook(lambda _, inputs: inputs[0].bfloat16().double())
-    form = native_block(block, torch.bfloat16)
+    form = packed_block(block, torch.bfloat16)
     for B, H, W in ((1, 1, 1), (2, 5, 6), (3, 14, 14)):
         x = normal(dim, B, H, W, dim)
         exact, expected = in_float64(block, x), rounded(x.double())
@@ -157,7 +157,7 @@ def test_block_of_bfloat16_products(window, alpha, dim, heads):
 @pytest.mark.parametrize("in_chans, dim, patch", [(3, 32, 4), (1, 20, 4), (3, 96, 2), (4, 36, 7), (2, 8, 1)])
 def test_patch_embed(in_chans, dim, patch):
     embed = fill(PatchEmbed(in_chans, dim, patch)).eval()
-    ours = NativePatchEmbed(embed)
+    ours = PackedPatchEmbed(embed)
     for B, H, W in ((1, patch, patch), (2, 1, 1), (3, 37, 50), (1, 4 * patch, 130 * patch), (2, 150, 4 * patch)):
         image = normal(H, B, in_chans, H, W)
         check(embed, [ours], image)
@@ -180,7 +180,7 @@ def test_token_merging(dim, out, reach):
     merging = fill(DeformableTokenMerging(dim, out)).eval().requires_grad_(False)
     merging.dconv.conv_offset.weight.mul_(reach)
     merging.dconv.conv_offset.bias.mul_(reach * 3)
-    ours = Operator("native_token_merging", **token_merging_arguments(merging))
+    ours = PackedOperator("native_token_merging", **token_merging_arguments(merging))
     for B, H, W in ((1, 2, 2), (2, 3, 5), (3, 14, 9), (1, 5, 301), (5, 40, 2)):
         x = normal(H, B, H, W, dim)
         check(merging, [ours], x, 1e-5 if reach == 0 else 2e-4)
@@ -202,9 +202,9 @@ ARGUMENTS = [
 
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
 @torch.no_grad()
-def test_native_form(arguments):
+def test_packed_model(arguments):
     model = tiny_model(**arguments).eval()
-    form = native_form(model)
+    form = packed_model(model)
     for shape in ((1, 3, 64, 64), (3, 3, 65, 111), (2, 3, 33, 132)):
         x = normal(0, *shape)[:, : model.in_chans]
         exact = copy.deepcopy(model).double()
@@ -215,9 +215,9 @@ def test_native_form(arguments):
 
 
 @torch.no_grad()
-def test_native_form_golden():
+def test_packed_model_golden():
     case = golden()["classification"][0]
-    model = native_form(fill(litv2_small(alpha=case["alpha"])))
+    model = packed_model(fill(litv2_small(alpha=case["alpha"])))
     images = normal(case["input_seed"], case["batch"], 3, case["img_size"], case["img_size"])
     assert max_difference(model(images), golden_arrays()["cls0_logits"]) <= 1e-4
 
@@ -225,11 +225,11 @@ def test_native_form_golden():
 @pytest.mark.extra
 @pytest.mark.parametrize("i", range(3))
 @torch.no_grad()
-def test_native_form_golden_pyramid(i):
+def test_packed_model_golden_pyramid(i):
     backbone = pytest.importorskip("litv2.mm_backbone", exc_type=ImportError).LITv2Backbone
     case = golden()["pyramid"][i]
     norms = {"detection": (1, 2, 3), "segmentation": (0, 1, 2, 3)}[case["task"]]
-    maps = native_form(fill(backbone(local_ws=tuple(case["local_ws"]), out_norms=norms)))(
+    maps = packed_model(fill(backbone(local_ws=tuple(case["local_ws"]), out_norms=norms)))(
         normal(case["input_seed"], 1, 3, case["H"], case["W"])
     )
     for level, feature in enumerate(maps):
@@ -240,11 +240,11 @@ def test_native_form_golden_pyramid(i):
 
 @pytest.mark.extra
 @torch.no_grad()
-def test_native_form_of_a_fresh_backbone():
+def test_packed_model_of_a_fresh_backbone():
     backbone = pytest.importorskip("litv2.mm_backbone", exc_type=ImportError).LITv2Backbone
     model = backbone(**{k: v for k, v in TINY.items() if k != "num_classes"}, out_indices=(1, 3), out_norms=(3,))
     x = normal(0, 2, 3, 70, 90)
-    for ours, theirs in zip(native_form(model)(x), copy.deepcopy(model).eval().double()(x.double()), strict=True):
+    for ours, theirs in zip(packed_model(model)(x), copy.deepcopy(model).eval().double()(x.double()), strict=True):
         assert max_difference(ours, theirs) < 1e-4 * max(1, theirs.abs().max())
 
 
@@ -254,14 +254,14 @@ def test_empty_batch():
     model(x).sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
     with torch.no_grad():
-        assert model(x).shape == native_form(model)(x).shape == (0, 10)
+        assert model(x).shape == packed_model(model)(x).shape == (0, 10)
 
 
-def test_native_form_leaves_the_model_as_it_was():
+def test_packed_model_leaves_the_model_as_it_was():
     model = tiny_model(drop_path_rate=0.5, drop_rate=0.3).train()
     model.set_grad_checkpointing()
     before = copy.deepcopy(model.state_dict())
-    form = native_form(model)
+    form = packed_model(model)
     assert model.training and not form.training and all(p.requires_grad for p in model.parameters())
     assert not any(p.requires_grad for p in form.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

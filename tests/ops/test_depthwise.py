@@ -5,19 +5,34 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from helpers import fill, max_difference, normal
+from litv2 import ops
 from litv2.layers import Mlp
-from litv2.ops import depthwise_gelu
-from litv2.ops.block_forward import bfloat16
+from mm_modules import torch_state
 from native_helpers import close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+class Conv(nn.Module):
+    """A depthwise convolution of these tensors, whatever transform they are in."""
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, padding=1, groups=len(self.weight))
+
+
+def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return ops.depthwise_gelu(x, Conv(weight, bias))
+
+
 def plain_depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.gelu(F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=len(weight))).permute(0, 2, 3, 1)
+    return F.gelu(F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=len(weight)).permute(0, 2, 3, 1))
 
 
 def depthwise_case(*shape: int, scale: float = 1.0) -> list[Tensor]:
@@ -80,7 +95,7 @@ def test_depthwise_gelu_of_any_strides():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_depthwise_gelu_where_the_operator_does_not_serve(dtype, monkeypatch):
-    monkeypatch.setattr(bfloat16, "emulated", False)
+    monkeypatch.setattr(torch_state, "bfloat16_is_emulated", lambda: False)
     case = [t.to(dtype) for t in depthwise_case(2, 5, 6, 20 if dtype == torch.float32 else 32)]
     y = depthwise_gelu(*case)
     assert y.dtype == dtype and torch.equal(y, plain_depthwise_gelu(*case))
@@ -88,7 +103,7 @@ def test_depthwise_gelu_where_the_operator_does_not_serve(dtype, monkeypatch):
 
 @pytest.mark.parametrize("cast, served", [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, True)])
 def test_depthwise_gelu_under_autocast_where_it_does_not_serve(cast, served, monkeypatch):
-    monkeypatch.setattr(bfloat16, "emulated", served)
+    monkeypatch.setattr(torch_state, "bfloat16_is_emulated", lambda: served)
     case = depthwise_case(2, 5, 6, 32 if cast == torch.float16 else 20 if served else 32)
     with torch.autocast("cpu", cast):
         y = depthwise_gelu(*case)
@@ -98,7 +113,7 @@ def test_depthwise_gelu_under_autocast_where_it_does_not_serve(cast, served, mon
 @pytest.mark.parametrize("autocast", [False, True])
 def test_depthwise_gelu_in_bfloat16(autocast, monkeypatch):
     """Where the processor has no instructions for it: what float32 gives, rounded, and not further from the truth than torch's."""
-    monkeypatch.setattr(bfloat16, "emulated", True)
+    monkeypatch.setattr(torch_state, "bfloat16_is_emulated", lambda: True)
     case, gradient = depthwise_case(2, 5, 6, 32), normal(3, 2, 5, 6, 32).bfloat16()
     dtypes = [torch.bfloat16] + 2 * [torch.float32 if autocast else torch.bfloat16]
     case = [t.detach().to(dtype).requires_grad_() for t, dtype in zip(case, dtypes)]
@@ -120,7 +135,7 @@ def test_depthwise_gelu_in_bfloat16(autocast, monkeypatch):
 def test_no_second_derivatives():
     x, weight, bias = depthwise_case(1, 3, 3, 16)
     (gradient,) = torch.autograd.grad(depthwise_gelu(x, weight, bias).square().sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="no second derivatives; LITV2_NATIVE=0 selects torch's"):
+    with pytest.raises(NotImplementedError, match="no second derivatives; LITV2_OPS=depthwise_gelu=torch selects torch's"):
         gradient.sum().backward()
 
 
@@ -156,7 +171,7 @@ def test_opcheck(dtype):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.extra)])
 def test_compiled_training(backend, autocast, monkeypatch):
-    monkeypatch.setattr(bfloat16, "emulated", True)
+    monkeypatch.setattr(torch_state, "bfloat16_is_emulated", lambda: True)
     mlp = fill(Mlp(16, 32))
     compiled = torch.compile(mlp, backend=backend, fullgraph=True)
     for shape in ((2, 3, 5, 16), (1, 6, 7, 16)):

@@ -1,6 +1,8 @@
-"""When eager inference computes whole blocks natively: only where nobody could tell."""
+"""The operator ``block``: which backend computes it, and that nobody who looks inside or changes a part gets another result."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import pytest
 import torch
@@ -10,9 +12,8 @@ from torch.export import Dim, export
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import fill, max_difference, normal
-from litv2 import layers
-from litv2 import ops as native
 from litv2.layers import Block
+from litv2.ops import OPERATORS, use
 from native_helpers import close, in_float64
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -20,9 +21,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The blocks that ``infer_block`` has computed."""
-    seen = []
-    monkeypatch.setattr(layers, "infer_block", lambda block, x: (seen.append(block), native.infer_block(block, x))[1])
+    """The blocks that the native backend has computed."""
+    seen, backends = [], OPERATORS["block"].backends
+    native = backends["native"]
+    watched = dataclasses.replace(native, run=lambda block, x: (seen.append(block), native.run(block, x))[1])
+    monkeypatch.setitem(backends, "native", watched)
     return seen
 
 
@@ -182,3 +185,34 @@ def test_traced_graphs_serve_every_size(calls):
         x = normal(0, *shape)
         assert close(program.module()(x), in_float64(block, x))
     assert not calls
+
+
+def test_reasons():
+    """Those that are given are the first of those that hold, in the words of the log."""
+    block, x = plain_block(), normal(0, *X)
+    explain = OPERATORS["block"].explain
+    assert explain(block, x)["native"].startswith("gradients are enabled") and explain(block, x)["torch"] is None
+    with torch.no_grad():
+        assert explain(block, x)["native"] is None
+        assert explain(block, normal(0, *SMALL))["native"] == "480 tokens are too few to pack the weights for, below 512"
+        assert explain(block.bfloat16(), x.bfloat16())["native"] == "it computes in float32, without autocast"
+        block = plain_block()
+        a_hook(block)
+        assert explain(block, x)["native"] == "there are hooks on a Linear"
+        another_layer(block := plain_block())
+        assert explain(block, x)["native"] == "a ScaledLinear is not among the parts that it knows"
+        block.train()
+        assert explain(block, x)["native"] == "the block is in training mode"
+
+
+@torch.no_grad()
+def test_forced(calls):
+    block, small = plain_block(), normal(0, *SMALL)
+    exact = in_float64(block, small)
+    with use(block="torch"):
+        block(normal(0, *X))
+        assert not calls
+    with use(block="native"):
+        assert close(block(small), exact) and calls  # too few tokens to choose it, but it can
+        with torch.enable_grad(), pytest.raises(RuntimeError, match="block: the backend 'native' is forced .*, but gradients are enabled"):
+            block(small)

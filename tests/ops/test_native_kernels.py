@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers import ROOT, max_difference
-from litv2 import ops as native
+from litv2.ops import native
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -22,7 +22,7 @@ MEASURE = """
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from helpers import normal, tiny_model
-from litv2 import ops as native
+from litv2.ops import native
 
 x = normal(0, 2, 3, 100, 132)
 results = dict(problem=native.problem, kernels=native.problem or torch.ops.litv2.native_kernels(), logits={}, gradients={}, flops={})
@@ -31,8 +31,8 @@ for name, arguments in dict(even={}, odd=dict(embed_dim=20, num_heads=(1, 2, 4, 
     with torch.no_grad():
         results["logits"][name] = model(x)
         if native.problem is None:
-            from litv2.inference.packed import native_form
-            results["logits"][name + ", native form"] = native_form(model)(x)
+            from litv2.inference.packed import packed_model
+            results["logits"][name + ", native form"] = packed_model(model)(x)
         with FlopCounterMode(display=False) as inference:
             model(x)
     with FlopCounterMode(display=False) as training:

@@ -10,17 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from helpers import fill, max_difference, normal, tiny_model
+from helpers import assert_as_precise, fill, max_difference, normal, tiny_model
 from litv2.layers import Block
-from litv2.ops.block_forward import bfloat16
-from litv2.ops.block_forward.bfloat16 import products_in_float32
+from litv2.ops import OPERATORS, use
+from litv2.ops.block_forward.bfloat16 import LinearInFloat32
+from mm_modules import torch_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
-    monkeypatch.setattr(bfloat16, "emulated", True)
+    monkeypatch.setattr(torch_state, "bfloat16_is_emulated", lambda: True)
 
 
 def autocast(enabled: bool = True) -> torch.autocast:
@@ -36,8 +37,8 @@ def test_products(mixed, shape, with_bias):
     case = [(t if mixed else t.bfloat16()).requires_grad_() for t in case]
     gradient = normal(3, *shape[:-1], 40).bfloat16()
     results = []
-    for products in (products_in_float32, lambda x: contextlib.nullcontext()):
-        with autocast(mixed), products(case[0]):
+    for products in (LinearInFloat32, contextlib.nullcontext):
+        with autocast(mixed), products():
             y = F.linear(*case)
         results.append((y, *torch.autograd.grad(y, case, gradient)))
     assert "_Linear" in results[0][0].grad_fn.name() and "_Linear" not in results[1][0].grad_fn.name()
@@ -61,8 +62,8 @@ def test_activations_are_kept_in_bfloat16():
         return sum(t.untyped_storage().nbytes() for key, t in tensors.items() if key not in parameters)
 
     ours = kept()
-    bfloat16.emulated = False
-    assert ours <= kept()
+    with use(block="torch", depthwise_gelu="torch"):
+        assert ours <= kept()
 
 
 @pytest.mark.extra
@@ -82,8 +83,8 @@ def test_gradients_of_a_model():
     model.set_grad_checkpointing()
     assert all(map(torch.equal, gradients(), ours))
     model.set_grad_checkpointing(False)
-    bfloat16.emulated = False
-    assert 0 < error(ours) < 2 * error(gradients())
+    with use(block="torch", depthwise_gelu="torch"):
+        assert 0 < error(ours) < 2 * error(gradients())
 
 
 @torch.no_grad()
@@ -92,51 +93,62 @@ def test_inference():
     exact = model(x)
     model.bfloat16()
     ours = model(x.bfloat16())
-    bfloat16.emulated = False
-    theirs = model(x.bfloat16())
+    with use(block="torch", depthwise_gelu="torch"):
+        theirs = model(x.bfloat16())
     assert ours.dtype == theirs.dtype == torch.bfloat16 and not torch.equal(ours, theirs)
     assert max_difference(ours, exact) < 2 * max_difference(theirs, exact)
 
 
 def test_other_dtypes_are_left_alone():
     x, weight = normal(0, 3, 24), normal(1, 8, 24)
-    with products_in_float32(x.bfloat16()):
+    with LinearInFloat32():
         assert torch.equal(F.linear(x, weight), x @ weight.t())  # a layer that somebody keeps in float32
         with pytest.raises(RuntimeError, match="dtype"):
             F.linear(x.bfloat16(), weight)
-    with autocast(), products_in_float32(x):
+    with autocast(), LinearInFloat32():
         assert F.linear(x.double(), weight.double()).dtype == torch.float64
         with autocast(False):
             assert F.linear(x, weight).dtype == torch.float32
-    assert isinstance(products_in_float32(x), contextlib.nullcontext)
-    assert isinstance(products_in_float32(x.half()), contextlib.nullcontext)
+
+
+def test_when_it_serves(monkeypatch):
+    """In bfloat16, by autocast or not, where the processor has no instructions for it; not for transforms, which get torch's operators."""
+    block, x = Block(24, 2, 2, 0.5), normal(0, 2, 6, 4, 24)
+
+    def serves(x: Tensor) -> bool:
+        return OPERATORS["block"].choose(block, x).name == "bfloat16-emulation"
+
+    assert serves(x.bfloat16()) and not serves(x) and not serves(x.half())
+    with autocast():
+        assert serves(x)
     with torch.autocast("cpu", torch.float16):
-        assert isinstance(products_in_float32(x), contextlib.nullcontext)
+        assert not serves(x)
+    torch.func.grad(lambda x: x.float().sum() if not serves(x) else pytest.fail("served a transform"))(x.bfloat16())
+    monkeypatch.setattr(torch_state, "bfloat16_is_emulated", lambda: False)
+    assert not serves(x.bfloat16())
 
 
-def test_derivatives_of_other_kinds():
-    """Transforms get torch's operators; second derivatives are those of the products."""
+def test_second_derivatives():
     x, weight = normal(0, 3, 24).bfloat16(), normal(1, 8, 24).bfloat16().requires_grad_()
-
-    def loss(weight: Tensor) -> Tensor:
-        with products_in_float32(x):
-            return F.linear(x, weight).float().square().sum()
-
-    with products_in_float32(x):
-        (gradient,) = torch.autograd.grad(loss(weight), weight, create_graph=True)
-    (second,) = torch.autograd.grad(gradient.float().sum(), weight)
+    seconds = []
+    for products in (LinearInFloat32, contextlib.nullcontext):
+        with products():
+            loss = F.linear(x, weight).float().square().sum()
+            (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+        seconds += torch.autograd.grad(gradient.float().sum(), weight)
     wide = weight.detach().float().requires_grad_()
     (expected,) = torch.autograd.grad(torch.autograd.grad((x.float() @ wide.t()).square().sum(), wide, create_graph=True)[0].sum(), wide)
-    assert max_difference(second, expected) < 2e-2 * expected.abs().max()
-    assert max_difference(torch.func.grad(loss)(weight.detach()), gradient) < 2e-2 * gradient.abs().max()
+    assert_as_precise(*seconds, expected)
 
 
 @pytest.mark.parametrize("mixed", [pytest.param(False, marks=pytest.mark.extra), True])
 def test_compiled(mixed):
     block, x = fill(Block(24, 2, 2, 0.5)), normal(0, 2, 6, 4, 24)
+    exact = block(x)
     if not mixed:
         block, x = block.bfloat16(), x.bfloat16()
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    with autocast(mixed), use(block="torch", depthwise_gelu="torch"):
+        plain = block(x)
     with autocast(mixed):
-        ours, theirs = compiled(x), block(x)
-    assert max_difference(ours, theirs) < 5e-2 * theirs.abs().max()
+        assert_as_precise(compiled(x), plain, exact)

@@ -1,0 +1,40 @@
+"""The model that a configuration describes."""
+
+from __future__ import annotations
+
+from yacs.config import CfgNode
+
+from litv2 import LITv2
+from litv2.errors import UserError
+
+
+def build_model(config: CfgNode, num_classes: int) -> LITv2:
+    """A LITv2 with random weights.
+
+    Raises:
+        UserError: values of MODEL that do not fit together, or images that are too small for it.
+    """
+    lit = config.MODEL.LIT
+    try:
+        model = LITv2(
+            in_chans=lit.IN_CHANS,
+            num_classes=num_classes,
+            patch_size=lit.PATCH_SIZE,
+            embed_dim=lit.EMBED_DIM,
+            depths=tuple(lit.DEPTHS),
+            num_heads=tuple(lit.NUM_HEADS),
+            mlp_ratio=lit.MLP_RATIO,
+            qkv_bias=lit.QKV_BIAS,
+            local_ws=tuple(lit.LOCAL_WS),
+            alpha=lit.ALPHA,
+            drop_rate=config.MODEL.DROP_RATE,
+            drop_path_rate=config.MODEL.DROP_PATH_RATE,
+        )
+    except ValueError as error:
+        raise UserError(f"the section MODEL of the configuration describes no LITv2: {error}") from error
+    smallest = model.feature_info[-1]["reduction"]
+    for key, side in (("DATA.IMG_SIZE", config.DATA.IMG_SIZE), ("TEST.IMG_SIZE", config.TEST.IMG_SIZE or smallest)):
+        if side < smallest:
+            raise UserError(f"{key}={side} is too small for this model: each side must be at least {smallest} pixels")
+    model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
+    return model

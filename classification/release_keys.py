@@ -1,0 +1,70 @@
+"""What the public release's YAML files and flags say otherwise than this trainer, so that they load as they are.
+
+A key that has lost its meaning is accepted at the value that describes what is done here anyway, with a note, and refused at any
+other. The remaining keys have the same names here; :func:`translate` knows the few whose values are spelt differently.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode
+
+from litv2.errors import UserError
+
+__all__ = ["OBSOLETE", "explain", "translate"]
+
+# key: (values that are accepted, why it has no effect)
+OBSOLETE: dict[str, tuple[list, str]] = {
+    "MODEL.TYPE": (["lit", "litv2"], "this trainer has one type of model"),
+    "MODEL.LIT.WINDOW_SIZE": ([7], "HiLo's windows are set by MODEL.LIT.LOCAL_WS"),
+    "MODEL.LIT.QK_SCALE": ([None], "attention is always scaled by head_dim ** -0.5"),
+    "MODEL.LIT.APE": ([False], "LITv2 has no absolute position embedding"),
+    "MODEL.LIT.PATCH_NORM": ([True], "the patch embedding is always normalised"),
+    "MODEL.LIT.HAS_MSA": ([], "MODEL.LIT.LOCAL_WS says which stages have attention: those whose window is not 0"),
+    "TRAIN.START_EPOCH": ([0], "a resumed run takes its epoch from the checkpoint"),
+    "LOCAL_RANK": ([0], "torchrun tells every process its rank"),
+}
+_AMP = {"": None, "O0": "off", "O1": "on", "O2": "on"}
+
+
+def translate(key: str, value: Any) -> tuple[str, Any] | None:
+    """The key and value that have the same meaning here; None where the release's say nothing.
+
+    Raises:
+        UserError: an AMP_OPT_LEVEL that apex does not have either.
+    """
+    if key == "AMP_OPT_LEVEL":
+        if value not in _AMP:
+            raise UserError(f"AMP_OPT_LEVEL must be O0, O1 or O2, got {value!r}; AMP is its name here")
+        return ("AMP", _AMP[value]) if _AMP[value] else None
+    if key == "TRAIN.ACCUMULATION_STEPS" and _plain(value) == 0:
+        return key, 1  # the release's way to say that nothing is accumulated
+    if key == "AUG.CUTMIX_MINMAX" and _plain(value) is None:
+        return key, []
+    if key == "TRAIN.OPTIMIZER.NAME":
+        return key, str(value).lower()
+    return key, value
+
+
+def explain(key: str, value: Any, config: CfgNode) -> str:
+    """The line that says why an obsolete key has no effect.
+
+    Raises:
+        UserError: the value asks for something else than what is done.
+    """
+    accepted, reason = OBSOLETE[key]
+    if key == "MODEL.LIT.HAS_MSA":
+        accepted = [[int(window > 0) for window in config.MODEL.LIT.LOCAL_WS]]
+    if _plain(value) not in accepted:
+        expected = " or ".join(map(str, accepted))
+        raise UserError(f"{key}={value} of the release cannot be honoured, only {expected}: {reason}")
+    return f"{key}={value} of the release has no effect: {reason}"
+
+
+def _plain(value: Any) -> Any:
+    """A value as the release reads it: text from --opts as Python or YAML would."""
+    if value == "None":
+        return None
+    return yaml.safe_load(value) if isinstance(value, str) else value

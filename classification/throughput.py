@@ -1,0 +1,47 @@
+"""How fast a model is, by the paper's protocol."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from torch import Tensor, nn
+
+from memory import peak_memory_mb
+from precision import Precision
+
+
+@torch.inference_mode()
+def measure_throughput(
+    model: nn.Module, images: Tensor, precision: Precision, warm_up: int = 50, timed: int = 30
+) -> dict[str, float | None]:
+    """Time of a forward pass over one batch: 50 passes to warm up, then 30 that are timed.
+
+    Returns:
+        images_per_second and latency_ms (median, p10, p90 of a pass), and peak_memory_mb as :func:`memory.peak_memory_mb` gives it.
+    """
+    device = precision.device
+    synchronise = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
+    model.eval()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = []
+    with precision.context():
+        for i in range(warm_up + timed):
+            synchronise()
+            start = time.perf_counter()
+            model(images)
+            synchronise()
+            if i >= warm_up:
+                seconds.append(time.perf_counter() - start)
+    median = statistics.median(seconds)
+    deciles = statistics.quantiles(seconds, n=10, method="inclusive")
+    return dict(
+        batch_size=len(images),
+        images_per_second=len(images) / median,
+        latency_ms_median=1e3 * median,
+        latency_ms_p10=1e3 * deciles[0],
+        latency_ms_p90=1e3 * deciles[-1],
+        peak_memory_mb=peak_memory_mb(device),
+    )

@@ -1,0 +1,74 @@
+"""python -m litv2 env: this machine, and which backend computes each operator here, and why not the others."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from ..layers import Block
+from ..ops import OPERATORS, native
+from . import print_table
+
+PACKAGES = ("torchvision", "timm", "onnxruntime", "openvino", "executorch", "onedl-mmcv", "onedl-mmdetection", "onedl-mmsegmentation")
+VARIABLES = ("LITV2_OPS", "LITV2_NATIVE", "LITV2_NATIVE_KERNELS", "LITV2_DCN_BACKEND", "LITV2_DCN_CUDA")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def run(args: argparse.Namespace) -> None:
+    print_table([*_machine(), *((name, os.environ[name]) for name in VARIABLES if name in os.environ)])
+    for operator, case, arguments, context in _cases():
+        with context:
+            try:
+                chosen = OPERATORS[operator].choose(*arguments).name
+            except RuntimeError as error:  # it is forced and cannot
+                chosen = f"none: {error}"
+            reasons = OPERATORS[operator].explain(*arguments)
+        print(f"\n{operator}, {case}: {chosen}")
+        for name, reason in reasons.items():
+            if name != chosen:
+                print(f"  not {name}: {reason or f'it could, but {chosen} is taken'}")
+
+
+def _machine() -> Iterator[tuple[str, str]]:
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield "torch", f"{torch.__version__}, {torch.get_num_threads()} threads, CPU instructions {torch.backends.cpu.get_cpu_capability()}"
+    yield "native kernels", native.problem or torch.ops.litv2.native_kernels()
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            capability = f"{properties.major}.{properties.minor}"
+            yield f"cuda:{i}", f"{properties.name}, compute capability {capability}, {properties.total_memory / 2**30:.0f} GiB"
+    else:
+        yield "cuda", "none"
+    for package in PACKAGES:
+        try:
+            yield package, version(package)
+        except PackageNotFoundError:
+            yield package, "not installed"
+
+
+def _cases() -> Iterator[tuple[str, str, tuple, AbstractContextManager]]:
+    """(operator, words, arguments, context): one image through the third stage of LITv2-S, as people run it."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for device in devices:
+        for dtype in (torch.float32, torch.bfloat16):
+            block = Block(384, 12, 2, 0.9).to(device, dtype)
+            tokens = torch.zeros(8, 14, 14, 384, device=device, dtype=dtype)
+            hidden = torch.zeros(8, 14, 14, 1536, device=device, dtype=dtype)
+            image = tokens.permute(0, 3, 1, 2)
+            offset, weight = image.new_zeros(8, 8, 7, 7, dtype=torch.float32), image.new_zeros(768, 384, 2, 2)
+            where = f"{str(dtype).removeprefix('torch.')} on {device}"
+            yield "block", f"training, {where}", (block, tokens), nullcontext()
+            inference = Block(384, 12, 2, 0.9).to(device, dtype).eval()
+            yield "block", f"inference, {where}", (inference, tokens), torch.no_grad()
+            yield "depthwise_gelu", where, (hidden, block.mlp.dwconv.dwconv), nullcontext()
+            yield "deform_conv2d", where, (image, offset, weight, None, (2, 2), (0, 0), (1, 1), None), nullcontext()

@@ -1,0 +1,9 @@
+"""The operator ``depthwise_gelu``: gelu(3 x 3 depthwise convolution with zero padding and bias), (B, H, W, C) -> (B, H, W, C)."""
+
+from mm_modules.dispatch import Operator
+
+from . import native, reference
+
+__all__ = ["depthwise_gelu"]
+
+depthwise_gelu = Operator("depthwise_gelu", [native.BACKEND, reference.BACKEND])  # arguments: x, and the nn.Conv2d

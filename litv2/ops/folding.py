@@ -1,0 +1,61 @@
+"""Weights folded into each other for inference: the same numbers, up to rounding, from fewer operations.
+
+Modules are taken by their attributes, so that nothing here imports the model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_weights
+
+if TYPE_CHECKING:
+    from hilo import HiLo
+
+    from ..layers import DeformableTokenMerging
+    from ..model import LITv2
+
+__all__ = ["inference_copy", "merging_weights", "token_projections", "weight_and_bias"]
+
+Rows = tuple[Tensor, ...]  # tensors of a linear layer with one row per output, such as its weight and its bias
+
+
+def inference_copy(model: LITv2) -> LITv2:
+    """A copy to fold weights in: in evaluation mode, without gradients and checkpointing."""
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    model.set_grad_checkpointing(False)
+    return model
+
+
+def merging_weights(merging: DeformableTokenMerging) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the deformable convolution with the batch norm after it folded in."""
+    conv, norm = merging.dconv, merging.norm_layer
+    return fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+
+
+def weight_and_bias(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    """The weight and the bias of a linear layer, zeros where it has none."""
+    return linear.weight, linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
+
+
+def token_projections(attn: HiLo, rows: Callable[[nn.Linear], Rows] = weight_and_bias) -> list[Rows]:
+    """HiLo's projections of all tokens, to be computed as one product, with the factor on the attention logits in the queries.
+
+    They are Hi-Fi's queries, keys and values; Lo-Fi's queries; and with a window of 1, where nothing is pooled, Lo-Fi's keys and
+    values. A HiLo without heads of a kind has none of these.
+
+    Args:
+        rows: gives the tensors of a projection.
+    """
+    parts = []
+    if attn.h_heads:
+        parts.append(tuple(torch.cat((part[: attn.h_dim] * attn.scale, part[attn.h_dim :])) for part in rows(attn.h_qkv)))
+    if attn.l_heads:
+        parts.append(tuple(part * attn.scale for part in rows(attn.l_q)))
+        if attn.window_size == 1:
+            parts.append(rows(attn.l_kv))
+    return parts

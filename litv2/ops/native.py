@@ -1,0 +1,59 @@
+"""The native CPU operators (csrc/, float32): loaded here if they are built, and what torch must know of them.
+
+``LITV2_NATIVE=0`` switches them off. Without them torch's own operators compute the same, to rounding: as there, the last bits may
+depend on the number of threads and of images.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from mm_modules.extension import load
+
+__all__ = ["problem"]
+
+# Why they are not in use, None if they are.
+problem: str | None = "switched off by LITV2_NATIVE=0" if os.environ.get("LITV2_NATIVE", "1") == "0" else load("litv2.ops._C")
+
+
+def _register() -> None:
+    @torch.library.register_fake("litv2::native_depthwise_gelu")
+    def _(x, weight, bias):
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    @torch.library.register_fake("litv2::native_depthwise_gelu_backward")
+    def _(gradient, x, weight, bias):
+        return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight), torch.empty_like(bias)
+
+    for name in ("feed_forward", "hilo"):
+        torch.library.register_fake(f"litv2::native_{name}")(lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format))
+
+    @torch.library.register_fake("litv2::native_patch_embed")
+    def _(image, patch, weight, bias, norm_weight, norm_bias, eps):
+        B, _, H, W = image.shape
+        return image.new_empty(B, H // patch, W // patch, len(norm_weight))
+
+    @torch.library.register_fake("litv2::native_token_merging")
+    def _(x, offset_top, offset_bottom, offset_bias, weight, bias, out_channels):
+        B, H, W, _ = x.shape
+        return x.new_empty(B, H // 2, W // 2, out_channels)
+
+    def keep(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    def backward(ctx, gradient):
+        return torch.ops.litv2.native_depthwise_gelu_backward(gradient, *ctx.saved_tensors)
+
+    def no_double_backward(ctx, *gradients):
+        raise NotImplementedError(
+            "depthwise_gelu: the native operator has no second derivatives; LITV2_OPS=depthwise_gelu=torch selects torch's, which have"
+        )
+
+    torch.library.register_autograd("litv2::native_depthwise_gelu", backward, setup_context=keep)
+    torch.library.register_autograd("litv2::native_depthwise_gelu_backward", no_double_backward)
+
+
+if problem is None:
+    _register()

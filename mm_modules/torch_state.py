@@ -1,0 +1,55 @@
+"""What torch is doing right now, as far as the choice of a backend depends on it.
+
+This is the one file on the model's path that uses private names of torch: a new release of torch is checked here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["bfloat16_is_emulated", "compute_dtype", "has_global_hooks", "has_hooks", "in_transform", "is_exporting", "is_watched"]
+
+
+# torch < 2.7 cannot tell an export from a compilation.
+_compiler_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
+def is_exporting() -> bool:
+    """Whether a program is being made that leaves this process: torch.export, ONNX, torch.jit.trace."""
+    return _compiler_is_exporting() or torch.jit.is_tracing()
+
+
+def in_transform() -> bool:
+    """Whether torch.func's transforms or forward-mode derivatives are at work: some fast operators have no rules for them."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def is_watched() -> bool:
+    """Whether somebody counts or replaces operators (a dispatch mode), or wants derivatives that the fast ones do not have."""
+    return torch._C._len_torch_dispatch_stack() > 0 or in_transform()
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks are installed on every module (``torch.nn.modules.module.register_module_forward_hook`` and others)."""
+    return torch.nn.modules.module._has_any_global_hook()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling this module does more, or something else, than its class's ``forward``."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """In which torch multiplies x with weights: under autocast that of autocast, else its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+# Asked once: a compiled graph then holds a constant.
+_BFLOAT16_IS_EMULATED: bool = torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def bfloat16_is_emulated() -> bool:
+    """Whether this CPU has no instructions for bfloat16, by oneDNN's own word."""
+    return _BFLOAT16_IS_EMULATED

@@ -1,0 +1,88 @@
+"""What the Makefile runs, in which order, and what it does when the native operators cannot be compiled. python only notes its words."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT
+
+PYTHON = """#!/bin/sh
+echo "$*" >> "{log}"
+case "$*" in
+    *"-m litv2 build"*) exit {status};;
+    "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python;;
+    main.py*) mkdir -p output/litv2_digits/default && touch output/litv2_digits/default/curves.png;;
+esac
+"""
+
+
+class Project:
+    def __init__(self, root: Path) -> None:
+        self.root = root / "a b" / "litv2"
+        (self.root / "classification").mkdir(parents=True)
+        (self.root / "scripts").mkdir()
+        for path in [ROOT / "Makefile", ROOT / "pyproject.toml", *ROOT.glob("requirements*.txt")]:
+            shutil.copy(path, self.root)
+        (self.root / "scripts/build_mmcv.sh").write_text(f'#!/bin/sh\necho "build_mmcv.sh $*" >> "{self.root}/log"\n')
+        (self.root / "scripts/build_mmcv.sh").chmod(0o755)
+        self.interpreter = root / "python-of-the-system"
+        self.build_status(0)
+
+    def build_status(self, status: int) -> None:
+        self.interpreter.write_text(PYTHON.format(log=self.root / "log", status=status))
+        self.interpreter.chmod(0o755)
+
+    def make(self, target: str) -> tuple[int, list[str], str]:
+        """The exit status, the words of every python, and the output."""
+        log = self.root / "log"
+        log.unlink(missing_ok=True)
+        done = subprocess.run(["make", target, f"PYTHON={self.interpreter}"], cwd=self.root, capture_output=True, text=True)
+        return done.returncode, log.read_text().splitlines() if log.exists() else [], done.stdout + done.stderr
+
+
+@pytest.fixture
+def project(tmp_path) -> Project:
+    return Project(tmp_path)
+
+
+def test_demo(project):
+    status, calls, output = project.make("demo")
+    assert status == 0, output
+    assert [call for call in calls if "pip" not in call] == ["-m venv .venv", "-m litv2 build", "main.py --cfg configs/litv2-digits.yaml"]
+    files = [call.split(" -r ")[1] for call in calls if " -r " in call]
+    assert files == ["requirements.txt"]  # nothing for tests, nothing for exports
+    assert output.splitlines()[-1] == "classification/output/litv2_digits/default/curves.png"
+    assert not any("pip" in call for call in project.make("demo")[1])
+
+
+def test_demo_without_a_compiler(project):
+    project.build_status(2)
+    status, calls, output = project.make("demo")
+    assert status == 0 and "main.py --cfg configs/litv2-digits.yaml" in calls
+    assert "going on without the native operators" in output
+
+
+def test_tests_are_not_run_without_the_native_operators(project):
+    project.build_status(2)
+    status, calls, _ = project.make("test")
+    assert status != 0 and not any("pytest" in call for call in calls)
+
+
+def test_test(project):
+    """In an environment that a demo has made, which lacks what tests need."""
+    project.make("demo")
+    status, calls, output = project.make("test")
+    assert status == 0, output
+    assert [call for call in calls if "pip" not in call] == [
+        "-m litv2 build",
+        "build_mmcv.sh .venv/bin/python",
+        "-m ruff check .",
+        "-m pytest",
+    ]
+    assert any("-r requirements-test.txt" in call for call in calls) and any("-r requirements-mm.txt" in call for call in calls)
+    (project.root / "requirements-export.txt").touch()
+    assert [call for call in project.make("test")[1] if "pip" in call][0].endswith("-r requirements-test.txt")
