@@ -1,7 +1,7 @@
 """Speed and memory of a detector or segmenter against the same one with another backbone, in interleaved runs.
 
-    python detection/tools/benchmark.py detection/configs/litv2/retinanet_litv2_s_fpn_1x_coco.py --synthetic
-    python segmentation/tools/benchmark.py segmentation/configs/litv2/litv2_s_fpn_r50_512x512_80k_ade20k.py --synthetic
+    python benchmarks/dense.py detection/configs/litv2/retinanet_litv2_s_fpn_1x_coco.py --synthetic
+    python benchmarks/dense.py segmentation/configs/litv2/litv2_s_fpn_r50_512x512_80k_ade20k.py --synthetic
 
 "Image to result" is ``test_step``: preprocessing, network, and boxes or labels at the end. Without --synthetic the images are
 those of the configuration's test set. Weights are random. Writes JSON and CSV.
@@ -11,19 +11,25 @@ from __future__ import annotations
 
 import copy
 import statistics
+import sys
 from functools import partial
 
-import numpy as np
 import torch
 
 from harness import device_name, milliseconds, parser, peak_memory, positive, publish, samples
-from litv2.errors import UserError, run_program
-from litv2.openmmlab.commands import build_model, load_config
+from litv2.errors import MissingPackage, UserError, run_program
 
-# The import before says what to do where these fail.
+try:
+    from litv2.openmmlab.build import build_model
+    from litv2.openmmlab.config import load_config
+    from litv2.openmmlab.speed import random_images
+except MissingPackage as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+# After the lines that say what to do where these are absent.
 # isort: split
 from mmengine.config import Config, DictAction
-from mmengine.dataset import Compose
 from mmengine.registry import DATASETS
 
 # Swin-T as mmdet and mmseg define it: the backbone of LITv2-S's size that they have.
@@ -49,27 +55,15 @@ def with_swin(config: Config) -> Config:
     return config
 
 
-def images(config: Config, count: int, synthetic: bool, shape: tuple[int, int]) -> list[dict]:
-    """Batches of one image, through the test pipeline."""
-    if not synthetic:
-        with DATASETS.switch_scope_and_registry(config.default_scope) as registry:
-            dataset = registry.build(config.test_dataloader.dataset)
-        items = [dataset[i] for i in range(min(count, len(dataset)))]
-    else:
-        steps = [step for step in config.test_dataloader.dataset.pipeline if not step["type"].startswith("Load")]
-        resize = next(step for step in steps if step["type"] == "Resize")
-        resize["scale"] = (shape[1], shape[0])
-        pipeline = Compose([dict(type="LoadImageFromNDArray"), *steps])
-        pixels = np.random.default_rng(0).integers(0, 256, (count, *shape, 3), dtype=np.uint8)
-        items = [pipeline(dict(img=image, img_id=i, img_path="")) for i, image in enumerate(pixels)]
+def first_images(config: Config, count: int) -> list[dict]:
+    """Batches of one image of the test set."""
+    with DATASETS.switch_scope_and_registry(config.default_scope) as registry:
+        dataset = registry.build(config.test_dataloader.dataset)
+    items = [dataset[i] for i in range(min(count, len(dataset)))]
     return [dict(inputs=[item["inputs"]], data_samples=[item["data_samples"]]) for item in items]
 
 
 def main() -> None:
-    raise SystemExit(run_program(compare))  # a program of its own in detection/tools and segmentation/tools
-
-
-def compare() -> None:
     flags = parser(__doc__, "dense")
     flags.set_defaults(rounds=7)
     flags.add_argument("config")
@@ -84,7 +78,7 @@ def compare() -> None:
     config = load_config(args.config, args.cfg_options)
     shape = tuple(args.shape or ((800, 1216) if config.default_scope == "mmdet" else (512, 512)))
     models = {"LITv2": build_model(config).to(args.device), "Swin-T": build_model(with_swin(config)).to(args.device)}
-    batches = images(config, 1 if args.synthetic else 8, args.synthetic, shape)
+    batches = random_images(config, 1, *shape) if args.synthetic else first_images(config, 8)
 
     def whole(model: torch.nn.Module) -> None:
         for batch in batches:
@@ -107,3 +101,7 @@ def compare() -> None:
                 rows.append(row | dict(memory_MiB=round(peak_memory(calls[name], args.device) / 2**20)))
     title = f"{config.model.type}, float32, one image of {shape[0]} x {shape[1]}, medians of {args.rounds} interleaved rounds"
     publish(rows, args.out, title, device=args.device, config=str(args.config), shape=shape)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

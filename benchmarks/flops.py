@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harness import COLOURS, ROOT, figure, parser, publish
 from hilo import HiLo
-from litv2.errors import UserError, run_program
+from litv2.errors import MissingPackage, UserError, run_program
 from litv2.factory import create_model
 from litv2.layers import Block, DeformableTokenMerging, DepthwiseConv, PatchEmbed
 from litv2.model import LITv2
@@ -61,8 +61,8 @@ def main() -> None:
 
 def mm_packages() -> bool:
     try:
-        import litv2.openmmlab.commands  # noqa: F401
-    except (ImportError, SystemExit) as problem:
+        import litv2.openmmlab  # noqa: F401
+    except MissingPackage as problem:
         print(f"left out: {problem}")
         return False
     return True
@@ -77,7 +77,8 @@ def row(entry: Release) -> dict:
         forward = model.to_empty(device="cpu")  # without initialisation, which takes longer than all that follows
         ours = model.flops(*size)
     else:
-        from litv2.openmmlab.commands import build_model, load_config
+        from litv2.openmmlab.build import build_model
+        from litv2.openmmlab.config import load_config
         from litv2.openmmlab.flops import CountedForward, count_flops
 
         size, terms = ((800, 1280) if entry.task == "detection" else (512, 512)), dense_terms

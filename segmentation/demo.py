@@ -8,7 +8,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
-from litv2.openmmlab.commands import demo
+from litv2.errors import run_program
+
+
+def main() -> None:
+    from litv2.openmmlab.commands import demo  # here, so that an absent package is one line
+
+    demo()
+
 
 if __name__ == "__main__":
-    demo()
+    sys.exit(run_program(main))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import socket
 import subprocess
 import sys
 from decimal import ROUND_HALF_UP, Decimal
@@ -19,7 +21,8 @@ from torch import nn
 
 from document_helpers import blocks
 from helpers import ROOT, fill, generator
-from litv2.openmmlab.commands import build_model
+from litv2.openmmlab import commands
+from litv2.openmmlab.build import build_model
 from litv2.openmmlab.config import load_config
 
 # A backbone that trains in seconds, as --cfg-options.
@@ -28,6 +31,26 @@ model.backbone.embed_dim=16 model.backbone.depths=[1,1,1,1] model.backbone.num_h
 model.neck.in_channels=[16,32,64,128] train_dataloader.num_workers=0 val_dataloader.num_workers=0 test_dataloader.num_workers=0
 default_hooks.logger.interval=1
 """.split()
+
+
+# Images of 64 x 80, as --cfg-options.
+SMALL_OPTIONS = {
+    "detection": [
+        *TINY_OPTIONS,
+        "train_dataloader.dataset.pipeline.2.scale=(80,64)",
+        "val_dataloader.dataset.pipeline.1.scale=(80,64)",
+        "test_dataloader.dataset.pipeline.1.scale=(80,64)",
+    ],
+    "segmentation": [
+        *TINY_OPTIONS,
+        "train_dataloader.dataset.pipeline.2.scale=(80,64)",
+        "train_dataloader.dataset.pipeline.3.crop_size=(64,64)",
+        "model.data_preprocessor.size=(64,64)",
+        "val_dataloader.dataset.pipeline.1.scale=(80,64)",
+        "test_dataloader.dataset.pipeline.1.scale=(80,64)",
+        "load_from=None",
+    ],
+}
 
 
 def config_files(task: str) -> list[Path]:
@@ -44,14 +67,44 @@ def tiny_dense_model(path: Path, **options) -> nn.Module:
     return fill(build_model(tiny_config(path, **options))).eval()
 
 
-def run_tool(task: str, script: str, *arguments, check: bool = True, launcher: tuple = (), timeout: int = 300):
-    """A script of detection/ or segmentation/ in a process of its own."""
-    command = [sys.executable, *launcher, script, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+def run_tool(task: str, script: str, *arguments, check: bool = True, launcher: tuple = (), timeout: int = 300, **environment: str):
+    """A script of detection/ or segmentation/ in a process of its own: by Python, or by the shell if it is one of its scripts."""
+    interpreter = "bash" if script.endswith(".sh") else sys.executable
+    command = [interpreter, *launcher, script, *map(str, arguments)]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # of torchrun
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}
     done = subprocess.run(command, cwd=ROOT / task, env=environment, capture_output=True, text=True, timeout=timeout)
     if check and done.returncode != 0:
         raise AssertionError(f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return done
+
+
+def run_test(monkeypatch, config: Path, checkpoint: Path, folder: Path, *flags) -> tuple[list[dict], dict]:
+    """tools/test.py in this process: its predictions, and its metrics."""
+    arguments = ["test.py", config, checkpoint, "--work-dir", folder, "--out", folder / "predictions.pkl", *flags]
+    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+    commands.test()
+    reports = [json.loads(path.read_text()) for path in folder.glob("*/*.json")]
+    return pickle.loads((folder / "predictions.pkl").read_bytes()), reports[0] if reports else {}
+
+
+def free_port() -> str:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
+
+
+def own_project(task: str, folder: Path) -> Path:
+    """A folder with the README's configuration for one's own data as mine.py, pointed at the repository, and a generated data set."""
+    (folder / "mine.py").write_text(readme_config(task).replace("./litv2", str(ROOT / task / "configs/litv2")))
+    (write_coco if task == "detection" else write_segmentation)(folder / "data")
+    return folder
+
+
+def save_tiny(config: Path, path: Path) -> Path:
+    """A checkpoint of the tiny model of a configuration, as mmengine writes them."""
+    torch.save(dict(meta={}, state_dict=tiny_dense_model(config).state_dict()), path)
+    return path
 
 
 def readme_config(task: str) -> str:

@@ -103,8 +103,8 @@ def test_flops_of_detectors_and_segmenters(tmp_path):
     "task, config", [("detection", "retinanet_litv2_s_fpn_1x_coco"), ("segmentation", "litv2_s_fpn_r50_512x512_80k_ade20k")]
 )
 def test_detectors_and_segmenters(task, config, tmp_path):
-    flags = f"configs/litv2/{config}.py --synthetic --shape 64 96 --rounds 1 --warm-up 0 --out {tmp_path / 'dense'}".split()
-    done = subprocess.run([sys.executable, "tools/benchmark.py", *flags], cwd=ROOT / task, capture_output=True, text=True)
+    flags = f"{task}/configs/litv2/{config}.py --synthetic --shape 64 96 --rounds 1 --warm-up 0 --out {tmp_path / 'dense'}".split()
+    done = subprocess.run([sys.executable, "benchmarks/dense.py", *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads((tmp_path / "dense.json").read_text())["rows"]
     parts = [(part, model) for part in ("image to result", "backbone") for model in ("LITv2", "Swin-T")]

@@ -1,14 +1,22 @@
-"""Times the model of a configuration against the same one with Swin-T. From detection/:
+"""Counts the images per second of a detector. From detection/:
 
+    python tools/benchmark.py configs/litv2/retinanet_litv2_s_fpn_1x_coco.py --checkpoint CHECKPOINT
     python tools/benchmark.py configs/litv2/retinanet_litv2_s_fpn_1x_coco.py --synthetic
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))  # of this checkout
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, installed or not
 
-from dense import main
+from litv2.errors import run_program
+
+
+def main() -> None:
+    from litv2.openmmlab.commands import benchmark  # here, so that an absent package is one line
+
+    benchmark()
+
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

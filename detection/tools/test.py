@@ -1,6 +1,6 @@
 """Evaluates a detector. From detection/:
 
-    python tools/test.py configs/litv2/retinanet_litv2_s_fpn_1x_coco.py CHECKPOINT
+    python tools/test.py configs/litv2/retinanet_litv2_s_fpn_1x_coco.py CHECKPOINT --eval bbox
     tools/dist_test.sh configs/litv2/retinanet_litv2_s_fpn_1x_coco.py CHECKPOINT 8
 """
 
@@ -9,7 +9,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, installed or not
 
-from litv2.openmmlab.commands import test
+from litv2.errors import run_program
+
+
+def main() -> None:
+    from litv2.openmmlab.commands import test  # here, so that an absent package is one line
+
+    test()
+
 
 if __name__ == "__main__":
-    test()
+    sys.exit(run_program(main))

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import MissingPackage, UserError
+from ..errors import UserError
 from ..inference.fused import fuse
 from ..weights.download import fetch
 from ..weights.releases import ZOO
@@ -32,20 +33,19 @@ def from_config(name: str, checkpoint: str | None, backbone: bool) -> tuple[Netw
         MissingPackage: OpenMMLab's packages are not installed.
         UserError: a model of another kind, or weights that do not fit.
     """
-    try:
-        from ..openmmlab.commands import build_model, config_of, load_config
-    except SystemExit as error:  # it ends the tools of detection/ and segmentation/ so
-        raise MissingPackage(str(error).removeprefix("error: ")) from error
+    from ..openmmlab.build import build_model, config_of
+    from ..openmmlab.config import load_config
+
     path = name if name.endswith(".py") else config_of(name)
     stem = Path(path).stem
     if checkpoint is None and stem not in ZOO:
         raise UserError(f"{path} has no published weights: say which with --checkpoint")
     model = build_model(load_config(path), str(fetch(checkpoint or stem)))
-    size = (512, 512) if stem not in ZOO else tuple(side - side % 32 for side in ZOO[stem].image_size)
-    return (pyramid(model.backbone) if backbone else network_of(model)), size
+    height, width = ZOO[stem].image_size if stem in ZOO else (512, 512)
+    return (pyramid(model.backbone) if backbone else network_of(model)), (height - height % 32, width - width % 32)
 
 
-def network_of(model: nn.Module) -> Network:
+def network_of(model: Any) -> Network:
     """What of a model of mmdet or mmseg can be exported.
 
     A segmenter gives ``logits`` (B, classes, H, W), scaled to the image; a one-stage detector the raw ``class{i}``
@@ -54,6 +54,9 @@ def network_of(model: nn.Module) -> Network:
     Raises:
         UserError: a two-stage detector, whose second stage depends on the boxes of the first.
     """
+    module: type[nn.Module]
+    outputs: tuple[str, ...]
+    classes: tuple[str, ...]
     if hasattr(model, "decode_head"):
         module, outputs, classes = _Segmenter, ("logits",), ("logits",)
     elif hasattr(model, "bbox_head"):
@@ -73,7 +76,7 @@ def network_of(model: nn.Module) -> Network:
 
 
 class _Segmenter(nn.Module):
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         super().__init__()
         self.backbone, self.neck, self.decode_head = model.backbone, model.neck, model.decode_head
 
@@ -83,7 +86,7 @@ class _Segmenter(nn.Module):
 
 
 class _OneStage(nn.Module):
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         super().__init__()
         self.backbone, self.neck, self.bbox_head = model.backbone, model.neck, model.bbox_head
 

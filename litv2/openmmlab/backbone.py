@@ -9,22 +9,24 @@ all find it. In a configuration:
 
 from __future__ import annotations
 
+import inspect
+
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from ..errors import UserError, listed
 from ..layers import channels_first
 from ..model import LITv2
 from ..weights.download import fetch
 from ..weights.reading import read_checkpoint
 from ..weights.state_dict import find_weights, load_weights
-
-try:
-    from mmengine.logging import print_log
-    from mmengine.model import BaseModule
-    from mmengine.registry import MODELS
-except ImportError as error:
-    raise ImportError("detection and segmentation need OpenMMLab's packages; `make mm` installs them (README)") from error
+from .old_keys import take_old_keys
 
 __all__ = ["LITv2Backbone"]
+
+MODEL_DEFAULTS = {name: p.default for name, p in inspect.signature(LITv2).parameters.items() if name not in ("num_classes", "global_pool")}
 
 
 @MODELS.register_module(name="LITv2")
@@ -43,13 +45,14 @@ class LITv2Backbone(LITv2, BaseModule):
         norm_eval: keep all batch norms in evaluation mode.
         with_cp: recompute blocks in the backward pass to save memory (gradient checkpointing).
         init_cfg: ``dict(type="Pretrained", checkpoint=SOURCE)``: weights of a classifier, detector or segmenter, the release's
-            files or ours: a path, a URL or a name of the model zoo (:mod:`litv2.weights.releases`). They are read without running
-            the file's code and must fit: only the ``out_norms`` may be missing from the file and only the classifier's ``norm`` and
+            files or ours: a path, a URL or a name of the model zoo (:mod:`litv2.weights.releases`). They are read without running the
+            file's code and must fit: only the ``out_norms`` may be missing from the file and only the classifier's ``norm`` and
             ``head`` may be left over.
-        model: the arguments of :class:`litv2.LITv2`, without ``num_classes``. The defaults are those of LITv2-S.
+        model: the arguments of :class:`litv2.LITv2`, without ``num_classes``. The defaults are those of LITv2-S. Keys of the public
+            release's configurations are translated (:mod:`litv2.openmmlab.old_keys`), any other is an error.
 
     Raises:
-        ValueError: arguments that do not fit together, or weights that do not fit the model.
+        UserError: unknown arguments or such as do not fit together, or weights that do not fit the model.
         FileNotFoundError: there is no checkpoint at the path.
     """
 
@@ -63,17 +66,26 @@ class LITv2Backbone(LITv2, BaseModule):
         init_cfg: dict | None = None,
         **model,
     ):
-        super().__init__(num_classes=0, **model)
+        today, notes = take_old_keys(model, tuple(model.get("local_ws", MODEL_DEFAULTS["local_ws"])))
+        for note in notes:
+            print_log(note, logger="current")
+        with_cp, init_cfg = today.get("with_cp", with_cp), today.get("init_cfg", init_cfg)
+        if unknown := sorted(model.keys() - MODEL_DEFAULTS.keys()):
+            raise UserError(f"LITv2: unknown arguments {listed(unknown)}; a model has {listed(MODEL_DEFAULTS, len(MODEL_DEFAULTS))}")
+        try:
+            super().__init__(num_classes=0, **model)
+        except ValueError as error:  # the values come from a configuration
+            raise UserError(str(error)) from error
         del self.norm, self.head_drop, self.head
         stages = len(self.layers)
         if not out_indices or list(out_indices) != sorted(set(out_indices) & set(range(stages))):
-            raise ValueError(f"LITv2: {out_indices=} must be some of the stages 0 to {stages - 1}, each once, in order")
+            raise UserError(f"LITv2: {out_indices=} must be some of the stages 0 to {stages - 1}, each once, in order")
         if not set(out_norms) <= set(out_indices):
-            raise ValueError(f"LITv2: {out_norms=} must be among {out_indices=}: other maps are not returned")
+            raise UserError(f"LITv2: {out_norms=} must be among {out_indices=}: other maps are not returned")
         if not -1 <= frozen_stages <= stages:
-            raise ValueError(f"LITv2: {frozen_stages=} must be -1 (none), 0 (the patch embedding) or a number of stages up to {stages}")
+            raise UserError(f"LITv2: {frozen_stages=} must be -1 (none), 0 (the patch embedding) or a number of stages up to {stages}")
         if init_cfg is not None and (init_cfg.get("type") != "Pretrained" or init_cfg.keys() != {"type", "checkpoint"}):
-            raise ValueError(f"LITv2: {init_cfg=} must be None or dict(type='Pretrained', checkpoint=PATH_URL_OR_NAME)")
+            raise UserError(f"LITv2: {init_cfg=} must be None or dict(type='Pretrained', checkpoint=PATH_URL_OR_NAME)")
 
         self.out_indices = tuple(out_indices)
         self.out_norms = tuple(out_norms)
@@ -86,7 +98,7 @@ class LITv2Backbone(LITv2, BaseModule):
         for module in self._frozen():
             module.requires_grad_(False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         maps = []
         for i, tokens in enumerate(self._stages(x, last=self.out_indices[-1])):
             if i in self.out_norms:
@@ -116,8 +128,8 @@ class LITv2Backbone(LITv2, BaseModule):
         left_over = {key for key in weights if key.startswith(("norm.", "head."))}
         try:
             notes = load_weights(self, weights, may_miss=out_norms, may_have=left_over)
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
         print_log("\n  ".join([f"backbone weights from {source}", *notes]), logger="current")
 
     def _frozen(self) -> list[nn.Module]:

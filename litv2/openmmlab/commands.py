@@ -1,61 +1,46 @@
-"""The commands of detection/ and segmentation/, thin over mmengine's Runner: train, test, get_flops and demo."""
+"""The commands of detection/ and segmentation/, thin over mmengine's Runner: train, test, get_flops, benchmark and demo."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import traceback
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Iterable
 from pathlib import Path
 
-try:
-    import mmcv
-    import torch
-    from mmengine.config import Config, DictAction
-    from mmengine.dataset import Compose
-    from mmengine.evaluator import DumpResults
-    from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
-except ImportError as error:
-    raise SystemExit(f"error: {error}; detection and segmentation need OpenMMLab's packages: run `make mm` (README)") from None
+import mmcv
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.dataset import Compose
+from mmengine.evaluator import DumpResults
+from mmengine.registry import VISUALIZERS
 
-from .config import adapt_to_device, load_config, revert_sync_bn
+from ..errors import UserError
+from .build import build_model, config_of
+from .config import adapt_to_device, load_config
+from .evaluation import augment, draw, format_only, select_metrics
 from .flops import count_flops
 from .plots import plot_curves
-from .runner import CarefulRunner, load_checkpoint
+from .runner import StrictRunner
+from .speed import frames_per_second, random_images
 
-__all__ = ["arguments", "build_model", "command", "config_of", "demo", "get_flops", "load_config", "test", "train"]
+__all__ = ["arguments", "benchmark", "demo", "get_flops", "test", "train"]
 
 
-def command(function: Callable[[], None]) -> Callable[[], None]:
-    """Ends the program with one line for an error that our own checks found, with the traceback for any other."""
-
-    @wraps(function)
-    def run() -> None:
-        try:
-            function()
-        except ModuleNotFoundError as error:
-            raise SystemExit(f"error: {error}; `make mm` installs what detection and segmentation need (README)") from None
-        except (ValueError, OSError) as error:
-            if Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent == Path(__file__).parent:
-                raise SystemExit(f"error: {error}") from None
-            raise
-
-    return run
+WORK_DIR = "folder of logs and checkpoints; default: work_dirs/NAME_OF_CONFIG"
 
 
 def arguments(description: str, launcher: bool = False) -> argparse.ArgumentParser:
-    """The flags that the commands share."""
-    parser = argparse.ArgumentParser(description=description)
+    """The flags that the commands share; ``launcher`` adds those of commands that several processes may run."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument(
         "--cfg-options",
+        "--options",  # the release's name
         nargs="+",
         action=DictAction,
         metavar="KEY=VALUE",
         help="changes to the configuration, such as train_dataloader.batch_size=4; data_root=DIR moves all data sets",
     )
     if launcher:
-        parser.add_argument("--work-dir", help="folder of logs and checkpoints; default: work_dirs/NAME_OF_CONFIG")
         parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], help="default: pytorch under torchrun, else none")
         parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by torch.distributed.launch")
     return parser
@@ -74,10 +59,10 @@ def prepare(args: argparse.Namespace) -> Config:
     return config
 
 
-@command
 def train() -> None:
     parser = arguments("Trains the model of a configuration.", launcher=True)
     parser.add_argument("config")
+    parser.add_argument("--work-dir", help=WORK_DIR)
     parser.add_argument("--amp", action="store_true", help="mixed precision (the detectors' configurations have it on)")
     parser.add_argument("--resume", nargs="?", const="auto", metavar="FILE", help="go on from FILE, or from the latest in the work folder")
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the total batch size")
@@ -85,43 +70,51 @@ def train() -> None:
     config = prepare(args)
     if args.auto_scale_lr:
         if "auto_scale_lr" not in config:
-            raise ValueError("--auto-scale-lr: the configuration has no auto_scale_lr, which says what batch size its learning rate is for")
+            raise UserError("--auto-scale-lr: the configuration has no auto_scale_lr, which says what batch size its learning rate is for")
         config.auto_scale_lr.enable = True
     if args.resume:
         config.resume = True
         config.load_from = None if args.resume == "auto" else args.resume
-    runner = CarefulRunner.from_cfg(config)
+    runner = StrictRunner.from_cfg(config)
     runner.train()
     if runner.rank == 0:
         plot_curves(runner.work_dir, Path(runner.work_dir) / "curves.png")
         print(f"checkpoints, logs and curves.png are in {runner.work_dir}")
 
 
-@command
 def test() -> None:
     parser = arguments("Evaluates a checkpoint.", launcher=True)
     parser.add_argument("config")
     parser.add_argument("checkpoint")
+    parser.add_argument("--work-dir", help=WORK_DIR)
     parser.add_argument("--out", metavar="FILE.pkl", help="write the predictions")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--eval", nargs="+", metavar="METRIC", help="bbox, segm, ... or mIoU, mDice, ...; default: the configuration's")
+    what.add_argument("--format-only", action="store_true", help="write the predictions as test servers take them, without evaluation")
+    parser.add_argument("--tta", "--aug-test", action="store_true", help="merge the predictions of several views of each image")
     parser.add_argument("--show-dir", metavar="DIR", help="draw predictions beside the ground truth")
+    parser.add_argument("--show", action="store_true", help="the same, on the display")
+    parser.add_argument("--wait-time", type=float, default=2.0, metavar="SECONDS", help="how long --show shows each; default: %(default)s")
     args = parser.parse_args()
     if args.out and not args.out.endswith((".pkl", ".pickle")):
-        raise ValueError(f"--out {args.out}: predictions are written as .pkl")
+        raise UserError(f"--out {args.out}: predictions are written as .pkl")
     config = prepare(args)
     config.load_from = args.checkpoint
-    if args.show_dir:
-        config.default_hooks.visualization.update(draw=True, interval=1)
-        if config.default_scope == "mmdet":
-            config.default_hooks.visualization.test_out_dir = str(Path(args.show_dir).absolute())
-        else:
-            config.visualizer.save_dir = args.show_dir
-    runner = CarefulRunner.from_cfg(config)
+    if args.show or args.show_dir:
+        draw(config, args.show_dir, args.show, args.wait_time)
+    if args.eval:
+        select_metrics(config, args.eval)
+    predictions = format_only(config) if args.format_only else None
+    if args.tta:
+        augment(config)
+    runner = StrictRunner.from_cfg(config)
     if args.out:
         runner.test_evaluator.metrics.append(DumpResults(args.out))
     runner.test()
+    if predictions and runner.rank == 0:
+        print(f"predictions are in {predictions}")
 
 
-@command
 def get_flops() -> None:
     parser = arguments("Counts multiply-adds and parameters.")
     parser.add_argument("config", nargs="+")
@@ -138,7 +131,31 @@ def get_flops() -> None:
         print(f"{Path(path).stem:44} {parameters:9.2f} {published:12.2f} {full:9.2f}    {height} x {width}", flush=True)
 
 
-@command
+def benchmark() -> None:
+    parser = arguments("Images per second, one at a time.", launcher=True)
+    parser.add_argument("config")
+    parser.add_argument("weights", nargs="?", metavar="checkpoint", help="default: random weights")
+    parser.add_argument("--checkpoint", help="the same as a flag")
+    parser.add_argument("--max-iter", type=int, metavar="IMAGES", help="default: 2000 for detectors, 200 for segmenters")
+    parser.add_argument("--log-interval", type=int, default=50, metavar="IMAGES", help="default: %(default)s")
+    parser.add_argument("--synthetic", action="store_true", help="random images of --shape instead of the test set")
+    parser.add_argument("--shape", type=int, nargs=2, metavar=("H", "W"), help="default: 800 1216 for detectors, 512 512 for segmenters")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("the benchmark is of one process: start it with --nproc_per_node=1")
+    config = load_config(args.config, args.cfg_options)
+    detector = config.default_scope == "mmdet"
+    images = args.max_iter or (2000 if detector else 200)
+    model = build_model(config, args.checkpoint or args.weights).to(args.device)
+    if args.synthetic:
+        batches: Iterable[dict] = random_images(config, min(images, 20), *(args.shape or ((800, 1216) if detector else (512, 512))))
+    else:
+        config.test_dataloader.update(batch_size=1, num_workers=0, persistent_workers=False)
+        batches = StrictRunner.build_dataloader(config.test_dataloader)
+    frames_per_second(model, batches, images, args.log_interval)
+
+
 def demo() -> None:
     parser = arguments("Draws what a model finds in an image.")
     parser.add_argument("image")
@@ -152,7 +169,7 @@ def demo() -> None:
         raise FileNotFoundError(f"no image at {args.image}")
     picture = mmcv.imread(args.image)
     if picture is None:
-        raise ValueError(f"{args.image} cannot be read as an image")
+        raise UserError(f"{args.image} cannot be read as an image")
     config = load_config(args.config or config_of(args.checkpoint), args.cfg_options)
     model = build_model(config, args.checkpoint).to(args.device)
 
@@ -168,30 +185,3 @@ def demo() -> None:
     if config.default_scope == "mmdet":
         print(f"{(result.pred_instances.scores >= args.score).sum()} objects")
     print(f"written to {args.out}")
-
-
-def build_model(config: Config, checkpoint: str | None = None) -> torch.nn.Module:
-    """The model of a configuration in evaluation mode, in one process on the CPU, with ``dataset_meta``.
-
-    Without a checkpoint its weights are random.
-    """
-    init_default_scope(config.default_scope)
-    revert_sync_bn(config.model)
-    model = MODELS.build(config.model).eval().to(memory_format=torch.channels_last)
-    meta = load_checkpoint(model, checkpoint)["meta"] if checkpoint else {}
-    dataset = config.test_dataloader.dataset
-    with DATASETS.switch_scope_and_registry(config.default_scope) as registry:
-        model.dataset_meta = {**registry.get(dataset.type).METAINFO, **dataset.get("metainfo", {})}
-    for source in (meta, meta.get("dataset_meta") or {}):  # the release's files, ours
-        model.dataset_meta |= {key.lower(): value for key, value in source.items() if key.lower() in ("classes", "palette")}
-    return model
-
-
-def config_of(checkpoint: str) -> str:
-    """The configuration of ours that a checkpoint's path names: ``.../NAME.pth`` or ``.../NAME/epoch_12.pth``."""
-    root = Path(__file__).resolve().parents[1]
-    configs = [path for task in ("detection", "segmentation") for path in (root / task / "configs/litv2").glob("*.py")]
-    named = [path for path in configs if path.stem in checkpoint]
-    if not named:
-        raise ValueError(f"--checkpoint {checkpoint}: no configuration is named like it; say which with --config")
-    return str(max(named, key=lambda path: len(path.stem)))

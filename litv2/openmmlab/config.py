@@ -9,6 +9,10 @@ import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.logging import print_log
 
+from ..errors import UserError
+from . import missing_package
+from .old_keys import move_pretrained
+
 __all__ = ["adapt_to_device", "load_config", "revert_sync_bn"]
 
 # What mmengine's Runner reads and a configuration need not have.
@@ -22,24 +26,29 @@ def load_config(path: str | Path, options: dict | None = None) -> Config:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: an option does not fit the configuration.
+        MissingPackage: the configuration's base belongs to a package that is not installed.
+        UserError: an option does not fit the configuration.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no configuration at {path}")
-    config = Config.fromfile(path)
+    try:
+        config = Config.fromfile(path)
+    except ModuleNotFoundError as error:
+        raise missing_package(error.name or str(error)) from error
     for option in options or {}:
         if option.split(".")[0] not in {*config, *OPTIONAL_KEYS}:
-            raise ValueError(f"--cfg-options {option}: the configuration has no such key; it has {', '.join(sorted(config))}")
+            raise UserError(f"--cfg-options {option}: the configuration has no such key; it has {', '.join(sorted(config))}")
     old_root = config.get("data_root")
     try:
         config.merge_from_dict(options or {})
     except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"--cfg-options {options}: {error}") from error
+        raise UserError(f"--cfg-options {options}: {error}") from error
     if old_root and config.data_root != old_root:
         config.merge_from_dict(_moved(config.to_dict(), str(old_root).rstrip("/"), str(config.data_root).rstrip("/")))
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         if config.get(name) and config[name].get("num_workers") == 0:
             config[name].persistent_workers = False  # torch refuses it then
+    move_pretrained(config.get("model", {}))
     config.setdefault("work_dir", f"work_dirs/{Path(path).stem}")
     return config
 
@@ -72,7 +81,7 @@ def adapt_to_device(config: Config, launcher: str) -> None:
             dist.init_process_group("gloo")
 
 
-def revert_sync_bn(config: dict | list) -> None:
+def revert_sync_bn(config: dict | list | tuple) -> None:
     """Changes, in place, synchronised batch norms to plain ones: the former need GPUs and several processes."""
     for value in config.values() if isinstance(config, dict) else config:
         if isinstance(value, dict | list | tuple):

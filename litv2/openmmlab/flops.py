@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from mmcv.cnn import get_model_complexity_info
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ def count_flops(model: nn.Module, height: int, width: int) -> dict[str, int]:
     """
     extra = dict(products=0, unseen=0, deformable=0)
 
-    def count_hilo(hilo: HiLo, args: tuple, output: Tensor) -> None:
+    def count_hilo(hilo: Any, args: tuple, output: Tensor) -> None:
         _, H, W = args
         s = hilo.window_size
         Hp, Wp = -(-H // s) * s, -(-W // s) * s
@@ -36,7 +38,7 @@ def count_flops(model: nn.Module, height: int, width: int) -> dict[str, int]:
             extra["unseen"] += Hp * Wp * hilo.dim
         extra["products"] += hilo.flops(H, W) - linear
 
-    def count_deformable(conv: DeformConv2dPack, args: tuple, output: Tensor) -> None:
+    def count_deformable(conv: Any, args: tuple, output: Tensor) -> None:
         cells = output.shape[2] * output.shape[3]
         extra["deformable"] += cells * (conv.weight.numel() + conv.bias.numel())
         extra["unseen"] += cells * (conv.conv_offset.weight.numel() + conv.conv_offset.bias.numel())
@@ -56,7 +58,7 @@ def count_flops(model: nn.Module, height: int, width: int) -> dict[str, int]:
 class CountedForward(nn.Module):
     """The forward pass that is counted. Of a two-stage detector: 1000 boxes and 100 masks, whatever the image shows."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         super().__init__()
         self.model = model
 

@@ -1,4 +1,4 @@
-"""mmengine's Runner, made careful: for the tools of detection and segmentation.
+"""mmengine's Runner, made strict: for the tools of detection and segmentation.
 
 * Checkpoints are read without running their code and loaded strictly.
 * A data set that is missing, empty or of other classes than the model stops the run before it starts.
@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +19,12 @@ from mmengine.runner import BaseLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from ..errors import UserError, listed
 from ..weights.download import fetch
 from ..weights.reading import read_checkpoint
 from ..weights.state_dict import load_weights
 
-__all__ = ["CarefulRunner", "load_checkpoint"]
+__all__ = ["StrictRunner", "load_checkpoint"]
 
 # The modules whose shape depends on the classes, and the outputs that each has per class and besides.
 CLASS_LAYERS = {
@@ -48,8 +50,8 @@ MMENGINE_CLASSES = [
     np.ndarray,
     np.dtype,
     *{type(np.dtype(kind)) for kind in ("int32", "int64", "uint8", "float32", "float64")},
-    np._core.multiarray._reconstruct,
-    np._core.multiarray.scalar,
+    np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+    np._core.multiarray.scalar,  # type: ignore[attr-defined]
 ]
 
 
@@ -60,7 +62,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, fine_tune: bool = False)
         fine_tune: layers of the classes that differ from the file's keep their initialisation.
 
     Raises:
-        FileNotFoundError, ValueError: the file is missing, damaged, or does not fit the model.
+        FileNotFoundError, UserError: the file is missing, damaged, or does not fit the model.
     """
     content = _read(path)
     _load(model, content, path, fine_tune)
@@ -70,7 +72,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, fine_tune: bool = False)
 def _read(path: str | Path) -> dict:
     content = read_checkpoint(fetch(path), also=MMENGINE_CLASSES)
     if not isinstance(content.get("state_dict"), dict):
-        raise ValueError(
+        raise UserError(
             f"{path} is not the checkpoint of a detector or segmenter (its entries are {sorted(map(str, content))[:8]}); "
             "a classifier's weights belong to model.backbone.init_cfg.checkpoint"
         )
@@ -83,8 +85,8 @@ def _load(model: nn.Module, content: dict, path: str | Path, fine_tune: bool) ->
     weights = {key.removeprefix("module."): value for key, value in content["state_dict"].items()}
     try:
         notes = load_weights(model, weights, new_heads=CLASS_LAYERS if fine_tune else ())
-    except ValueError as error:
-        raise ValueError(f"{path}: {_class_disagreement(model.state_dict(), weights)}{error}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {_class_disagreement(model.state_dict(), weights)}{error}") from error
     for note in notes:
         print_log(note, logger="current")
 
@@ -98,20 +100,20 @@ def _class_disagreement(own: dict, weights: dict) -> str:
     return ""
 
 
-class CarefulRunner(Runner):
+class StrictRunner(Runner):
     """mmengine's Runner with strict, safe checkpoints and checked data sets. ``from_cfg(config)`` makes one."""
 
     def build_model(self, model: nn.Module | dict) -> nn.Module:
         """mmengine's, with channels-last parameters: the layout of the backbone's maps, so that the neck copies nothing."""
         return super().build_model(model).to(memory_format=torch.channels_last)
 
-    def load_checkpoint(self, filename: str, map_location="cpu", strict: bool = True, revise_keys: list = ()) -> dict:
+    def load_checkpoint(self, filename: str, map_location="cpu", strict: bool = True, revise_keys: Sequence = ()) -> dict:
         """Called by mmengine to resume, to test and, for ``load_from``, to start training from other weights."""
-        model = self.model.module if hasattr(self.model, "module") else self.model
+        model = _unwrapped(self.model)
         fine_tune = isinstance(self._train_loop, BaseLoop) and not self._resume  # a dictionary until training begins
         content = _read(filename)
         if self._resume and "optimizer" not in content:
-            raise ValueError(f"{filename} holds no optimizer state to resume from; to start from its weights, set load_from instead")
+            raise UserError(f"{filename} holds no optimizer state to resume from; to start from its weights, set load_from instead")
         self.call_hook("after_load_checkpoint", checkpoint=content)  # an EMA hook takes its own weights out of it
         _load(model, content, filename, fine_tune)
         self._has_loaded = True
@@ -143,22 +145,29 @@ class CarefulRunner(Runner):
         except (OSError, ValueError, KeyError, AssertionError, TypeError) as error:
             # numpy's words are how mmengine says that there is nothing in a data set
             reason = "it has no samples" if "need at least one array" in str(error) else error
-            raise ValueError(f"the data set {_describe(dataloader['dataset'])} cannot be read: {reason}") from error
+            raise UserError(f"the data set {_describe(dataloader['dataset'])} cannot be read: {reason}") from error
         for dataset in _datasets(loader.dataset):
             _check_data(dataset)
         return loader
 
     def _check_classes(self, dataset: Dataset) -> None:
-        model = self.model.module if hasattr(self.model, "module") else self.model
+        model = _unwrapped(self.model)
         modules = dict(model.named_modules())
         for name in {layer.rpartition(".")[0] for layer in CLASS_LAYERS} & modules.keys():
             for part in _datasets(dataset):
                 classes = part.metainfo.get("classes") or ()
                 if classes and modules[name].num_classes != len(classes):
-                    raise ValueError(
+                    raise UserError(
                         f"the model has {name}.num_classes={modules[name].num_classes}, but the data set {_describe(part)} has "
-                        f"{len(classes)} classes: {_some(classes)}; set num_classes in the model's heads, or the data set's metainfo"
+                        f"{len(classes)} classes: {listed(classes)}; set num_classes in the model's heads, or the data set's metainfo"
                     )
+
+
+def _unwrapped(model: Any) -> Any:
+    """The detector or segmenter inside the wrappers of distributed processes and of test-time augmentation."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
 
 
 def _datasets(dataset: Dataset) -> Iterator[BaseDataset]:
@@ -175,20 +184,16 @@ def _describe(dataset: Dataset | dict) -> str:
     return f"{get('type') or type(dataset).__name__}({', '.join(parts)})"
 
 
-def _some(names) -> str:
-    return ", ".join(map(str, names[:10])) + (" ..." if len(names) > 10 else "")
-
-
 def _check_data(dataset: BaseDataset) -> None:
-    """Raises ValueError when a data set has no samples, or its classes are not the categories of its COCO file, in their order."""
+    """Raises UserError when a data set has no samples, or its classes are not the categories of its COCO file, in their order."""
     classes = list(dataset.metainfo.get("classes") or ())
     if hasattr(dataset, "cat_ids") and (len(dataset.cat_ids) != len(classes) or classes != list(type(dataset).METAINFO["classes"])):
         categories = [category["name"] for category in json.loads(Path(dataset.ann_file).read_text()).get("categories", ())]
         in_file = [name for name in categories if name in classes]
         if in_file != classes:  # mmdet numbers classes in the order of the file, whatever the order of their names
-            raise ValueError(
-                f"the categories in {dataset.ann_file} are {_some(categories) or 'none (is it a COCO annotation file?)'}; the data set's "
-                f"classes are {_some(classes)}: set its metainfo=dict(classes=...) to names of the file, in the file's order"
+            raise UserError(
+                f"the categories in {dataset.ann_file} are {listed(categories) or 'none (is it a COCO annotation file?)'}; the data set's "
+                f"classes are {listed(classes)}: set its metainfo=dict(classes=...) to names of the file, in the file's order"
             )
     if len(dataset) == 0:
-        raise ValueError(f"the data set {_describe(dataset)} has no samples")
+        raise UserError(f"the data set {_describe(dataset)} has no samples")

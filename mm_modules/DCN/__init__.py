@@ -1,6 +1,15 @@
-"""Deformable convolution: the function, the module behind LITv2's token merging, and their backends."""
+"""Deformable convolution: the function, its modules, LITv2's token merging among them, and its backends."""
 
-from .deform_conv import DeformConv2dPack, deform_conv2d
+from .deform_conv import deform_conv2d
+from .modules import DeformConv2d, DeformConv2dPack, DeformConv2dPackMore, ModulatedDeformConv2d, ModulatedDeformConv2dPack
 from .onnx_node import deform_conv_nodes
 
-__all__ = ["DeformConv2dPack", "deform_conv2d", "deform_conv_nodes"]
+__all__ = [
+    "DeformConv2d",
+    "DeformConv2dPack",
+    "DeformConv2dPackMore",
+    "ModulatedDeformConv2d",
+    "ModulatedDeformConv2dPack",
+    "deform_conv2d",
+    "deform_conv_nodes",
+]

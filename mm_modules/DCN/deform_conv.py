@@ -1,4 +1,4 @@
-"""Deformable convolution v1 and v2 (arXiv 1703.06211, 1811.11168): one function, one module, several backends.
+"""Deformable convolution v1 and v2 (arXiv 1703.06211, 1811.11168): one function, several backends.
 
 The definition is that of ``torchvision.ops.deform_conv2d``.
 """
@@ -6,14 +6,13 @@ The definition is that of ``torchvision.ops.deform_conv2d``.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.utils import _pair
 
 from ..dispatch import Operator
 from . import compiled, onnx_node, reference, vision
 
-__all__ = ["DeformConv2dPack", "deform_conv2d", "operator"]
+__all__ = ["deform_conv2d", "operator"]
 
 # Each takes (input, offset, weight, bias, stride, padding, dilation, mask). The compiled one where it is built for the device and
 # dtype; else on CUDA torchvision's, one kernel without large temporaries; else plain PyTorch. Exports always get plain PyTorch.
@@ -99,56 +98,3 @@ def _check(input, offset, weight, bias, stride, padding, dilation, mask) -> None
         fail(f"offset has the shape {tuple(offset.shape)}, expected ({B}, {offset.shape[1]}, {Ho}, {Wo})")
     if mask is not None and tuple(mask.shape) != (B, offset_groups * kh * kw, Ho, Wo):
         fail(f"mask has the shape {tuple(mask.shape)}, expected ({B}, {offset_groups * kh * kw}, {Ho}, {Wo})")
-
-
-class DeformConv2dPack(nn.Module):
-    """A deformable convolution that predicts its own offsets with a plain convolution of the same geometry.
-
-    ``conv_offset`` starts at zero, so that training starts from the plain convolution. Offsets are computed and kept in
-    float32 under autocast.
-
-    Shape:
-        (B, in_channels, H, W) -> (B, out_channels, Ho, Wo), both of any memory format; the result is channels-last.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        offset_groups: int = 1,
-        bias: bool = True,
-    ):
-        super().__init__()
-        kh, kw = _pair(kernel_size)
-        if in_channels % groups or out_channels % groups or in_channels % offset_groups:
-            raise ValueError(
-                f"DeformConv2dPack: {groups=} must divide {in_channels=} and {out_channels=}, {offset_groups=} must divide in_channels"
-            )
-        self.stride, self.padding, self.dilation = _pair(stride), _pair(padding), _pair(dilation)
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, kh, kw))
-        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
-        self.conv_offset = nn.Conv2d(in_channels, 2 * offset_groups * kh * kw, (kh, kw), stride, padding, dilation)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        bound = (self.weight[0].numel()) ** -0.5
-        nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-        nn.init.zeros_(self.conv_offset.weight)
-        nn.init.zeros_(self.conv_offset.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return deform_conv2d(x, self.predict_offset(x), self.weight, self.bias, self.stride, self.padding, self.dilation)
-
-    def predict_offset(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) -> (B, 2 * offset_groups * kh * kw, Ho, Wo), in float32 or better."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        conv = self.conv_offset
-        with torch.autocast(x.device.type, enabled=False):
-            return F.conv2d(x.to(dtype), conv.weight.to(dtype), conv.bias.to(dtype), self.stride, self.padding, self.dilation)

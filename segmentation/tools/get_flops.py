@@ -8,7 +8,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, installed or not
 
-from litv2.openmmlab.commands import get_flops
+from litv2.errors import run_program
+
+
+def main() -> None:
+    from litv2.openmmlab.commands import get_flops  # here, so that an absent package is one line
+
+    get_flops()
+
 
 if __name__ == "__main__":
-    get_flops()
+    sys.exit(run_program(main))

@@ -9,7 +9,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, installed or not
 
-from litv2.openmmlab.commands import train
+from litv2.errors import run_program
+
+
+def main() -> None:
+    from litv2.openmmlab.commands import train  # here, so that an absent package is one line
+
+    train()
+
 
 if __name__ == "__main__":
-    train()
+    sys.exit(run_program(main))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from helpers import ROOT
-from litv2.openmmlab.commands import build_model
+from litv2.openmmlab.build import build_model
 from litv2.openmmlab.config import load_config
 from litv2.openmmlab.flops import count_flops
 from litv2.weights.releases import ZOO
@@ -80,7 +80,7 @@ def test_config(path):
 
 
 def test_get_flops_prints_both_counts():
-    printed = run_tool("detection", "tools/get_flops.py", "configs/litv2/retinanet_litv2_s_fpn_1x_coco.py").stdout
+    printed = run_tool("detection", "tools/analysis_tools/get_flops.py", "configs/litv2/retinanet_litv2_s_fpn_1x_coco.py").stdout
     assert printed.splitlines()[-1].split()[:4] == ["retinanet_litv2_s_fpn_1x_coco", "38.01", "242.39", "245.94"]
 
 

@@ -13,30 +13,22 @@ import torch
 from PIL import Image
 
 from helpers import ROOT, shared
-from litv2.openmmlab.commands import config_of
+from litv2.openmmlab.build import build_model, config_of
 from litv2.openmmlab.config import adapt_to_device, load_config
-from litv2.openmmlab.runner import CarefulRunner, load_checkpoint
-from mm_helpers import TINY_OPTIONS, config_files, readme_config, run_tool, tiny_config, tiny_dense_model, write_coco
+from litv2.openmmlab.runner import StrictRunner, load_checkpoint
+from mm_helpers import SMALL_OPTIONS, TINY_OPTIONS, config_files, free_port, own_project, run_tool, tiny_config, tiny_dense_model
 
 pytestmark = pytest.mark.extra
 
 RETINANET = ROOT / "detection/configs/litv2/retinanet_litv2_s_fpn_1x_coco.py"
 MASK_RCNN = ROOT / "detection/configs/litv2/mask_rcnn_litv2_s_fpn_1x_coco.py"
-SMALL = [
-    *TINY_OPTIONS,
-    "train_dataloader.dataset.pipeline.2.scale=(80,64)",
-    "val_dataloader.dataset.pipeline.1.scale=(80,64)",
-    "test_dataloader.dataset.pipeline.1.scale=(80,64)",
-]
+SMALL = SMALL_OPTIONS["detection"]
 
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory):
     """A folder with the README's configuration, pointed at the repository, and a generated data set."""
-    folder = tmp_path_factory.mktemp("detection")
-    (folder / "mine.py").write_text(readme_config("detection").replace("./litv2", str(RETINANET.parent)))
-    write_coco(folder / "data")
-    return folder
+    return own_project("detection", tmp_path_factory.mktemp("detection"))
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +65,9 @@ def test_evaluation_and_pictures(mine, trained):
 
 
 def test_two_processes(mine):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     options = [*SMALL, f"data_root={mine / 'data'}", "train_cfg.max_epochs=1", "load_from=None", "model.test_cfg.score_thr=0.0"]
-    flags = [mine / "mine.py", "--work-dir", mine / "two", "--auto-scale-lr", "--cfg-options", *options]
-    done = run_tool("detection", "tools/train.py", *flags, launcher=launcher)
+    flags = ["--work-dir", mine / "two", "--auto-scale-lr", "--cfg-options", *options]
+    done = run_tool("detection", "tools/dist_train.sh", mine / "mine.py", 2, *flags, PORT=free_port())
     assert "Epoch(train) [1][2/2]" in done.stdout and "coco/bbox_mAP" in done.stdout
     assert "Scaling the original LR by 0.25" in done.stdout  # 2 processes x 2 images, of 16
 
@@ -118,7 +109,7 @@ def test_release_backbone_in_a_detector(tmp_path):
 def failing_run(config, checkpoint=None, train=True):
     adapt_to_device(config, "none")
     config.load_from = str(checkpoint) if checkpoint else None
-    runner = CarefulRunner.from_cfg(config)
+    runner = StrictRunner.from_cfg(config)
     return runner.train() if train else runner.test()
 
 
@@ -170,7 +161,7 @@ def test_checkpoint_of_other_classes(mine, tmp_path):
     with pytest.raises(ValueError, match=r"for 80 classes and the configuration for 2"):
         failing_run(mine_config(mine, tmp_path), tmp_path / "coco.pth", train=False)
     # to fine-tune, the layers of the classes start anew and all others are taken
-    runner = CarefulRunner.from_cfg(mine_config(mine, tmp_path))
+    runner = StrictRunner.from_cfg(mine_config(mine, tmp_path))
     head = runner.model.bbox_head.retina_cls.weight.clone()
     load_checkpoint(runner.model, tmp_path / "coco.pth", fine_tune=True)
     assert torch.equal(runner.model.bbox_head.retina_cls.weight, head)
@@ -221,7 +212,7 @@ def test_one_line_for_the_user(mine, tmp_path):
     }
     for message, arguments in cases.items():
         done = run_tool("detection", *arguments, check=False)
-        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
         assert done.stderr.splitlines()[-1].startswith("error: ") and message in done.stderr.splitlines()[-1]
 
 
@@ -257,3 +248,11 @@ def test_data_root_moves_all_paths():
     assert config.train_dataloader.dataset.data_root == config.test_dataloader.dataset.data_root == "/elsewhere/"
     assert config.val_evaluator.ann_file == config.test_evaluator.ann_file == "/elsewhere/annotations/instances_val2017.json"
     assert "data/coco" not in json.dumps(config.to_dict())
+
+
+def test_pretrained_of_the_release():
+    """mmdet of then handed a detector's ``pretrained`` to the backbone; that of today does not know the key."""
+    config = load_config(RETINANET, {"model.pretrained": "litv2_s.pth", "model.backbone.use_checkpoint": True})
+    backbone = build_model(config).backbone
+    assert backbone.init_cfg == dict(type="Pretrained", checkpoint="litv2_s.pth") and backbone.layers[0].grad_checkpointing
+    assert build_model(load_config(RETINANET, {"model.pretrained": None})).backbone.init_cfg["checkpoint"] == "litv2_small"

@@ -145,7 +145,7 @@ def rule(command: Command) -> Check | None:
 
 
 def needs_openmmlab(command: Command) -> bool:
-    return bool(re.search(r"tools/|demo\.py", command.line)) or command.line == "make mm"
+    return bool(re.search(r"tools/|demo\.py|dense\.py", command.line)) or command.line == "make mm"
 
 
 CASES = [

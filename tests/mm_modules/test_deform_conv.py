@@ -264,21 +264,6 @@ def test_export_and_compile():
         assert max_difference(compiled(x), module(x)) < 1e-5
 
 
-def test_module():
-    module = DeformConv2dPack(6, 4, (3, 2), stride=(2, 1), padding=1, dilation=(1, 2), groups=2, offset_groups=3)
-    assert {name: tuple(p.shape) for name, p in module.named_parameters()} == {
-        "weight": (4, 3, 3, 2),
-        "bias": (4,),
-        "conv_offset.weight": (36, 6, 3, 2),
-        "conv_offset.bias": (36,),
-    }
-    x = torch.randn(3, 6, 9, 7)
-    plain = nn.functional.conv2d(x, module.weight, module.bias, (2, 1), 1, (1, 2), groups=2)
-    assert max_difference(module(x), plain) < 1e-5  # offsets start at zero
-    with pytest.raises(ValueError, match="groups=4"):
-        DeformConv2dPack(6, 4, 3, groups=4)
-
-
 @pytest.mark.parametrize(
     "change, words",
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from litv2.openmmlab.commands import build_model
+from litv2.openmmlab.build import build_model
 from litv2.openmmlab.config import load_config
 from litv2.openmmlab.flops import count_flops
 from litv2.weights.releases import ZOO

@@ -11,39 +11,33 @@ from mmengine.registry import init_default_scope
 from PIL import Image
 
 from helpers import ROOT
+from litv2 import LITv2
 from litv2.openmmlab.config import adapt_to_device
-from litv2.openmmlab.runner import CarefulRunner, load_checkpoint
-from mm_helpers import TINY_OPTIONS, readme_config, run_tool, tiny_config, tiny_dense_model, write_segmentation
+from litv2.openmmlab.runner import StrictRunner, load_checkpoint
+from mm_helpers import SMALL_OPTIONS, free_port, own_project, run_tool, tiny_config, tiny_dense_model
 
 pytestmark = pytest.mark.extra
 
 SEMANTIC_FPN = ROOT / "segmentation/configs/litv2/litv2_s_fpn_r50_512x512_80k_ade20k.py"
-SMALL = [
-    *TINY_OPTIONS,
-    "train_dataloader.dataset.pipeline.2.scale=(80,64)",
-    "train_dataloader.dataset.pipeline.3.crop_size=(64,64)",
-    "model.data_preprocessor.size=(64,64)",
-    "val_dataloader.dataset.pipeline.1.scale=(80,64)",
-    "test_dataloader.dataset.pipeline.1.scale=(80,64)",
-    "load_from=None",
-]
+SMALL = SMALL_OPTIONS["segmentation"]
 
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory):
     """A folder with the README's configuration, pointed at the repository, and a generated data set."""
-    folder = tmp_path_factory.mktemp("segmentation")
-    (folder / "mine.py").write_text(readme_config("segmentation").replace("./litv2", str(SEMANTIC_FPN.parent)))
-    write_segmentation(folder / "data")
-    return folder
+    return own_project("segmentation", tmp_path_factory.mktemp("segmentation"))
 
 
 @pytest.fixture(scope="module")
 def trained(mine):
-    """Four updates of the README's configuration; returns the options of the run."""
+    """Four updates of the README's configuration, with two keys of the release; returns the options of the run."""
     options = [*SMALL, f"data_root={mine / 'data'}", "train_cfg.max_iters=4", "train_cfg.val_interval=2"]
     options += ["default_hooks.checkpoint.interval=2"]
-    done = run_tool("segmentation", "tools/train.py", mine / "mine.py", "--work-dir", mine / "run", "--amp", "--cfg-options", *options)
+    torch.save(dict(model=LITv2(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8)).state_dict()), mine / "litv2_s.pth")
+    release = [f"model.pretrained={mine / 'litv2_s.pth'}", "model.backbone.use_checkpoint=True"]
+    flags = ["--work-dir", mine / "run", "--amp", "--options", *options, *release]
+    done = run_tool("segmentation", "tools/train.py", mine / "mine.py", *flags)
+    assert f"backbone weights from {mine / 'litv2_s.pth'}" in done.stdout and "with_cp=True" in done.stdout
     assert "training in float32" in done.stdout  # there is no GPU for --amp
     assert "mIoU" in done.stdout and "background" in done.stdout and "road" in done.stdout
     assert Image.open(mine / "run/curves.png").size == (1800, 480)
@@ -57,7 +51,7 @@ def test_labels_are_those_of_the_files(mine):
     config = tiny_config(mine / "mine.py", data_root=str(mine / "data"), load_from=None)
     config.train_dataloader.update(num_workers=0, persistent_workers=False)
     init_default_scope("mmseg")
-    dataset = CarefulRunner.build_dataloader(config.train_dataloader).dataset
+    dataset = StrictRunner.build_dataloader(config.train_dataloader).dataset
     labels = dataset[0]["data_samples"].gt_sem_seg.data.unique().tolist()
     assert set(labels) <= {0, 1, 255} and 1 in labels and len(dataset) == 6
 
@@ -80,6 +74,12 @@ def test_evaluation_and_pictures(mine, trained):
     original = np.asarray(Image.open(mine / "data/images/validation/0.jpg").convert("RGB")).astype(int)
     picture = np.asarray(Image.open(mine / "demo.png").convert("RGB")).astype(int)
     assert original.shape == picture.shape and np.abs(original - picture).mean() > 5  # the overlay
+
+
+def test_dist_test(mine, trained):
+    flags = ["--eval", "mIoU", "--work-dir", mine / "dist", "--cfg-options", *trained]
+    done = run_tool("segmentation", "tools/dist_test.sh", mine / "mine.py", mine / "run/iter_4.pth", 1, *flags, PORT=free_port())
+    assert "mIoU" in done.stdout
 
 
 def test_two_processes(mine, trained):
@@ -107,7 +107,7 @@ def failing_train(mine, tmp_path, **options):
     for name in ("train", "val", "test"):
         config[f"{name}_dataloader"].update(num_workers=0, persistent_workers=False)
     adapt_to_device(config, "none")
-    CarefulRunner.from_cfg(config).train()
+    StrictRunner.from_cfg(config).train()
 
 
 def test_missing_data_root(mine, tmp_path):

@@ -1,0 +1,22 @@
+"""Counts the images per second of a detector. From detection/:
+
+    python tools/analysis_tools/benchmark.py configs/litv2/retinanet_litv2_s_fpn_1x_coco.py --checkpoint CHECKPOINT
+    python tools/analysis_tools/benchmark.py configs/litv2/retinanet_litv2_s_fpn_1x_coco.py --synthetic
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # this checkout, installed or not
+
+from litv2.errors import run_program
+
+
+def main() -> None:
+    from litv2.openmmlab.commands import benchmark  # here, so that an absent package is one line
+
+    benchmark()
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

@@ -1,0 +1,21 @@
+"""Counts multiply-adds and parameters. From detection/:
+
+    python tools/analysis_tools/get_flops.py configs/litv2/*.py
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # this checkout, installed or not
+
+from litv2.errors import run_program
+
+
+def main() -> None:
+    from litv2.openmmlab.commands import get_flops  # here, so that an absent package is one line
+
+    get_flops()
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

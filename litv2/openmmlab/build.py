@@ -1,0 +1,44 @@
+"""Models of detection and segmentation, for programs that run them without mmengine's Runner."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS, MODELS, init_default_scope
+
+from ..errors import UserError
+from .config import revert_sync_bn
+from .runner import load_checkpoint
+
+__all__ = ["build_model", "config_of"]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def build_model(config: Config, checkpoint: str | Path | None = None) -> Any:
+    """The module of a configuration in evaluation mode, in one process on the CPU, with ``dataset_meta``.
+
+    Without a checkpoint its weights are random.
+    """
+    init_default_scope(config.default_scope)
+    revert_sync_bn(config.model)
+    model = MODELS.build(config.model).eval().to(memory_format=torch.channels_last)
+    meta = load_checkpoint(model, checkpoint)["meta"] if checkpoint else {}
+    dataset = config.test_dataloader.dataset
+    with DATASETS.switch_scope_and_registry(config.default_scope) as registry:
+        model.dataset_meta = {**registry.get(dataset.type).METAINFO, **dataset.get("metainfo", {})}
+    for source in (meta, meta.get("dataset_meta") or {}):  # the release's files, ours
+        model.dataset_meta |= {key.lower(): value for key, value in source.items() if key.lower() in ("classes", "palette")}
+    return model
+
+
+def config_of(checkpoint: str) -> str:
+    """The configuration of this checkout that a checkpoint's path names: ``.../NAME.pth`` or ``.../NAME/epoch_12.pth``."""
+    configs = [path for task in ("detection", "segmentation") for path in (ROOT / task / "configs/litv2").glob("*.py")]
+    named = [path for path in configs if path.stem in checkpoint]
+    if not named:
+        raise UserError(f"no configuration is named like {checkpoint}; say which with --config")
+    return str(max(named, key=lambda path: len(path.stem)))
