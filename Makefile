@@ -1,6 +1,6 @@
 # make demo   sets up and trains a small LITv2 on the embedded data set
 # make mm     sets up detection and segmentation; the first time it compiles mmcv, for about 15 minutes on two cores
-# make test   sets up everything, compiles the native operators and runs the checks and the whole test suite
+# make test   sets up everything, compiles the native operators and runs the checks (ruff, mypy) and the whole test suite
 # make test-core   of the tests those of the core alone: without OpenMMLab's packages and the runtimes of exports
 # All reuse what an earlier call has set up. PYTHON=... chooses the interpreter.
 
@@ -27,6 +27,7 @@ mm: .venv/mm
 
 test: .venv/test operators .venv/mm
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test-core: .venv/test operators

@@ -34,7 +34,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from harness import COLOURS, ROOT, device_name, figure, non_negative, parser, percentiles, positive, publish, samples
 from litv2.errors import MissingPackage, UserError, run_program
 from litv2.export.images import photographs
-from training import PRECISIONS, random_batch, training_step
+from training_step import PRECISIONS, random_batch, training_step
 
 # The trainer's, which the harness makes importable.
 # isort: split

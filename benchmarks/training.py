@@ -10,7 +10,7 @@ run with gradient checkpointing. --processes 2 starts two that share the batch a
 a CPU, NCCL on GPUs). Memory is what one process holds at most during a step beyond what it held before: weights and the optimizer's state
 are not in it, activations, gradients and buffers are. Compiling takes minutes per model on a CPU. On one without instructions for bfloat16
 torch emulates them, twenty times as slowly as float32: allow an hour with --rounds 1 --warm-up 1. LITv2's eager blocks multiply in float32
-there (litv2/bfloat16.py).
+there (litv2/ops/block_forward/bfloat16.py).
 Writes JSON, CSV and a plot.
 """
 
@@ -28,26 +28,17 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import timm
 import torch
-from timm.scheduler import CosineLRScheduler
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from harness import COLOURS, device_name, figure, milliseconds, parser, peak_memory, positive, publish, samples, say
 from litv2.errors import UserError, run_program
 from models import CANDIDATES
+from training_step import KNOWN, PRECISIONS, random_batch, training_step
 
 # The trainer's, which the harness makes importable.
 # isort: split
 import distributed
-import engine
-from data.dataset import Batch
-from data.loader import BadFiles
-from precision import Precision
 
-KNOWN = {candidate.timm: candidate for candidate in CANDIDATES if candidate.timm and candidate.group != "today"}  # they have drop path
-PRECISIONS = {"float32": "off", "bfloat16": "bf16", "float16": "fp16"}  # as the trainer names them
 Case = tuple[str, str, str, str]  # model, mode, dtype, gradient checkpointing
 
 
@@ -114,34 +105,6 @@ def run(rank: int, processes: int, args: argparse.Namespace) -> list[dict]:
         say(f"{processes} process(es): {args.warm_up} + {args.rounds} rounds of {len(steps)} steps; each is compiled in its first")
     seconds = samples(steps, args.rounds, args.warm_up)
     return [row(case, processes, threads, values, peak_memory(steps[case], device), args.batch_size) for case, values in seconds.items()]
-
-
-def random_batch(size: int, img_size: int, classes: int = 1000) -> Batch:
-    images = torch.randn(size, 3, img_size, img_size).contiguous(memory_format=torch.channels_last)
-    return Batch(images, torch.randint(classes, (size,)), [], [])
-
-
-def training_step(
-    name: str, batch: Batch, device: torch.device, compiled: bool = False, checkpointing: bool = False
-) -> Callable[[str], None]:
-    """A function that trains a model on a batch once, in the precision that it is given."""
-    model = timm.create_model(name, drop_path_rate=0.2, **dict(KNOWN[name].options)).to(device, memory_format=torch.channels_last)
-    if checkpointing:
-        model.set_grad_checkpointing()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
-    scheduler = CosineLRScheduler(optimizer, t_initial=1000, t_in_epochs=False)
-    runner = torch.compile(model) if compiled else model
-    if distributed.world_size() > 1:
-        runner = DistributedDataParallel(runner, device_ids=[device] if device.type == "cuda" else None)
-    batch = batch._replace(images=batch.images.to(device), targets=batch.targets.to(device))
-
-    def step(mode: str) -> None:
-        once = engine.Step(runner, optimizer, scheduler, nn.CrossEntropyLoss(), Precision(device, mode), clip_grad=5.0)
-        engine.train_one_epoch(once, [batch], 1, engine.Progress(), bad_files=BadFiles(0, print))
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    return step
 
 
 def row(case: Case, processes: int, threads: int, seconds: list[float], memory: int, batch_size: int) -> dict:

@@ -11,13 +11,11 @@ from torch import Tensor, nn
 __all__ = ["bfloat16_is_emulated", "compute_dtype", "has_global_hooks", "has_hooks", "in_transform", "is_exporting", "is_watched"]
 
 
-# torch < 2.7 cannot tell an export from a compilation.
-_compiler_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-
-
 def is_exporting() -> bool:
     """Whether a program is being made that leaves this process: torch.export, ONNX, torch.jit.trace."""
-    return _compiler_is_exporting() or torch.jit.is_tracing()
+    # The flag itself, not torch.compiler.is_exporting(): Dynamo of torch 2.7 to 2.11 takes that for True in every compilation.
+    # torch < 2.7 cannot tell an export from a compilation.
+    return getattr(torch.compiler, "_is_exporting_flag", torch.compiler.is_compiling()) or torch.jit.is_tracing()
 
 
 def in_transform() -> bool:

@@ -1,0 +1,52 @@
+"""The trainer's own step (``classification/engine.py``) on a random batch, for the benchmarks that time it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import timm
+import torch
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from models import CANDIDATES
+
+# The trainer's, which the harness makes importable.
+# isort: split
+import distributed
+import engine
+from data.dataset import Batch
+from data.loader import BadFiles
+from precision import Precision
+
+KNOWN = {candidate.timm: candidate for candidate in CANDIDATES if candidate.timm and candidate.group != "today"}  # they have drop path
+PRECISIONS = {"float32": "off", "bfloat16": "bf16", "float16": "fp16"}  # as the trainer names them
+
+
+def random_batch(size: int, img_size: int, classes: int = 1000) -> Batch:
+    images = torch.randn(size, 3, img_size, img_size).contiguous(memory_format=torch.channels_last)
+    return Batch(images, torch.randint(classes, (size,)), [], [])
+
+
+def training_step(
+    name: str, batch: Batch, device: torch.device, compiled: bool = False, checkpointing: bool = False
+) -> Callable[[str], None]:
+    """A function that trains a model on a batch once, in the precision that it is given."""
+    model = timm.create_model(name, drop_path_rate=0.2, **dict(KNOWN[name].options)).to(device, memory_format=torch.channels_last)
+    if checkpointing:
+        model.set_grad_checkpointing()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
+    scheduler = CosineLRScheduler(optimizer, t_initial=1000, t_in_epochs=False)
+    runner = torch.compile(model) if compiled else model
+    if distributed.world_size() > 1:
+        runner = DistributedDataParallel(runner, device_ids=[device] if device.type == "cuda" else None)
+    batch = batch._replace(images=batch.images.to(device), targets=batch.targets.to(device))
+
+    def step(mode: str) -> None:
+        once = engine.Step(runner, optimizer, scheduler, nn.CrossEntropyLoss(), Precision(device, mode), clip_grad=5.0)
+        engine.train_one_epoch(once, [batch], 1, engine.Progress(), bad_files=BadFiles(0, print))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step
