@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # LITv2 for training and inference, with its operators compiled.
 #
-#   docker build --tag litv2 .                              for CPUs
+#   docker build --tag litv2 .                              for CPUs; --build-arg TORCH_INDEX=URL takes torch from another index
 #   docker build --tag litv2 --build-arg DEVICE=cu130 .     for NVIDIA GPUs, CUDA kernels included; run it with --gpus all
 #   docker run --rm litv2                                   what is in it
 #   docker run --rm --volume DIR:/data litv2 sh -c 'cd classification && python main.py --cfg configs/litv2-small.yaml --data-path /data'
@@ -17,9 +17,8 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/litv2
-# The packages, a layer of their own: they change seldom. torch comes from its own index, of which each device has one.
-ARG DEVICE
-ARG TORCH_INDEX=https://download.pytorch.org/whl/${DEVICE}
+# The packages, a layer of their own: they change seldom. Without a GPU, the index of torch's builds for CPUs makes the image far smaller.
+ARG TORCH_INDEX=""
 ENV PIP_EXTRA_INDEX_URL=${TORCH_INDEX} PIP_DISABLE_PIP_VERSION_CHECK=1
 COPY requirements.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip \

@@ -118,7 +118,7 @@ class LITv2(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image (B, in_chans, H, W) -> normalised tokens (B, H / 32, W / 32, num_features)."""
-        return self.norm(self._stages(x)[-1])
+        return self.norm(self._run_stages(x)[-1])
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, h, w, num_features) -> logits (B, num_classes), or with ``pre_logits`` what the head sees, their mean."""
@@ -130,7 +130,7 @@ class LITv2(nn.Module):
 
         The maps are views in the channels-last memory format.
         """
-        return tuple(channels_first(level) for level in self._stages(x))
+        return tuple(channels_first(level) for level in self._run_stages(x))
 
     def forward_intermediates(
         self,
@@ -153,7 +153,7 @@ class LITv2(nn.Module):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"LITv2: {output_fmt=} must be 'NCHW' or 'NHWC'")
         wanted = self._wanted_stages(indices)
-        maps = self._stages(x, last=max(wanted) if stop_early else None)
+        maps = self._run_stages(x, last=max(wanted) if stop_early else None)
         tokens = maps[-1]
         if len(maps) == len(self.layers) and (norm or not intermediates_only):
             tokens = self.norm(tokens)
@@ -188,7 +188,7 @@ class LITv2(nn.Module):
             raise ValueError(f"LITv2: {indices=} must be some of the stages 0 to {n - 1}, or how many of the last, 1 to {n}")
         return [i % n for i in chosen]
 
-    def _stages(self, x: Tensor, last: int | None = None) -> list[Tensor]:
+    def _run_stages(self, x: Tensor, last: int | None = None) -> list[Tensor]:
         """Image -> tokens (B, H, W, C) after the blocks of each stage, up to stage ``last``; None for all."""
         last = len(self.layers) - 1 if last is None else last
         _check_images(x, self.in_chans, self.feature_info[last]["reduction"])

@@ -100,7 +100,7 @@ class LITv2Backbone(LITv2, BaseModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         maps = []
-        for i, tokens in enumerate(self._stages(x, last=self.out_indices[-1])):
+        for i, tokens in enumerate(self._run_stages(x, last=self.out_indices[-1])):
             if i in self.out_norms:
                 tokens = self.get_submodule(f"norm{i}")(tokens)
             if i in self.out_indices:
