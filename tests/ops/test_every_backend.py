@@ -1,0 +1,110 @@
+"""Every backend of every operator against the operator's reference in float64, at odd sizes, in each dtype and on each device.
+
+A new backend is tested here as soon as it is in the list of its operator. One that cannot compute a case skips it, saying why.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers import fill, normal
+from litv2.layers import Block
+from litv2.ops import OPERATORS
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SIZES = [(1, 1), (1, 6), (5, 7), (7, 5), (14, 14), (17, 32)]
+SOMETHING_ELSE = ("onnx",)  # computes nothing
+KEPT_IN_FLOAT32 = {"deform_conv2d": (1, 7)}  # arguments: the offsets, the mask
+
+
+def to(value: object, dtype: torch.dtype, device: str) -> object:
+    """Tensors and modules in another dtype and on another device, with gradients where they had them."""
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value).to(device, dtype)
+    if isinstance(value, Tensor):
+        return value.detach().to(device, dtype).requires_grad_(value.requires_grad)
+    return value
+
+
+def depthwise_gelu(H: int, W: int, **_) -> tuple:
+    conv = nn.Conv2d(48, 48, 3, padding=1, groups=48)
+    return (2 * normal(1, 2, H, W, 48)).requires_grad_(), conv
+
+
+def deform_conv2d(H: int, W: int, groups: int = 1, masked: bool = False, **_) -> tuple:
+    """3 x 2 taps, offsets of a few pixels, some of them far outside."""
+    Ho, Wo = H, W // 2 + 1
+    input, weight = normal(1, 2, 8, H, W), normal(2, 6, 8 // groups, 3, 2)
+    offset = 2 * normal(3, 2, 24, Ho, Wo)
+    offset[0, 0] += 50
+    mask = normal(4, 2, 12, Ho, Wo).sigmoid() if masked else None
+    tensors = [None if t is None else t.requires_grad_() for t in (input, offset, weight, normal(5, 6))]
+    return *tensors, (1, 2), (1, 1), (1, 1), mask if mask is None else mask.requires_grad_()
+
+
+def block(H: int, W: int, window: int = 2, **_) -> tuple:
+    return fill(Block(32, 4, window, 0.5)).eval(), normal(1, 3, H, W, 32)
+
+
+CASES: dict[str, list[tuple[str, Callable[..., tuple]]]] = {
+    "depthwise_gelu": [("", depthwise_gelu)],
+    "deform_conv2d": [("", deform_conv2d), ("groups and mask", lambda **size: deform_conv2d(groups=2, masked=True, **size))],
+    "block": [(f"window {window}", lambda window=window, **size: block(window=window, **size)) for window in (0, 1, 2, 3)],
+}
+BACKENDS = [
+    pytest.param(operator.name, backend, case, make, id=" ".join(filter(None, (operator.name, backend, case))))
+    for operator in OPERATORS.values()
+    for backend in list(operator.backends)[:-1]
+    if backend not in SOMETHING_ELSE
+    for case, make in CASES[operator.name]
+]
+
+
+def results(run: Callable[..., Tensor], arguments: tuple, with_gradients: bool) -> list[Tensor]:
+    """The output, and with gradients those of all tensors and parameters that have some."""
+    if not with_gradients:
+        with torch.no_grad():
+            return [run(*arguments)]
+    leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+    leaves += [p for a in arguments if isinstance(a, nn.Module) for p in a.parameters()]
+    y = run(*arguments)
+    seed = normal(7, *y.shape).to(y.device, y.dtype)
+    return [y, *torch.autograd.grad(y, leaves, seed)]
+
+
+def error(ours: Tensor, exact: Tensor) -> float:
+    """Of the norm, relative; NaN where one is."""
+    exact = exact.to(ours.device)
+    return ((ours.double() - exact).norm() / exact.norm().clamp_min(1e-12)).item()
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("with_gradients", [False, True], ids=["inference", "gradients"])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("operator, backend, case, make", BACKENDS)
+def test_backend(operator, backend, case, make, dtype, device, with_gradients):
+    reference = OPERATORS[operator].backends["torch"]
+    backend = OPERATORS[operator].backends[backend]
+    computed, reasons = 0, set()
+    for H, W in SIZES:
+        kept = KEPT_IN_FLOAT32.get(operator, ())
+        arguments = tuple(to(value, torch.float32 if i in kept else dtype, device) for i, value in enumerate(make(H=H, W=W)))
+        with torch.set_grad_enabled(with_gradients):
+            if reason := backend.why_not(*arguments):
+                reasons.add(reason)
+                continue
+        computed += 1
+        exact = results(reference.run, tuple(to(a, torch.float64, "cpu") for a in arguments), with_gradients)
+        ours, plain = (results(run, arguments, with_gradients) for run in (backend.run, reference.run))
+        for mine, theirs, true in zip(ours, plain, exact):
+            assert mine.shape == theirs.shape and mine.dtype == theirs.dtype and mine.device == theirs.device
+            assert error(mine, true) <= max(2 * error(theirs, true), 4 * torch.finfo(torch.float32).eps), (H, W)
+    if not computed:
+        pytest.skip("; ".join(sorted(reasons)))
