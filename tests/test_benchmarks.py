@@ -170,5 +170,5 @@ def test_peak_memory(device):
 
 
 def test_every_benchmark_is_run():
-    imported = {"harness.py", "attention_layers.py", "attention_plots.py"}
+    imported = {"harness.py", "attention_layers.py", "attention_plots.py", "training_step.py"}
     assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} == {*COMMANDS, *imported, "dense.py"}
