@@ -42,7 +42,7 @@ WORDS = {  # of their tables
 PLOTLESS = ("layout.py",)  # of two numbers
 
 
-EXTRA = ("deform_conv.py", "training.py", "loader.py", "runtimes.py")
+EXTRA = ("flops.py", "deform_conv.py", "training.py", "loader.py", "runtimes.py")
 
 
 @pytest.mark.parametrize("script", [pytest.param(script, marks=pytest.mark.extra if script in EXTRA else ()) for script in COMMANDS])

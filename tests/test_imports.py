@@ -84,6 +84,7 @@ def test_tables_import_no_readers_and_readers_no_network():
     assert "litv2.weights.download" not in reader and "litv2.weights.releases" not in reader
 
 
+@pytest.mark.extra
 def test_every_module_imports_first_and_alone():
     """In any order: each module in a process that has imported nothing of ours before. The process is forked after ``import torch``."""
     names = sorted(name for name in MODULES if not name.endswith("__main__"))

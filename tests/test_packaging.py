@@ -120,6 +120,7 @@ def test_the_wheel_works_elsewhere(installed):
 
 
 @NEEDS_A_COMPILER
+@pytest.mark.extra
 def test_build_from_the_wheel(installed):
     """Two at once: one compiles, the other waits and finds the library. Nothing is written beside the packages."""
     before = sorted(installed.site.rglob("*"))

@@ -196,6 +196,7 @@ def images(tmp_path_factory):
     return root
 
 
+@pytest.mark.extra
 def test_training_then_fine_tuning(images, tmp_path):
     """From scratch, then from those weights: two of the trainer's commands, with a smaller model and schedule appended."""
     first, tune = (
