@@ -42,6 +42,8 @@ def _machine() -> Iterator[tuple[str, str]]:
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield "torch", f"{torch.__version__}, {torch.get_num_threads()} threads, CPU instructions {torch.backends.cpu.get_cpu_capability()}"
     yield "native kernels", native.problem or torch.ops.litv2.native_kernels()
+    if native.problem is None:
+        yield "bfloat16 products", torch.ops.litv2.native_bfloat16_kernels() or "no instructions for them"
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)

@@ -137,7 +137,7 @@ def why_not(form: str, example: Tensor) -> str | None:
         return native.problem
     if example.device.type != "cpu":
         return f"it is for the CPU, not for {example.device.type}"
-    if form == "native-bfloat16" and not (example.dtype == torch.bfloat16 and torch.ops.litv2.native_has_bfloat16()):
+    if form == "native-bfloat16" and not (example.dtype == torch.bfloat16 and torch.ops.litv2.native_bfloat16_kernels()):
         return f"it is for bfloat16 images, not for {example.dtype}, on processors with bfloat16 products"
     return None
 

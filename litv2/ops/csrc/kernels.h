@@ -66,6 +66,10 @@ struct Kernels {
                     int64_t stride, const float* weight, int64_t ldw, float* out, int64_t out_stride);
 };
 
+// C (M x 32) = A (M x K) B, or C += A B, of bfloat16 bits with sums in float32; K is even, B has the rows of two inputs
+// interleaved. For processors with AVX-512 BF16.
+void avx512bf16_product(int64_t M, int64_t K, const uint16_t* A, const uint16_t* B, bool add, float* C, int64_t ldc);
+
 extern const Kernels baseline_kernels, avx2_kernels, avx512_kernels;
 const Kernels& kernels();
 

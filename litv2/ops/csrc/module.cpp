@@ -81,7 +81,7 @@ Tensor pack(const Tensor& weight) {
 TORCH_LIBRARY_FRAGMENT(litv2, m) {
   m.def("native_panel() -> int", [] { return kernels().panel; });
   m.def("native_columns() -> int", [] { return kColumns; });
-  m.def("native_has_bfloat16() -> bool", has_bfloat16);
+  m.def("native_bfloat16_kernels() -> str", bfloat16_kernels);
   m.def("native_pack(Tensor weight) -> Tensor");
   m.def("native_kernels() -> str", [] { return std::string(kernels().name); });
   m.def(

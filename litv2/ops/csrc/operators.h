@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <initializer_list>
 #include <numeric>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -40,8 +41,8 @@ struct Matrix {
 void product(const Kernels& k, int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const Matrix& B,
              int64_t row, int64_t column, const float* bias, bool add, float* C, int64_t ldc);
 
-// Whether oneDNN has bfloat16 products for this processor.
-bool has_bfloat16();
+// Who computes bfloat16 products on this processor, "" where it has no instructions for them.
+std::string bfloat16_kernels();
 
 inline Matrix packed(const char* name, const Tensor& weight, int64_t K, int64_t N) {
   const int64_t panel = kernels().panel;

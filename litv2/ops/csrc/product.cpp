@@ -1,5 +1,5 @@
-// Products with packed weights. In bfloat16 they are oneDNN's, which uses the matrix units (AMX) and the bfloat16
-// instructions that a processor has; where it has neither, a plain loop computes the same, for tests.
+// Products with packed weights. In bfloat16 they are oneDNN's where the processor has matrix units (AMX), else our own
+// (product_avx512bf16.cpp) where it has AVX-512 BF16; where it has neither, a plain loop computes the same, for tests.
 
 #include <ATen/native/CPUBlas.h>
 
@@ -7,9 +7,11 @@
 
 namespace litv2::native {
 
-bool has_bfloat16() { return at::native::cpublas::could_pack(at::kBFloat16); }
-
 namespace {
+
+// C (M x kColumns) = A (M x K) B, or C += A B.
+using Bfloat16Product = void (*)(int64_t M, int64_t K, const at::BFloat16* A, const at::BFloat16* B, bool add, float* C,
+                                 int64_t ldc);
 
 void plain_product(int64_t M, int64_t K, const at::BFloat16* A, const at::BFloat16* B, bool add, float* C,
                    int64_t ldc) {
@@ -26,7 +28,38 @@ void plain_product(int64_t M, int64_t K, const at::BFloat16* A, const at::BFloat
   }
 }
 
+void onednn_product(int64_t M, int64_t K, const at::BFloat16* A, const at::BFloat16* B, bool add, float* C,
+                    int64_t ldc) {
+  at::native::cpublas::brgemm(M, kColumns, K, K, kColumns, ldc, add, A, B, C);
+}
+
+struct Bfloat16Backend {
+  const char* name;  // nullptr for the loop
+  Bfloat16Product product;
+};
+
+Bfloat16Backend bfloat16_backend() {
+  if (at::native::cpublas::could_pack(at::kBFloat16)) return {"oneDNN", onednn_product};
+#ifdef __x86_64__
+  if (&kernels() == &avx512_kernels && __builtin_cpu_supports("avx512bf16")) {
+    return {"AVX-512 BF16", [](int64_t M, int64_t K, const at::BFloat16* A, const at::BFloat16* B, bool add, float* C,
+                               int64_t ldc) {
+              avx512bf16_product(M, K, reinterpret_cast<const uint16_t*>(A), reinterpret_cast<const uint16_t*>(B), add,
+                                 C, ldc);
+            }};
+  }
+#endif
+  return {nullptr, plain_product};
+}
+
+const Bfloat16Backend& chosen() {
+  static const Bfloat16Backend backend = bfloat16_backend();
+  return backend;
+}
+
 }  // namespace
+
+std::string bfloat16_kernels() { return chosen().name == nullptr ? "" : chosen().name; }
 
 void product(const Kernels& k, int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const Matrix& B,
              int64_t row, int64_t column, const float* bias, bool add, float* C, int64_t ldc) {
@@ -39,15 +72,11 @@ void product(const Kernels& k, int64_t M, int64_t N, int64_t K, const float* A, 
   if (bias != nullptr) {
     for (int64_t m = 0; m < M; ++m) std::copy_n(bias, round_up(N, kColumns), C + m * ldc);
   }
-  const bool sum = add || bias != nullptr, fast = has_bfloat16();
-  for (int64_t n = 0; n < N; n += kColumns) {
-    const at::BFloat16* b = B.bfloat16s + (column + n) * B.K + row * kColumns;
-    if (fast)
-      at::native::cpublas::brgemm(M, kColumns, K, K, kColumns, ldc, sum, a, b, C + n);
-    else
-      plain_product(M, K, a, b, sum, C + n, ldc);
-  }
-  if (fast) at::native::cpublas::brgemm_release();  // what this thread computes next may set up the matrix unit anew
+  const bool sum = add || bias != nullptr;
+  for (int64_t n = 0; n < N; n += kColumns)
+    chosen().product(M, K, a, B.bfloat16s + (column + n) * B.K + row * kColumns, sum, C + n, ldc);
+  if (chosen().product == onednn_product)
+    at::native::cpublas::brgemm_release();  // what this thread computes next may set up the matrix unit anew
 }
 
 }  // namespace litv2::native
