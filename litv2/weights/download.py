@@ -41,7 +41,7 @@ def fetch(source: str | Path) -> Path:
     Raises:
         FileNotFoundError: there is no such file and no such name.
         OSError: the download failed; the message says where to put the file by hand.
-        ValueError: the file is not the one that was first recorded for the URL, or is no checkpoint.
+        UserError: the file is not the one that was first recorded for the URL, or is no checkpoint.
     """
     text = str(source)
     if text.startswith(("http://", "https://")):

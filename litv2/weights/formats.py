@@ -25,7 +25,7 @@ def check_format(path: Path) -> str:
     """``zip`` (torch.save of today), ``legacy`` (before torch 1.6) or ``safetensors``, by the content.
 
     Raises:
-        ValueError: it is something else, truncated, or a zip archive as torch writes none.
+        UserError: it is something else, truncated, or a zip archive as torch writes none.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -58,7 +58,7 @@ def check_pickles(path: Path, kind: str, also: Collection[str] = ()) -> None:
         also: names of other globals that the file may hold, "module.name".
 
     Raises:
-        ValueError: a pickle is damaged, asks for another global, or would make something too large.
+        UserError: a pickle is damaged, asks for another global, or would make something too large.
     """
     try:
         if kind == "zip":

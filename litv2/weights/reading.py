@@ -28,7 +28,7 @@ def read_checkpoint(path: str | Path, also: Sequence = ()) -> dict:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, is no checkpoint or holds other objects.
+        UserError: the file is damaged, is no checkpoint or holds other objects.
     """
     path = Path(path)
     if not path.is_file():

@@ -28,7 +28,7 @@ def find_weights(checkpoint: dict, which: str | None = None, backbone_only: bool
         backbone_only: False keeps a detector's neck and heads, and the prefix ``backbone.`` of its backbone.
 
     Raises:
-        ValueError: there are no weights, or not those that are asked for.
+        UserError: there are no weights, or not those that are asked for.
     """
     if which not in (None, "ema", "model"):
         raise UserError(f"{which=} must be 'ema', 'model' or None")
@@ -80,7 +80,7 @@ def load_weights(
         Lines that say what was not taken from the file; empty when everything was.
 
     Raises:
-        ValueError: keys missing, unexpected or of another shape; the message lists the first of them.
+        UserError: keys missing, unexpected or of another shape; the message lists the first of them.
     """
     notes = []
     own = model.state_dict()
