@@ -3,7 +3,6 @@
 #include "kernels.h"
 
 #ifdef __x86_64__
-#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,fma")
 #include <immintrin.h>
 
 #include <cstring>
@@ -11,10 +10,13 @@
 namespace litv2::native {
 namespace {
 
+// At each function, which clang understands too.
+#define WITH_BFLOAT16 __attribute__((target("avx512f,avx512bf16")))
+
 constexpr int kRows = 12;  // of a tile: 24 sums, two vectors of B and one of A are in registers
 
 template <int R>
-inline void tile(int64_t K, const uint16_t* A, const uint16_t* B, bool add, float* C, int64_t ldc) {
+WITH_BFLOAT16 inline void tile(int64_t K, const uint16_t* A, const uint16_t* B, bool add, float* C, int64_t ldc) {
   __m512 c[R][2];
   for (int i = 0; i < R; ++i) {
     for (int j = 0; j < 2; ++j) c[i][j] = add ? _mm512_loadu_ps(C + i * ldc + 16 * j) : _mm512_setzero_ps();
@@ -35,7 +37,8 @@ inline void tile(int64_t K, const uint16_t* A, const uint16_t* B, bool add, floa
 }
 
 template <int R>
-void last_rows(int64_t rows, int64_t K, const uint16_t* A, const uint16_t* B, bool add, float* C, int64_t ldc) {
+WITH_BFLOAT16 void last_rows(int64_t rows, int64_t K, const uint16_t* A, const uint16_t* B, bool add, float* C,
+                             int64_t ldc) {
   if constexpr (R > 0) {
     if (rows == R) return tile<R>(K, A, B, add, C, ldc);
     last_rows<R - 1>(rows, K, A, B, add, C, ldc);
@@ -44,7 +47,8 @@ void last_rows(int64_t rows, int64_t K, const uint16_t* A, const uint16_t* B, bo
 
 }  // namespace
 
-void avx512bf16_product(int64_t M, int64_t K, const uint16_t* A, const uint16_t* B, bool add, float* C, int64_t ldc) {
+WITH_BFLOAT16 void avx512bf16_product(int64_t M, int64_t K, const uint16_t* A, const uint16_t* B, bool add, float* C,
+                                      int64_t ldc) {
   int64_t m = 0;
   for (; m + kRows <= M; m += kRows) tile<kRows>(K, A + m * K, B, add, C + m * ldc, ldc);
   last_rows<kRows - 1>(M - m, K, A + m * K, B, add, C + m * ldc, ldc);
