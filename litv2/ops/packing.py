@@ -23,7 +23,7 @@ def packed(weight: Tensor, bias: Tensor | None, dtype: torch.dtype = torch.float
     inputs that are not a multiple of 32 stay in float32.
     """
     bias = weight.new_zeros(len(weight)) if bias is None else bias
-    weight = weight if weight.shape[1] % 32 else weight.to(dtype)  # oneDNN's bfloat16 products take 32 inputs at once
+    weight = weight if weight.shape[1] % 32 else weight.to(dtype)  # bfloat16 products take 32 inputs at once, as oneDNN's do
     return torch.ops.litv2.native_pack(weight), F.pad(bias, (0, _missing(len(bias))))
 
 
