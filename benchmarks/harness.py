@@ -181,16 +181,13 @@ COLOURS = dict(ours="#d1495b", paper="#30638e", today="#8d96a3", second="#edae49
 @contextlib.contextmanager
 def figure(path: Path, columns: int = 1, size: tuple[float, float] = (8, 5)) -> Iterator:
     """One row of axes in the style of all plots here, saved to ``path`` at the end: ``with figure(path) as axes: axes.plot(...)``."""
-    import matplotlib
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with pyplot.rc_context({"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
-        drawing, axes = pyplot.subplots(1, columns, figsize=size, layout="constrained")
-        yield axes
+    with rc_context({"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
+        drawing = Figure(figsize=size, layout="constrained")
+        yield drawing.subplots(1, columns)
         drawing.savefig(path, dpi=150)
-        pyplot.close(drawing)
 
 
 def rounded(value: float | None, digits: int) -> float | None:

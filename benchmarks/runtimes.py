@@ -28,6 +28,7 @@ from litv2.errors import run_program
 from litv2.export import Settings, classifier, export, load, suffix
 from litv2.export.images import photographs
 from litv2.inference.fastest import make_form, why_not
+from mm_modules.torch_state import bfloat16_is_emulated
 
 EXPORTS = {  # by name: format, dtype
     "onnxruntime, DeformConv node": ("onnx", "float32"),
@@ -63,7 +64,7 @@ def main() -> None:
             rows.append(row | dict(times_eager=round(medians["eager"] / medians[name], 2), largest_error=float(f"{errors[name]:.0e}")))
     title = f"{args.model}, {args.img_size} x {args.img_size}, medians of {args.rounds} interleaved rounds"
     publish(rows, args.out, title, plot, model=args.model, img_size=args.img_size)
-    if not bfloat16_is_native():
+    if bfloat16_is_emulated():
         print("bfloat16 is not listed: this processor has no instructions for it")
 
 
@@ -76,7 +77,7 @@ def cases(
     modules = {"eager": model, "eager, fuse()": fused, "compiled, fuse()": torch.compile(fused)}
     if not why_not("native", x):
         modules["native"] = make_form(model, "native", torch.float32)
-    if bfloat16_is_native():
+    if not bfloat16_is_emulated():
         half = fuse(model).bfloat16()
         modules |= {"eager, fuse(), bfloat16": half, "compiled, fuse(), bfloat16": torch.compile(half)}
     functions = {name: partial(module, x.bfloat16() if "bfloat16" in name else x) for name, module in modules.items() if only in name}
@@ -95,10 +96,6 @@ def cases(
 def _error(result: Tensor | tuple[Tensor, ...], exact: Tensor) -> float:
     logits = result if isinstance(result, Tensor) else result[0]
     return (logits.float() - exact).abs().max().item()
-
-
-def bfloat16_is_native() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def plot(rows: list[dict], path: Path) -> None:

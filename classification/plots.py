@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,32 +10,30 @@ from yacs.config import CfgNode
 
 from data.dataset import ImageDataset, collate
 from data.transforms import denormalise
+from litv2.curves import Curve, save_curves
 from precision import Precision
 
 
 def plot_curves(rows: list[dict], steps_per_epoch: int, path: Path) -> None:
     """Loss, accuracy and learning rate over epochs, from the rows of metrics.jsonl."""
-    plt = _pyplot()
     train = [row for row in rows if row["kind"] == "train"]
     val = [row for row in rows if row["kind"] == "val"]
-    figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(15, 4), constrained_layout=True)
     train_epochs = [row["update"] / steps_per_epoch for row in train]
     val_epochs = [row["update"] / steps_per_epoch for row in val]
-    loss.plot(train_epochs, [row["loss"] for row in train], label="training (as augmented)", linewidth=1)
-    loss.plot(val_epochs, [row["loss"] for row in val], label="validation", marker=".")
-    loss.set(title="Loss", xlabel="epoch")
-    loss.legend()
-    for key, label in (("top1", "top-1"), ("top5", "top-5")):
+
+    def accuracy(key: str, label: str) -> Curve:
         last = f": {val[-1][key]:.2f} % at the end" if val else ""
-        accuracy.plot(val_epochs, [row[key] for row in val], label=label + last, marker=".")
-    accuracy.set(title="Validation accuracy", xlabel="epoch", ylabel="%")
-    accuracy.legend()
-    rate.plot(train_epochs, [row["lr"] for row in train])
-    rate.set(title="Learning rate", xlabel="epoch")
-    for axis in (loss, accuracy, rate):
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        return Curve(val_epochs, [row[key] for row in val], label + last, marker=".")
+
+    panels = {
+        "Loss": [
+            Curve(train_epochs, [row["loss"] for row in train], "training (as augmented)", width=1),
+            Curve(val_epochs, [row["loss"] for row in val], "validation", marker="."),
+        ],
+        "Validation accuracy": [accuracy("top1", "top-1"), accuracy("top5", "top-5")],
+        "Learning rate": [Curve(train_epochs, [row["lr"] for row in train])],
+    }
+    save_curves(path, panels, xlabel="epoch", units={"Validation accuracy": "%"})
 
 
 @torch.inference_mode()
@@ -44,7 +41,8 @@ def plot_predictions(
     model: nn.Module, dataset: ImageDataset, class_names: list[str], config: CfgNode, precision: Precision, path: Path, count: int = 24
 ) -> None:
     """A grid of validation images with label, prediction and confidence; errors in red."""
-    plt = _pyplot()
+    from matplotlib.figure import Figure
+
     chosen = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().unique().tolist()
     batch = collate([dataset[i] for i in chosen])
     if not len(batch.targets):
@@ -57,7 +55,8 @@ def plot_predictions(
 
     columns = 8
     rows = -(-len(pictures) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2 * columns, 2.4 * rows), squeeze=False, constrained_layout=True)
+    figure = Figure(figsize=(2 * columns, 2.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, picture, target, guess, sure in zip(axes.flat, pictures, batch.targets.tolist(), predicted.tolist(), confidence.tolist()):
@@ -66,13 +65,3 @@ def plot_predictions(
         title = f"{class_names[guess]}  {sure:.0%}" if right else f"{class_names[guess]}  {sure:.0%}\nis {class_names[target]}"
         axis.set_title(title, fontsize=9, color="tab:green" if right else "tab:red")
     figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def _pyplot() -> Any:
-    import matplotlib  # slow to import, and only needed at the end of a run
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt

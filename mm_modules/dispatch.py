@@ -16,7 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["OPERATORS", "Backend", "Operator", "check_forced_names", "use"]
+import torch
+
+__all__ = ["OPERATORS", "Backend", "Operator", "check_forced_names", "use", "without_second_derivatives"]
 
 VARIABLE = "LITV2_OPS"
 
@@ -130,3 +132,13 @@ def _read_environment() -> dict[str, str]:
 
 
 _forced: dict[str, str] = _read_environment()  # backend by operator; the environment is read once, at import
+
+
+def without_second_derivatives(backward: str, operator: str, backend: str) -> None:
+    """Registers that ``backward``, a torch operator (such as ``litv2::conv_backward``) of a backend, cannot be differentiated itself."""
+    def refuse(ctx, *gradients):
+        raise NotImplementedError(
+            f"{operator}: the {backend} backend has no second derivatives; {VARIABLE}={operator}=torch selects the backend that has them"
+        )
+
+    torch.library.register_autograd(backward, refuse)

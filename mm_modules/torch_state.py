@@ -8,7 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["bfloat16_is_emulated", "compute_dtype", "has_global_hooks", "has_hooks", "in_transform", "is_exporting", "is_watched"]
+__all__ = [
+    "bfloat16_is_emulated",
+    "compute_dtype",
+    "has_global_hooks",
+    "has_hooks",
+    "has_kernel",
+    "in_transform",
+    "is_exporting",
+    "is_watched",
+]
 
 
 def is_exporting() -> bool:
@@ -36,6 +45,11 @@ def has_global_hooks() -> bool:
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling this module does more, or something else, than its class's ``forward``."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def has_kernel(operator: str, device: str) -> bool:
+    """Whether a registered operator, such as ``litv2::deform_conv2d``, computes on this type of device, such as ``cuda``."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, device.upper())
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

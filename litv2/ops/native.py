@@ -10,6 +10,7 @@ import os
 
 import torch
 
+from mm_modules.dispatch import without_second_derivatives
 from mm_modules.extension import load
 
 __all__ = ["problem"]
@@ -46,13 +47,8 @@ def _register() -> None:
     def backward(ctx, gradient):
         return torch.ops.litv2.native_depthwise_gelu_backward(gradient, *ctx.saved_tensors)
 
-    def no_double_backward(ctx, *gradients):
-        raise NotImplementedError(
-            "depthwise_gelu: the native operator has no second derivatives; LITV2_OPS=depthwise_gelu=torch selects torch's, which have"
-        )
-
     torch.library.register_autograd("litv2::native_depthwise_gelu", backward, setup_context=keep)
-    torch.library.register_autograd("litv2::native_depthwise_gelu_backward", no_double_backward)
+    without_second_derivatives("litv2::native_depthwise_gelu_backward", "depthwise_gelu", "native")
 
 
 if problem is None:

@@ -9,18 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import Backend
+from .. import torch_state
+from ..dispatch import Backend, without_second_derivatives
 from ..extension import load
-from ..torch_state import in_transform, is_exporting
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 problem = load("mm_modules.DCN._C")  # why it cannot be used, None if it can
-_DEVICES = tuple(
-    device
-    for device in ("cpu", "cuda")
-    if problem is None and torch._C._dispatch_has_kernel_for_dispatch_key("litv2::deform_conv2d", device.upper())
-)
+_DEVICES = [device for device in ("cpu", "cuda") if problem is None and torch_state.has_kernel("litv2::deform_conv2d", device)]
 
 
 def why_not(input: Tensor, *_) -> str | None:
@@ -30,23 +26,26 @@ def why_not(input: Tensor, *_) -> str | None:
         return f"it was built for {' and '.join(_DEVICES)}, not for {input.device.type}"
     if input.dtype not in DTYPES:
         return f"it has no kernel for {input.dtype}"
-    if not torch.compiler.is_compiling() and in_transform():
+    if not torch.compiler.is_compiling() and torch_state.in_transform():
         return "it has no rules for torch.func's transforms and forward derivatives"
     return None
 
 
 def why_rather_not(*_) -> str | None:
-    return "an exported program is made of plain tensor operations, so that it needs nothing of ours" if is_exporting() else None
+    if torch_state.is_exporting():
+        return "an exported program is made of plain tensor operations, so that it needs nothing of ours"
+    return None
 
 
 def deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask) -> Tensor:
     """See ``mm_modules.DCN.deform_conv2d``, which has checked the arguments; ``offset`` and ``mask`` are float32 or better."""
-    return torch.ops.litv2.deform_conv2d(input, offset, weight, bias, mask, stride, padding, dilation)
+    emulated = torch_state.bfloat16_is_emulated()
+    return torch.ops.litv2.deform_conv2d(input, offset, weight, bias, mask, stride, padding, dilation, emulated)
 
 
 def _register() -> None:
     @torch.library.register_fake("litv2::deform_conv2d")
-    def _(input, offset, weight, bias, mask, stride, padding, dilation):
+    def _(input, offset, weight, bias, mask, stride, padding, dilation, wide_products=False):
         (B, _, Ho, Wo), O = offset.shape, weight.shape[0]
         return input.new_empty(B, Ho, Wo, O).permute(0, 3, 1, 2)
 
@@ -61,28 +60,23 @@ def _register() -> None:
         return tuple(like(tensor, needed) for tensor, needed in zip((input, offset, weight, mask), needs))
 
     def keep(ctx, inputs, output):
-        input, offset, weight, bias, mask, *ctx.geometry = inputs
+        input, offset, weight, bias, mask, *ctx.geometry, ctx.wide_products = inputs
         ctx.save_for_backward(input, offset, weight, mask)
 
     def backward(ctx, gradient):
         needs = ctx.needs_input_grad
         input, offset, weight, mask = torch.ops.litv2.deform_conv2d_backward(
-            gradient, *ctx.saved_tensors, *ctx.geometry, needs[0], needs[1], needs[2], needs[4]
+            gradient, *ctx.saved_tensors, *ctx.geometry, needs[0], needs[1], needs[2], needs[4], ctx.wide_products
         )
         bias = gradient.sum(dim=(0, 2, 3)) if needs[3] else None
         results = (input if needs[0] else None, offset if needs[1] else None, weight if needs[2] else None)
-        return *results, bias, mask if needs[4] else None, None, None, None
-
-    def no_double_backward(ctx, *gradients):
-        raise NotImplementedError(
-            "deform_conv2d: the compiled backend has no second derivatives; LITV2_OPS=deform_conv2d=torch selects the one that has"
-        )
+        return *results, bias, mask if needs[4] else None, None, None, None, None
 
     torch.library.register_autograd("litv2::deform_conv2d", backward, setup_context=keep)
-    torch.library.register_autograd("litv2::deform_conv2d_backward", no_double_backward)
+    without_second_derivatives("litv2::deform_conv2d_backward", "deform_conv2d", BACKEND.name)
 
+
+BACKEND = Backend("compiled", deform_conv2d, why_not, why_rather_not)
 
 if problem is None:
     _register()
-
-BACKEND = Backend("compiled", deform_conv2d, why_not, why_rather_not)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from helpers import ROOT, assert_as_precise, max_difference
+from mm_modules import torch_state
 from mm_modules.DCN import DeformConv2dPack, compiled, deform_conv, reference
 from mm_modules.dispatch import use
 from mm_modules.extension import SUFFIX
@@ -68,6 +69,8 @@ def test_registrations(case, dtype, device):
     torch.library.opcheck(operator, (*values, *geometry), **tolerance)
     gradient = torch.randn_like(operator(*values, *geometry))
     input, offset, weight, _, mask = (None if value is None else value.detach() for value in values)
+    if dtype == torch.bfloat16:
+        torch.library.opcheck(operator, (*values, *geometry, True), **tolerance)
     for wanted in ("input offset weight mask", "offset", "input", "weight"):
         needs = [name in wanted.split() and (name != "mask" or mask is not None) for name in ("input", "offset", "weight", "mask")]
         torch.library.opcheck(backward_operator, (gradient.detach(), input, offset, weight, mask, *geometry, *needs), **tolerance)
@@ -75,9 +78,10 @@ def test_registrations(case, dtype, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_low_precision_is_as_good_as_plain_pytorch(case, dtype, device):
+@pytest.mark.parametrize("dtype, emulated", [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)], ids=str)
+def test_low_precision_is_as_good_as_plain_pytorch(case, dtype, emulated, device, monkeypatch):
     """Each result is within twice the error of the PyTorch version in that precision, and positions stay float32."""
+    monkeypatch.setattr(torch_state, "bfloat16_is_emulated", lambda: emulated)
     low = tensors(**case, dtype=dtype, device=device)
     exact = [None if value is None else value.detach().double().requires_grad_() for value in low]
     seed = torch.randn_like(operator(*low, *case["geometry"]))

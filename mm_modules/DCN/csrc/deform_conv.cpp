@@ -1,5 +1,6 @@
 // Operators litv2::deform_conv2d and its backward: checks, chunks, matrix products; the device's kernels do the rest.
-// Autograd and shape inference are registered in Python (backend_compiled.py).
+// Autograd and shape inference are registered in Python (compiled.py), which also says whether to multiply bfloat16
+// numbers in float32: `wide_products`, for processors that have no instructions for bfloat16.
 
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
@@ -134,17 +135,12 @@ Tensor group_outputs(const Tensor& matrix, const Geometry& g, int64_t i) {
   return matrix.narrow(-1, i * outputs, outputs);
 }
 
-// A matrix for a product on the CPU: in float32 where bfloat16 has no instructions and would go number by number.
-Tensor factor(const Tensor& matrix) {
-  static const bool emulated =
-      at::hasMKLDNN() &&
-      !c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_is_mkldnn_bf16_supported", "").typed<bool()>().call();
-  return emulated && matrix.is_cpu() && matrix.scalar_type() == at::kBFloat16 ? matrix.to(at::kFloat) : matrix;
-}
+// A matrix as a factor of a product.
+Tensor factor(const Tensor& matrix, bool wide) { return wide ? matrix.to(at::kFloat) : matrix; }
 
 // out = A B + bias
-void product(Tensor out, const Tensor& A, const Tensor& B, const Tensor& bias = {}) {
-  const Tensor a = factor(A), b = factor(B);
+void product(Tensor out, const Tensor& A, const Tensor& B, bool wide, const Tensor& bias = {}) {
+  const Tensor a = factor(A, wide), b = factor(B, wide);
   if (a.scalar_type() != out.scalar_type()) {
     out.copy_(bias.defined() ? at::addmm(bias.to(a.scalar_type()), a, b) : at::mm(a, b));
   } else if (bias.defined()) {
@@ -156,18 +152,19 @@ void product(Tensor out, const Tensor& A, const Tensor& B, const Tensor& bias = 
 
 Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& weight,
                      const OptionalTensor& bias_or_none, const OptionalTensor& mask_or_none, at::IntArrayRef stride,
-                     at::IntArrayRef padding, at::IntArrayRef dilation) {
+                     at::IntArrayRef padding, at::IntArrayRef dilation, bool wide_products) {
   const Tensor bias = bias_or_none.value_or(Tensor()), mask = mask_or_none.value_or(Tensor());
   const Geometry g = check(input, offset, weight, bias, mask, stride, padding, dilation);
   const c10::DeviceGuard guard(input.device());
   const Kernels& kernels = kernels_of(input);
+  const bool wide = wide_products && input.is_cpu() && input.scalar_type() == at::kBFloat16;
   const Tensor pixels = channels_last(input), matrices = weight_matrices(weight, g);
   const Tensor out = at::empty({g.positions(), weight.size(0)}, input.options());
   for_each_chunk(g, input.options(), [&](int64_t first, int64_t count, const Tensor& columns) {
     kernels.gather(g, first, count, pixels, offset, mask, columns);
     for (int64_t i = 0; i < g.groups; ++i) {
       product(group_outputs(out.narrow(0, first, count), g, i), columns[i], matrices[i].t(),
-              bias.defined() ? group_outputs(bias, g, i) : bias);
+              wide, bias.defined() ? group_outputs(bias, g, i) : bias);
     }
   });
   return out.view({g.batch, g.out_height, g.out_width, weight.size(0)}).permute({0, 3, 1, 2});
@@ -192,7 +189,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(const Tensor& 
                                                                   const OptionalTensor& mask_or_none,
                                                                   at::IntArrayRef stride, at::IntArrayRef padding,
                                                                   at::IntArrayRef dilation, bool need_input,
-                                                                  bool need_offset, bool need_weight, bool need_mask) {
+                                                                  bool need_offset, bool need_weight, bool need_mask,
+                                                                  bool wide_products) {
   const Tensor mask = mask_or_none.value_or(Tensor());
   Geometry g = check(input, offset, weight, Tensor(), mask, stride, padding, dilation);
   TORCH_CHECK_VALUE(gradient.sizes() == at::IntArrayRef({g.batch, weight.size(0), g.out_height, g.out_width}) &&
@@ -203,6 +201,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(const Tensor& 
                     "deform_conv2d_backward: the gradient of a mask was asked for, but mask is None");
   const c10::DeviceGuard guard(input.device());
   const Kernels& kernels = kernels_of(input);
+  const bool wide = wide_products && input.is_cpu() && input.scalar_type() == at::kBFloat16;
   const Tensor pixels = channels_last(input), matrices = weight_matrices(weight, g);
   const Tensor gradients = channels_last(gradient).view({g.positions(), weight.size(0)});
 
@@ -221,7 +220,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(const Tensor& 
     if (need_weight) {
       kernels.gather(g, first, count, pixels, offset, mask, columns);
       for (int64_t i = 0; i < g.groups; ++i) {
-        const Tensor gradient_of_outputs = factor(group_outputs(rows, g, i)).t(), inputs = factor(columns[i]);
+        const Tensor gradient_of_outputs = factor(group_outputs(rows, g, i), wide).t(),
+                     inputs = factor(columns[i], wide);
         if (sums.dtype() == inputs.dtype()) {
           weight_gradient[i].addmm_(gradient_of_outputs, inputs);
         } else {
@@ -231,7 +231,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(const Tensor& 
     }
     if (need_input || need_offset || need_mask) {
       for (int64_t i = 0; i < g.groups; ++i) {
-        product(columns[i], group_outputs(rows, g, i), matrices[i]);
+        product(columns[i], group_outputs(rows, g, i), matrices[i], wide);
       }
       kernels.scatter(pieces, first, count, columns, pixels, offset, mask, input_gradient, offset_gradient,
                       mask_gradient);
@@ -255,7 +255,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(const Tensor& 
 template <c10::DeviceType device>
 Tensor deform_conv2d_autocast(const Tensor& input, const Tensor& offset, const Tensor& weight,
                               const OptionalTensor& bias, const OptionalTensor& mask, at::IntArrayRef stride,
-                              at::IntArrayRef padding, at::IntArrayRef dilation) {
+                              at::IntArrayRef padding, at::IntArrayRef dilation, bool wide_products) {
   const c10::impl::ExcludeDispatchKeyGuard guard(at::autocast::get_autocast_dispatch_key_from_device_type(device));
   const auto value = [](const Tensor& x) {
     return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device);
@@ -264,7 +264,7 @@ Tensor deform_conv2d_autocast(const Tensor& input, const Tensor& offset, const T
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("litv2::deform_conv2d", "").typed<decltype(deform_conv2d)>();
   return op.call(value(input), position(offset), value(weight), bias ? OptionalTensor(value(*bias)) : bias,
-                 mask ? OptionalTensor(position(*mask)) : mask, stride, padding, dilation);
+                 mask ? OptionalTensor(position(*mask)) : mask, stride, padding, dilation, wide_products);
 }
 
 }  // namespace
@@ -272,12 +272,11 @@ Tensor deform_conv2d_autocast(const Tensor& input, const Tensor& offset, const T
 TORCH_LIBRARY(litv2, m) {
   m.def(
       "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask, "
-      "int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
+      "int[2] stride, int[2] padding, int[2] dilation, bool wide_products=False) -> Tensor");
   m.def(
       "deform_conv2d_backward(Tensor gradient, Tensor input, Tensor offset, Tensor weight, Tensor? mask, "
-      "int[2] stride, int[2] padding, int[2] dilation, bool need_input, bool need_offset, bool need_weight, bool "
-      "need_mask) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "int[2] stride, int[2] padding, int[2] dilation, bool need_input, bool need_offset, bool need_weight, "
+      "bool need_mask, bool wide_products=False) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(litv2, CPU, m) {
