@@ -6,7 +6,8 @@
 
 #include "kernels.h"
 
-// One binary for every x86-64: the loader picks the clone that the processor can run.
+// One binary for every x86-64: the loader picks the clone that the processor can run. That is enough here, where the
+// compiler chooses how wide the vectors are; litv2/ops/csrc has kernels written for a width, and a file for each.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
 #define DCN_CLONES __attribute__((target_clones("default", "arch=haswell", "arch=x86-64-v4")))
 #else
