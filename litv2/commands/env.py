@@ -44,6 +44,7 @@ def _machine() -> Iterator[tuple[str, str]]:
     yield "native kernels", native.problem or torch.ops.litv2.native_kernels()
     if native.problem is None:
         yield "bfloat16 products", torch.ops.litv2.native_bfloat16_kernels() or "no instructions for them"
+        yield "int8 products", torch.ops.litv2.native_int8_kernels() or "no instructions for them"
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)

@@ -24,9 +24,12 @@ __all__ = ["FORMS", "Optimized", "make_form", "optimize", "why_not"]
 FORMS = {
     "native": "float32 blocks in two passes each, weights packed once",
     "native-bfloat16": "the same with bfloat16 products",
+    "native-int8": "the same with int8 products",
     "compiled": "folded by fuse(), frozen weights, generated code",
     "fused": "folded by fuse(), torch's operators",
 }
+PRODUCTS = {"native": torch.float32, "native-bfloat16": torch.bfloat16, "native-int8": torch.int8}  # dtype of the products
+INT8_ERROR = 0.1  # that is allowed, of the largest value
 ROUNDS = 5
 
 
@@ -61,7 +64,7 @@ class Optimized(nn.Module):
 def optimize(
     model: LITv2,
     example: Tensor,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     forms: Sequence[str] | None = None,
     report: Callable[[str], None] | None = print,
 ) -> Optimized:
@@ -74,7 +77,9 @@ def optimize(
         example: images (B, in_chans, H, W) on the device that will be used, as many as in earnest.
         dtype: of the images and the results, None for the model's. With bfloat16 on a processor that has no instructions
             for it, the native form computes in float32: faster there, and more exact. On one that has them there is
-            also "native-bfloat16", whose products alone are rounded.
+            also "native-bfloat16", whose products alone are rounded. With int8 images and results have the model's
+            dtype, and the form is "native-int8" (see ``packed_model``). It needs no calibration: each token is scaled by
+            its own largest and smallest value.
         forms: those to try, of ``FORMS``; None for all that this machine has. Compiling takes about a minute.
         report: what gets the lines that say what was done; None for nobody.
 
@@ -82,7 +87,8 @@ def optimize(
         TypeError: the model is not a LITv2.
         ValueError: an unknown form, or none that can be had here.
         RuntimeError: of every form the results are further from the plain float32 model's than 1e-4 of their largest value, in
-            lower precision than twice the plain model's in that precision. One of several is left out, which is said.
+            lower precision than twice the plain model's in that precision, in int8 than 0.1 of their largest value. One of
+            several is left out, which is said.
     """
     if not isinstance(model, LITv2):
         raise TypeError(f"optimize: expected a LITv2, not {type(model).__name__}; of a detector or segmenter optimize the backbone")
@@ -92,9 +98,13 @@ def optimize(
     if unknown:
         raise ValueError(f"optimize: unknown forms {sorted(unknown)}; there are {', '.join(FORMS)}")
     log = report or (lambda line: None)
-    dtype = dtype or next(model.parameters()).dtype
+    int8 = dtype in (torch.int8, "int8")
+    if isinstance(dtype, str) and not int8:
+        raise ValueError(f"optimize: dtype={dtype!r}, expected a torch.dtype or 'int8'")
+    dtype = dtype if isinstance(dtype, torch.dtype) and not int8 else next(model.parameters()).dtype
     example = example.to(dtype)
-    missing = {form: why_not(form, example) for form in FORMS if forms is None or form in forms}
+    wanted = forms or [form for form in FORMS if (form == "native-int8") == int8]
+    missing = {form: why_not(form, example) for form in FORMS if form in wanted}
     if forms is not None:
         for form, reason in missing.items():
             if reason:
@@ -106,6 +116,8 @@ def optimize(
     plain = Optimized(inference_copy(model).to(dtype), "plain", dtype, dtype)
     exact = _tensors(Optimized(inference_copy(model).to(torch.float32), "plain", torch.float32, torch.float32)(example))
     allowed = 1e-4 if dtype == torch.float32 else max(1e-4, 2 * _error(_tensors(plain(example)), exact))
+    if int8:
+        allowed = INT8_ERROR
     candidates = {"plain": plain}
     for form in forms:
         candidates[form] = make_form(model, form, dtype)
@@ -139,14 +151,16 @@ def why_not(form: str, example: Tensor) -> str | None:
         return f"it is for the CPU, not for {example.device.type}"
     if form == "native-bfloat16" and not (example.dtype == torch.bfloat16 and torch.ops.litv2.native_bfloat16_kernels()):
         return f"it is for bfloat16 images, not for {example.dtype}, on processors with bfloat16 products"
+    if form == "native-int8" and not torch.ops.litv2.native_int8_kernels():
+        return "this processor has no instructions for int8 products (AVX-512 VNNI or AMX)"
     return None
 
 
 def make_form(model: LITv2, form: str, dtype: torch.dtype) -> Optimized:
     """One of ``FORMS``, neither proven nor timed."""
     if form.startswith("native"):
-        products = torch.bfloat16 if form == "native-bfloat16" else torch.float32
-        return Optimized(packed_model(inference_copy(model).to(torch.float32), products), form, dtype, torch.float32)
+        packed = packed_model(inference_copy(model).to(torch.float32), PRODUCTS[form])
+        return Optimized(packed, form, dtype, torch.float32)
     fused = fuse(model).to(dtype)
     if form == "compiled":
         return Optimized(torch.compile(fused, options={"freezing": True}), form, dtype, dtype)

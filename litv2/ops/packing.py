@@ -19,12 +19,31 @@ if TYPE_CHECKING:
 def packed(weight: Tensor, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Weight (N, K) in the layout that the products read (csrc/operators.h, Matrix), and the bias as long as its panels.
 
-    ``dtype`` is that of the product: with bfloat16 both of its factors are rounded to it, sums are float32;
-    inputs that are not a multiple of 32 stay in float32.
+    ``dtype`` is that of the product. With bfloat16 both of its factors are rounded to it, with int8 to 255 steps per row of the
+    weight and 256 per token; sums are float32 or exact. Inputs that are not a multiple of 32 stay in float32.
     """
     bias = weight.new_zeros(len(weight)) if bias is None else bias
-    weight = weight if weight.shape[1] % 32 else weight.to(dtype)  # bfloat16 products take 32 inputs at once, as oneDNN's do
-    return torch.ops.litv2.native_pack(weight), F.pad(bias, (0, _missing(len(bias))))
+    if weight.shape[1] % 32:  # products of lower precision take 32 inputs at once, as oneDNN's do
+        dtype = torch.float32
+    packed = _packed_int8(weight) if dtype == torch.int8 else torch.ops.litv2.native_pack(weight.to(dtype))
+    return packed, F.pad(bias, (0, _missing(len(bias))))
+
+
+def _packed_int8(weight: Tensor) -> Tensor:
+    """Weight (N, K) -> int8 (panels, bytes of a panel), see ``int8_panel`` in csrc/operators.h. Symmetric, a scale per row."""
+    weight = F.pad(weight.detach().float(), (0, 0, 0, _missing(len(weight))))
+    K, columns = weight.shape[1], torch.ops.litv2.native_columns()
+    scale = weight.abs().amax(dim=1, keepdim=True) / 127
+    steps = (weight / scale.clamp_min(1e-30)).round().to(torch.int8).unflatten(0, (-1, columns))  # (panels, columns, K)
+    sums = steps.unflatten(2, (-1, 32)).sum(dim=3, dtype=torch.int32)  # (panels, columns, K / 32)
+    return torch.cat(
+        [
+            steps.unflatten(2, (-1, 4)).transpose(1, 2).reshape(-1, K * columns),
+            scale.reshape(-1, columns).view(torch.int8),
+            sums.transpose(1, 2).reshape(-1, K // 32 * columns).view(torch.int8),
+        ],
+        dim=1,
+    )
 
 
 def _missing(n: int) -> int:

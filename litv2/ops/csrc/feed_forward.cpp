@@ -8,7 +8,7 @@ namespace litv2::native {
 namespace {
 
 constexpr int64_t kBandTokens = 224;  // about so many tokens are worked on at once
-constexpr int64_t kChunk = 96;        // hidden channels at once, whole panels
+constexpr int64_t kChunk = 192;       // hidden channels at once, whole panels
 constexpr int64_t kFewRows = 8;       // a thread with fewer would spend much on the rows around its own
 
 struct FeedForward {
@@ -27,6 +27,7 @@ struct FeedForward {
     const int64_t row = width * channels, wide = round_up(channels, kColumns);
     Scratch scratch;
     float* tokens = scratch.take((band + 2) * row);
+    Factor normed(fc1, (band + 2) * width, channels, scratch), factor(fc2, band * width, kChunk, scratch);
     float* hidden_rows = scratch.take((band + 2) * width * (to - from));
     float* activated = scratch.take(band * width * kChunk);
     float* sum = scratch.take(band * width * wide);
@@ -40,20 +41,25 @@ struct FeedForward {
       const int64_t end = begin + rows < last || last % height != 0 ? rows + 2 : rows + 1;
       k.layer_norm((end - known) * width, channels, x + (begin - 1 + known) * row, channels, norm_weight, norm_bias,
                    eps, tokens);
+      normed.set(k, 0, (end - known) * width, tokens, channels);
       for (int64_t c = from; c < to; c += kChunk) {
         const int64_t chunk = std::min(kChunk, to - c), hidden_row = width * chunk;
         float* h = hidden_rows + (band + 2) * width * (c - from);
         if (known == 2) std::copy_n(h + band * hidden_row, 2 * hidden_row, h);
-        product(k, (end - known) * width, chunk, channels, tokens, channels, fc1, 0, c, fc1_bias + c, false,
-                h + known * hidden_row, chunk);
+        product(k, (end - known) * width, normed, fc1, 0, c, chunk, fc1_bias + c, 0, h + known * hidden_row, chunk);
+        factor.narrow(chunk);
         for (int64_t i = 0; i < rows; ++i) {
           const float* above = (begin + i) % height > 0 ? h + i * hidden_row : zeros;
           const float* below = (begin + i + 1) % height > 0 ? h + (i + 2) * hidden_row : zeros;
-          k.depthwise_gelu(width, chunk, above, h + (i + 1) * hidden_row, below, chunk, depthwise + c, hidden,
-                           depthwise_bias + c, activated + i * hidden_row, chunk);
+          float* row = factor.copies() ? activated : activated + i * hidden_row;  // one that stays in the first cache
+          (factor.copies() ? k.depthwise_fast_gelu : k.depthwise_gelu)(width, chunk, above, h + (i + 1) * hidden_row,
+                                                                       below, chunk, depthwise + c, hidden,
+                                                                       depthwise_bias + c, row, chunk);
+          factor.set(k, i * width, width, row, chunk);
         }
-        product(k, rows * width, channels, chunk, activated, chunk, fc2, c, 0, c == 0 ? fc2_bias : nullptr, c > from,
-                sum, wide);
+        const bool first_chunk = c == from;
+        product(k, rows * width, factor, fc2, c, 0, channels, !first_chunk ? sum : from == 0 ? fc2_bias : nullptr,
+                first_chunk ? 0 : wide, sum, wide);
       }
       if (from == 0) {
         k.add(rows * width, channels, x + begin * row, sum, wide, out + begin * row);

@@ -59,16 +59,18 @@ void project(const HiLo& a, const float* x, const float* norm_weight, const floa
                        row);
       std::fill(row + inside * C, row + a.padded_width * C, 0.0f);
     }
-    product(a.k, rows * a.padded_width, a.projected(), C, tokens, C, linear.weight, 0, 0, linear.bias, false,
+    Factor factor(linear.weight, rows * a.padded_width, C, scratch);
+    factor.set(a.k, 0, rows * a.padded_width, tokens, C);
+    product(a.k, rows * a.padded_width, factor, linear.weight, 0, 0, a.projected(), linear.bias, 0,
             projected + (image * a.padded_height + first) * a.padded_width * stride, stride);
     if (s == 1 || a.l_heads == 0) return;
     const int64_t across = a.padded_width / s;
     float* cell = pooled + (image * a.cells() + first / s * across) * C;
     for (int64_t i = 0; i < rows / s * across; ++i, cell += C) {
       std::fill_n(cell, C, 0.0f);
-      for (int64_t j = 0; j < s * s; ++j) {
-        const float* token = tokens + ((i / across * s + j / s) * a.padded_width + i % across * s + j % s) * C;
-        for (int64_t c = 0; c < C; ++c) cell[c] += token[c];
+      for (int64_t j = 0; j < s; ++j) {
+        const float* token = tokens + ((i / across * s + j) * a.padded_width + i % across * s) * C;
+        for (int64_t t = 0; t < s; ++t) a.k.add(1, C, cell, token + t * C, C, cell);
       }
       for (int64_t c = 0; c < C; ++c) cell[c] *= 1.0f / (s * s);
     }
@@ -79,8 +81,11 @@ void project_pooled(const HiLo& a, const float* pooled, Linear linear, float* kv
   const int64_t rows = a.images * a.cells(), pieces = (rows + kPooledRows - 1) / kPooledRows;
   at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kPooledRows, last = std::min(rows, end * kPooledRows);
-    product(a.k, last - first, 2 * a.l_channels(), a.channels, pooled + first * a.channels, a.channels, linear.weight,
-            0, 0, linear.bias, false, kv + first * stride, stride);
+    Scratch scratch;
+    Factor factor(linear.weight, last - first, a.channels, scratch);
+    factor.set(a.k, 0, last - first, pooled + first * a.channels, a.channels);
+    product(a.k, last - first, factor, linear.weight, 0, 0, 2 * a.l_channels(), linear.bias, 0, kv + first * stride,
+            stride);
   });
 }
 
@@ -128,7 +133,9 @@ void attend(const HiLo& a, const float* x, const float* projected, const float* 
       for (int64_t h = 0; h < a.h_heads; ++h)
         a.k.window_attention(T / size, size, d, Dh, from + h * d, tokens.data(), mixed + h * d, out_tokens.data(),
                              logits);
-      product(a.k, T, Dh, Dh, mixed, C, h_proj.weight, 0, 0, h_proj.bias, false, sum, wide);
+      Factor factor(h_proj.weight, T, Dh, scratch);
+      factor.set(a.k, 0, T, mixed, C);
+      product(a.k, T, factor, h_proj.weight, 0, 0, Dh, h_proj.bias, 0, sum, wide);
     }
     if (Dl > 0) {
       float* logits = scratch.take(a.k.attention_scratch(M, d));
@@ -137,7 +144,9 @@ void attend(const HiLo& a, const float* x, const float* projected, const float* 
         a.k.attention(T, M, d, from + 3 * Dh + h * d, stride, keys + i * keys_size, values + i * values_size,
                       mixed + Dh + h * d, C, logits);
       }
-      product(a.k, T, Dl, Dl, mixed + Dh, C, l_proj.weight, 0, 0, l_proj.bias, false, sum + Dh, wide);
+      Factor factor(l_proj.weight, T, Dl, scratch);
+      factor.set(a.k, 0, T, mixed + Dh, C);
+      product(a.k, T, factor, l_proj.weight, 0, 0, Dl, l_proj.bias, 0, sum + Dh, wide);
     }
     for (int64_t i = 0; i < rows && first + i < a.height; ++i) {
       const int64_t at = (image * a.height + first + i) * a.width * C;

@@ -14,13 +14,22 @@ struct Kernels {
   const char* name;
   int64_t panel;
 
-  // C (M x N) = bias + A (M x K) B; without a bias C = A B, or C += A B where `add`. panel_stride is between panels of
-  // B.
+  // C (M x N) = start + A (M x K) B. start has the rows of C, one for all with a stride of 0 (a bias), and may be C; where
+  // it is nullptr the sums start at 0. panel_stride is between panels of B.
   void (*product)(int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const float* B, int64_t panel_stride,
-                  const float* bias, bool add, float* C, int64_t ldc);
+                  const float* start, int64_t start_stride, float* C, int64_t ldc);
 
   // Rows of K numbers rounded to the nearest bfloat16 (its bits), one after the other.
   void (*to_bfloat16)(int64_t M, int64_t K, const float* A, int64_t lda, uint16_t* out);
+
+  // Rows of K numbers as bytes q, one after the other: each number is close to scale * (q - zero) with the scale and zero
+  // of its row. The scale of a row that is not finite is NaN.
+  void (*to_bytes)(int64_t M, int64_t K, const float* A, int64_t lda, uint8_t* out, float* scale, int32_t* zero);
+
+  // The floats of M x kColumns sums of products of bytes: start + scale[m] * scales[n] * (sums - zero[m] * weights[n]),
+  // where weights[n] is the sum of a column of B.
+  void (*from_sums)(int64_t M, const int32_t* sums, const float* scale, const int32_t* zero, const float* scales,
+                    const int32_t* weights, const float* start, int64_t start_stride, float* C, int64_t ldc);
 
   // Rows of `channels` normalised, scaled and shifted.
   void (*layer_norm)(int64_t rows, int64_t channels, const float* x, int64_t ldx, const float* weight,
@@ -44,6 +53,10 @@ struct Kernels {
   void (*depthwise_gelu)(int64_t width, int64_t channels, const float* above, const float* here, const float* below,
                          int64_t stride, const float* weight, int64_t ldw, const float* bias, float* out,
                          int64_t out_stride);
+  // The same with a polynomial for GELU, absolute error 5e-5: for results that are rounded to bfloat16 or bytes.
+  void (*depthwise_fast_gelu)(int64_t width, int64_t channels, const float* above, const float* here,
+                              const float* below, int64_t stride, const float* weight, int64_t ldw, const float* bias,
+                              float* out, int64_t out_stride);
 
   // Softmax attention of T queries (rows, already scaled) to M keys, of one head. keys: d x M packed; values: M x d
   // packed. scratch has room for attention_scratch(M, d) floats.
@@ -66,9 +79,16 @@ struct Kernels {
                     int64_t stride, const float* weight, int64_t ldw, float* out, int64_t out_stride);
 };
 
-// C (M x 32) = A (M x K) B, or C += A B, of bfloat16 bits with sums in float32; K is even, B has the rows of two inputs
-// interleaved. For processors with AVX-512 BF16.
-void avx512bf16_product(int64_t M, int64_t K, const uint16_t* A, const uint16_t* B, bool add, float* C, int64_t ldc);
+// Results of products of lower precision are written by so many columns.
+constexpr int64_t kColumns = 32;
+
+// Of one panel, in product_avx512.cpp: C (M x kColumns) = start + A (M x K) B of bfloat16 bits with sums in float32, K even,
+// B with the rows of two inputs interleaved; numbers rounded to bfloat16, K a multiple of 32; and C = A B of bytes,
+// unsigned in A and signed in B, K a multiple of 4, B with the rows of four inputs interleaved.
+void avx512_bfloat16_product(int64_t M, int64_t K, const uint16_t* A, const uint16_t* B, const float* start,
+                             int64_t start_stride, float* C, int64_t ldc);
+void avx512_to_bfloat16(int64_t M, int64_t K, const float* A, int64_t lda, uint16_t* out);
+void avx512_int8_product(int64_t M, int64_t K, const uint8_t* A, const int8_t* B, int32_t* C);
 
 extern const Kernels baseline_kernels, avx2_kernels, avx512_kernels;
 const Kernels& kernels();

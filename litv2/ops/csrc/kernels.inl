@@ -8,6 +8,7 @@ namespace {
 constexpr int64_t V = VECTOR_FLOATS, kPanel = 2 * V;
 typedef float Vector __attribute__((vector_size(4 * VECTOR_FLOATS), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * VECTOR_FLOATS), aligned(4), may_alias));
+typedef uint8_t Bytes __attribute__((vector_size(VECTOR_FLOATS), aligned(1), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(2 * VECTOR_FLOATS), aligned(2), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
@@ -56,6 +57,16 @@ INLINE Vector error_function(Vector z) {
   return z < -3.9f ? all(-1.0f) : upper;
 }
 
+// gelu as x (1/2 + z P(z^2)) with z = x between -4.3 and 4.3, absolute error 5e-5.
+INLINE Vector fast_gelu(Vector x) {
+  const Vector low = all(-4.3f), high = all(4.3f);
+  Vector z = larger(low, x);  // a NaN stays one
+  z = z > high ? high : z;
+  const Vector p = polynomial(z * z, {2.8475526e-11f, -3.1543999e-09f, 1.5347385e-07f, -4.346182e-06f, 8.0284604e-05f,
+                                      -1.0304698e-03f, 9.560858e-03f, -6.5944925e-02f, 3.986908e-01f});
+  return x * (0.5f + z * p);
+}
+
 INLINE Vector gelu(Vector x) { return 0.5f * x * (1.0f + error_function(x * 0.70710678f)); }
 
 // d gelu(x) / dx
@@ -65,12 +76,11 @@ INLINE Vector gelu_slope(Vector x) {
 
 // R rows of C, one panel wide. B's rows are one panel apart.
 template <int R>
-INLINE void tile(int64_t K, const float* A, int64_t lda, const float* B, const float* bias, bool add, float* C,
-                 int64_t ldc) {
+INLINE void tile(int64_t K, const float* A, int64_t lda, const float* B, const float* start, int64_t start_stride,
+                 float* C, int64_t ldc) {
   Vector c[R][2];
   for (int i = 0; i < R; ++i) {
-    for (int j = 0; j < 2; ++j)
-      c[i][j] = add ? load(C + i * ldc + j * V) : bias != nullptr ? load(bias + j * V) : Vector{};
+    for (int j = 0; j < 2; ++j) c[i][j] = start != nullptr ? load(start + i * start_stride + j * V) : Vector{};
   }
   for (int64_t k = 0; k < K; ++k) {
     const Vector b0 = load(B + k * kPanel), b1 = load(B + k * kPanel + V);
@@ -86,26 +96,28 @@ INLINE void tile(int64_t K, const float* A, int64_t lda, const float* B, const f
 }
 
 template <int R>
-void last_rows(int64_t rows, int64_t K, const float* A, int64_t lda, const float* B, const float* bias, bool add,
-               float* C, int64_t ldc) {
+void last_rows(int64_t rows, int64_t K, const float* A, int64_t lda, const float* B, const float* start,
+               int64_t start_stride, float* C, int64_t ldc) {
   if constexpr (R > 0) {
-    if (rows == R) return tile<R>(K, A, lda, B, bias, add, C, ldc);
-    last_rows<R - 1>(rows, K, A, lda, B, bias, add, C, ldc);
+    if (rows == R) return tile<R>(K, A, lda, B, start, start_stride, C, ldc);
+    last_rows<R - 1>(rows, K, A, lda, B, start, start_stride, C, ldc);
   }
 }
 
 void product(int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const float* B, int64_t panel_stride,
-             const float* bias, bool add, float* C, int64_t ldc) {
+             const float* start, int64_t start_stride, float* C, int64_t ldc) {
   constexpr int64_t kDepth = 512;  // of a panel's part that stays in the first cache
   for (int64_t k = 0; k < K; k += kDepth) {
     const int64_t depth = K - k < kDepth ? K - k : kDepth;
+    if (k > 0) start = C, start_stride = ldc;
     for (int64_t n = 0; n < N; n += kPanel) {
       const float* panel = B + n / kPanel * panel_stride + k * kPanel;
-      const float* start = bias != nullptr && k == 0 ? bias + n : nullptr;
+      const auto from = [&](int64_t m) { return start != nullptr ? start + m * start_stride + n : nullptr; };
       int64_t m = 0;
       for (; m + PRODUCT_ROWS <= M; m += PRODUCT_ROWS)
-        tile<PRODUCT_ROWS>(depth, A + m * lda + k, lda, panel, start, add || k > 0, C + m * ldc + n, ldc);
-      last_rows<PRODUCT_ROWS - 1>(M - m, depth, A + m * lda + k, lda, panel, start, add || k > 0, C + m * ldc + n, ldc);
+        tile<PRODUCT_ROWS>(depth, A + m * lda + k, lda, panel, from(m), start_stride, C + m * ldc + n, ldc);
+      last_rows<PRODUCT_ROWS - 1>(M - m, depth, A + m * lda + k, lda, panel, from(m), start_stride, C + m * ldc + n,
+                                  ldc);
     }
   }
 }
@@ -122,6 +134,48 @@ void to_bfloat16(int64_t M, int64_t K, const float* A, int64_t lda, uint16_t* ou
     for (; k + V <= K; k += V)
       *reinterpret_cast<Halves*>(out + k) = __builtin_convertvector(bfloat16_bits(load(A + k)), Halves);
     for (; k < K; ++k) out[k] = static_cast<uint16_t>(bfloat16_bits(all(A[k]))[0]);
+  }
+}
+
+// A row's numbers are scaled to 254.99 steps: two roundings to the nearest cannot leave the 256 values then.
+void to_bytes(int64_t M, int64_t K, const float* A, int64_t lda, uint8_t* out, float* scale, int32_t* zero) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which the last bits are
+  for (int64_t m = 0; m < M; ++m, A += lda, out += K) {
+    Vector low{}, high{}, strange{};
+    int64_t k = 0;
+    for (; k + V <= K; k += V) {
+      const Vector x = load(A + k);
+      low = x < low ? x : low;
+      high = x > high ? x : high;
+      strange += 0.0f * x;  // not zero where x is not finite
+    }
+    float least = 0, most = 0, rest = sum(strange);
+    for (int i = 0; i < V; ++i) least = low[i] < least ? low[i] : least, most = high[i] > most ? high[i] : most;
+    for (; k < K; ++k) least = A[k] < least ? A[k] : least, most = A[k] > most ? A[k] : most, rest += 0.0f * A[k];
+    const float range = most - least;
+    const bool zeros = range < 1e-30f, huge = !(range < 1e38f);
+    const float steps = zeros || huge ? 0.0f : 254.99f / range;
+    const float start = zeros || huge ? 0.0f : (magic - least * steps) - magic;
+    scale[m] = huge ? __builtin_nanf("") : range / 254.99f + rest;
+    zero[m] = static_cast<int32_t>(start);
+    for (k = 0; k + V <= K; k += V) {
+      const Vector q = (load(A + k) * steps + magic) + start;
+      const Integers bits = reinterpret_cast<const Integers&>(q) & 0xff;
+      *reinterpret_cast<Bytes*>(out + k) = __builtin_convertvector(bits, Bytes);
+    }
+    for (; k < K; ++k) out[k] = static_cast<uint8_t>((A[k] * steps + magic) - magic + start);
+  }
+}
+
+void from_sums(int64_t M, const int32_t* sums, const float* scale, const int32_t* zero, const float* scales,
+               const int32_t* weights, const float* start, int64_t start_stride, float* C, int64_t ldc) {
+  for (int64_t m = 0; m < M; ++m, sums += kColumns, C += ldc) {
+    for (int64_t n = 0; n < kColumns; n += V) {
+      const Integers difference = *reinterpret_cast<const Integers*>(sums + n) -
+                                  zero[m] * *reinterpret_cast<const Integers*>(weights + n);
+      const Vector from = start != nullptr ? load(start + m * start_stride + n) : Vector{};
+      store(C + n, from + scale[m] * load(scales + n) * __builtin_convertvector(difference, Vector));
+    }
   }
 }
 
@@ -221,6 +275,16 @@ void depthwise_gelu(int64_t width, int64_t channels, const float* above, const f
       });
 }
 
+void depthwise_fast_gelu(int64_t width, int64_t channels, const float* above, const float* here, const float* below,
+                         int64_t stride, const float* weight, int64_t ldw, const float* bias, float* out,
+                         int64_t out_stride) {
+  convolve(
+      width, channels, above, here, below, stride, weight, ldw,
+      bias, [&](int64_t x, int64_t c, Vector value) __attribute__((always_inline)) {
+        store(out + x * out_stride + c, fast_gelu(value));
+      });
+}
+
 void depthwise(int64_t width, int64_t channels, const float* above, const float* here, const float* below,
                int64_t stride, const float* weight, int64_t ldw, float* out, int64_t out_stride) {
   convolve(
@@ -291,10 +355,10 @@ void attention(int64_t T, int64_t M, int64_t d, const float* queries, int64_t ld
   float *logits = scratch, *mix = scratch + kStrip * wide;
   for (int64_t t = 0; t < T; t += kStrip) {
     const int64_t rows = T - t < kStrip ? T - t : kStrip;
-    product(rows, M, d, queries + t * ldq, ldq, keys, d * kPanel, nullptr, false, logits, wide);
+    product(rows, M, d, queries + t * ldq, ldq, keys, d * kPanel, nullptr, 0, logits, wide);
     float factor[kStrip];
     for (int64_t i = 0; i < rows; ++i) factor[i] = 1.0f / exponentials(logits + i * wide, M);
-    product(rows, d, M, logits, wide, values, M * kPanel, nullptr, false, mix, deep);
+    product(rows, d, M, logits, wide, values, M * kPanel, nullptr, 0, mix, deep);
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t c = 0; c < d; ++c) out[(t + i) * ldo + c] = mix[i * deep + c] * factor[i];
     }
@@ -340,11 +404,14 @@ const Kernels KERNELS = {KERNELS_NAME,
                          kPanel,
                          product,
                          to_bfloat16,
+                         to_bytes,
+                         from_sums,
                          layer_norm,
                          add,
                          gelu_rows,
                          deformed_patches,
                          depthwise_gelu,
+                         depthwise_fast_gelu,
                          attention,
                          attention_scratch,
                          window_attention,

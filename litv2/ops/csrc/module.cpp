@@ -82,6 +82,7 @@ TORCH_LIBRARY_FRAGMENT(litv2, m) {
   m.def("native_panel() -> int", [] { return kernels().panel; });
   m.def("native_columns() -> int", [] { return kColumns; });
   m.def("native_bfloat16_kernels() -> str", bfloat16_kernels);
+  m.def("native_int8_kernels() -> str", int8_kernels);
   m.def("native_pack(Tensor weight) -> Tensor");
   m.def("native_kernels() -> str", [] { return std::string(kernels().name); });
   m.def(

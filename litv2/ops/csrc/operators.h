@@ -23,53 +23,16 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 
 inline const float* pointer(const Tensor& tensor) { return tensor.const_data_ptr<float>(); }
 
-// Results of products are written by so many columns: their rows and biases are filled up to a multiple of it.
-constexpr int64_t kColumns = 32;
-
-// Of bfloat16 products: a multiple of it, what a tile of the matrix unit holds.
+// Of products in lower precision: K is a multiple of it, what a tile of the matrix unit holds.
 constexpr int64_t kInputs = 32;
 
-// The weights (K x N) of a product, packed (module.cpp): float32, or bfloat16 for bfloat16 products.
+// The weights (K x N) of a product, packed (module.cpp and packing.py). The dtype is that of the product: both of its factors
+// are rounded to it, sums are float32 or exact.
 struct Matrix {
-  const float* floats;            // panels of kernels().panel columns
-  const at::BFloat16* bfloat16s;  // or panels of kColumns, two rows interleaved
+  at::ScalarType dtype;
+  const void* panels;  // float32: of kernels().panel columns; else of kColumns, two (bfloat16) or four (int8) rows interleaved
   int64_t K;
 };
-
-// C (M x N) = bias + A (M x K) B, B being K rows and N columns of the matrix from (row, column) on, or C += A B; see
-// Kernels::product. In bfloat16 A is rounded to it, sums are float32; row and K are multiples of kInputs then.
-void product(const Kernels& k, int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const Matrix& B,
-             int64_t row, int64_t column, const float* bias, bool add, float* C, int64_t ldc);
-
-// Who computes bfloat16 products on this processor, "" where it has no instructions for them.
-std::string bfloat16_kernels();
-
-inline Matrix packed(const char* name, const Tensor& weight, int64_t K, int64_t N) {
-  const int64_t panel = kernels().panel;
-  const bool floats =
-      weight.scalar_type() == at::kFloat && weight.sizes() == at::IntArrayRef({round_up(N, panel) / panel, K, panel});
-  const bool bfloat16s = weight.scalar_type() == at::kBFloat16 && K % kInputs == 0 &&
-                         weight.sizes() == at::IntArrayRef({round_up(N, kColumns) / kColumns, K / 2, kColumns, 2});
-  TORCH_CHECK_VALUE((floats || bfloat16s) && weight.is_contiguous(), name, ": ", weight.sizes(), " ",
-                    weight.scalar_type(), ", expected weights of ", K, " inputs and ", N,
-                    " outputs, packed by native_pack");
-  return {floats ? weight.const_data_ptr<float>() : nullptr,
-          bfloat16s ? weight.const_data_ptr<at::BFloat16>() : nullptr, K};
-}
-
-inline void check_sizes(const char* name, std::initializer_list<std::pair<Tensor, int64_t>> vectors) {
-  for (const auto& [vector, size] : vectors)
-    TORCH_CHECK_VALUE(vector.numel() == size && vector.is_contiguous() && vector.scalar_type() == at::kFloat, name,
-                      ": ", vector.sizes(), " ", vector.scalar_type(), ", expected ", size, " float32 numbers");
-}
-
-inline Tensor checked_map(const char* name, const Tensor& x) {
-  TORCH_CHECK_VALUE(x.dim() == 4 && x.scalar_type() == at::kFloat && x.device().is_cpu() && x.size(1) > 0 &&
-                        x.size(2) > 0 && x.size(3) > 0,
-                    name, ": x is ", x.sizes(), " ", x.scalar_type(), " on ", x.device(),
-                    ", expected a float32 map (B, H, W, C) on the CPU");
-  return x.contiguous();
-}
 
 // Memory of a thread that outlives the call, so that it is not mapped anew for each; what was taken from it is given
 // back at the end of the scope. A taken block stays where it is.
@@ -92,6 +55,71 @@ class Scratch {
   }
   size_t used_;
 };
+
+// The left factor of products with a matrix, A (M x K), rounded as the matrix is, in memory of the scope: room for M x K.
+class Factor {
+ public:
+  Factor(const Matrix& B, int64_t M, int64_t K, Scratch& scratch);
+
+  // Rows from `first` on, read from A. For float32 nothing is copied: A must stay, and continue what was set before.
+  void set(const Kernels& k, int64_t first, int64_t count, const float* A, int64_t lda);
+  // From here on with fewer columns.
+  void narrow(int64_t K) { K_ = K; }
+  bool copies() const { return dtype_ != at::kFloat; }
+
+ private:
+  friend void product(const Kernels&, int64_t, const Factor&, const Matrix&, int64_t, int64_t, int64_t, const float*,
+                      int64_t, float*, int64_t);
+  at::ScalarType dtype_;
+  int64_t K_, lda_ = 0;
+  const float* floats_ = nullptr;
+  uint16_t* bfloat16s_ = nullptr;
+  uint8_t* bytes_ = nullptr;
+  float* scale_ = nullptr;  // of the bytes, and the next too: see Kernels::to_bytes
+  int32_t* zero_ = nullptr;
+};
+
+// C (M x N) = start + A (M x K) B, of the first M rows of A; B is K rows and N columns of the matrix from (row, column) on. start
+// has the rows of C, one for all with a stride of 0 (a bias), and may be C; where it is nullptr the sums start at 0. In lower
+// precision row and K are multiples of kInputs.
+void product(const Kernels& k, int64_t M, const Factor& A, const Matrix& B, int64_t row, int64_t column, int64_t N,
+             const float* start, int64_t start_stride, float* C, int64_t ldc);
+
+// Who computes products in bfloat16 and in int8 on this processor, "" where it has no instructions for them.
+std::string bfloat16_kernels();
+std::string int8_kernels();
+
+// Bytes of a panel of int8 weights: these, the scale of each column (float32), and the sums of its kInputs first weights, of
+// the next and so on (int32).
+inline int64_t int8_panel(int64_t K) { return kColumns * (K + 4 + 4 * (K / kInputs)); }
+
+inline Matrix packed(const char* name, const Tensor& weight, int64_t K, int64_t N) {
+  const int64_t panel = kernels().panel, panels = round_up(N, kColumns) / kColumns;
+  const auto dtype = weight.scalar_type();
+  const bool fits =
+      dtype == at::kFloat ? weight.sizes() == at::IntArrayRef({round_up(N, panel) / panel, K, panel})
+      : K % kInputs != 0  ? false
+      : dtype == at::kBFloat16
+          ? weight.sizes() == at::IntArrayRef({panels, K / 2, kColumns, 2})
+          : dtype == at::kChar && weight.sizes() == at::IntArrayRef({panels, int8_panel(K)});
+  TORCH_CHECK_VALUE(fits && weight.is_contiguous(), name, ": ", weight.sizes(), " ", dtype, ", expected weights of ", K,
+                    " inputs and ", N, " outputs, packed by litv2.ops.packing.packed");
+  return {dtype, weight.const_data_ptr(), K};
+}
+
+inline void check_sizes(const char* name, std::initializer_list<std::pair<Tensor, int64_t>> vectors) {
+  for (const auto& [vector, size] : vectors)
+    TORCH_CHECK_VALUE(vector.numel() == size && vector.is_contiguous() && vector.scalar_type() == at::kFloat, name,
+                      ": ", vector.sizes(), " ", vector.scalar_type(), ", expected ", size, " float32 numbers");
+}
+
+inline Tensor checked_map(const char* name, const Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.scalar_type() == at::kFloat && x.device().is_cpu() && x.size(1) > 0 &&
+                        x.size(2) > 0 && x.size(3) > 0,
+                    name, ": x is ", x.sizes(), " ", x.scalar_type(), " on ", x.device(),
+                    ", expected a float32 map (B, H, W, C) on the CPU");
+  return x.contiguous();
+}
 
 // The operators. Weights: as `litv2/ops/packing.py` packs them.
 Tensor feed_forward(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, double eps, const Tensor& fc1,

@@ -54,7 +54,9 @@ Tensor patch_embed(const Tensor& image, int64_t patch, const Tensor& weight, con
         }
       }
     }
-    product(k, tokens, C, K, columns, K, matrix, 0, 0, pointer(bias), false, sum, wide);
+    Factor factor(matrix, tokens, K, scratch);
+    factor.set(k, 0, tokens, columns, K);
+    product(k, tokens, factor, matrix, 0, 0, C, pointer(bias), 0, sum, wide);
     k.layer_norm(tokens, C, sum, wide, pointer(norm_weight), pointer(norm_bias), static_cast<float>(eps),
                  to + first * width * C);
   });
@@ -83,15 +85,20 @@ Tensor token_merging(const Tensor& x_, const Tensor& offset_top, const Tensor& o
     Scratch scratch;
     float *offsets = scratch.take(width * positions), *columns = scratch.take(count * 4 * C),
           *sum = scratch.take(count * wide);
+    Factor upper_factor(top, width, 2 * C, scratch), lower_factor(bottom, width, 2 * C, scratch),
+        factor(matrix, count, 4 * C, scratch);
     for (int64_t row = first; row < last; ++row) {
       const float* image = tokens + row / height * H * W * C;
       const float* upper = image + row % height * 2 * W * C;
-      product(k, width, 8, 2 * C, upper, 2 * C, top, 0, 0, pointer(offset_bias), false, offsets, positions);
-      product(k, width, 8, 2 * C, upper + W * C, 2 * C, bottom, 0, 0, nullptr, true, offsets, positions);
+      upper_factor.set(k, 0, width, upper, 2 * C);
+      lower_factor.set(k, 0, width, upper + W * C, 2 * C);
+      product(k, width, upper_factor, top, 0, 0, 8, pointer(offset_bias), 0, offsets, positions);
+      product(k, width, lower_factor, bottom, 0, 0, 8, offsets, positions, offsets, positions);
       k.deformed_patches(row % height, width, image, H, W, C, offsets, positions,
                          columns + (row - first) * width * 4 * C);
     }
-    product(k, count, out_channels, 4 * C, columns, 4 * C, matrix, 0, 0, pointer(bias), false, sum, wide);
+    factor.set(k, 0, count, columns, 4 * C);
+    product(k, count, factor, matrix, 0, 0, out_channels, pointer(bias), 0, sum, wide);
     k.gelu(count, out_channels, sum, wide, to + first * width * out_channels);
   });
   return out;

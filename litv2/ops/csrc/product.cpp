@@ -1,5 +1,5 @@
-// Products with packed weights. In bfloat16 they are oneDNN's where the processor has matrix units (AMX), else our own
-// (product_avx512bf16.cpp) where it has AVX-512 BF16; where it has neither, a plain loop computes the same, for tests.
+// Products with packed weights. Those in bfloat16 and int8 are oneDNN's where the processor has matrix units (AMX), else our
+// own (product_avx512.cpp) where it has the instructions; where it has neither, plain loops compute the same, for tests.
 
 #include <ATen/native/CPUBlas.h>
 
@@ -9,73 +9,147 @@ namespace litv2::native {
 
 namespace {
 
-// C (M x kColumns) = A (M x K) B, or C += A B.
-using Bfloat16Product = void (*)(int64_t M, int64_t K, const at::BFloat16* A, const at::BFloat16* B, bool add, float* C,
-                                 int64_t ldc);
+// C (M x kColumns) = start + A (M x K) B.
+using Bfloat16Product = void (*)(int64_t M, int64_t K, const uint16_t* A, const uint16_t* B, const float* start,
+                                 int64_t start_stride, float* C, int64_t ldc);
+// C (M x kColumns) = A (M x K) B.
+using Int8Product = void (*)(int64_t M, int64_t K, const uint8_t* A, const int8_t* B, int32_t* C);
 
-void plain_product(int64_t M, int64_t K, const at::BFloat16* A, const at::BFloat16* B, bool add, float* C,
-                   int64_t ldc) {
+void plain_bfloat16_product(int64_t M, int64_t K, const uint16_t* A, const uint16_t* B, const float* start,
+                            int64_t start_stride, float* C, int64_t ldc) {
+  const auto value = [](uint16_t bits) { return static_cast<float>(at::BFloat16(bits, at::BFloat16::from_bits())); };
   for (int64_t m = 0; m < M; ++m, A += K, C += ldc) {
     float sum[kColumns];
-    for (int64_t n = 0; n < kColumns; ++n) sum[n] = add ? C[n] : 0.0f;
+    for (int64_t n = 0; n < kColumns; ++n) sum[n] = start != nullptr ? start[m * start_stride + n] : 0.0f;
     for (int64_t k = 0; k < K; k += 2) {
-      const float first = A[k], second = A[k + 1];
-      const at::BFloat16* pairs = B + k * kColumns;
-      for (int64_t n = 0; n < kColumns; ++n)
-        sum[n] += first * static_cast<float>(pairs[2 * n]) + second * static_cast<float>(pairs[2 * n + 1]);
+      const float first = value(A[k]), second = value(A[k + 1]);
+      const uint16_t* pairs = B + k * kColumns;
+      for (int64_t n = 0; n < kColumns; ++n) sum[n] += first * value(pairs[2 * n]) + second * value(pairs[2 * n + 1]);
     }
     std::copy_n(sum, kColumns, C);
   }
 }
 
-void onednn_product(int64_t M, int64_t K, const at::BFloat16* A, const at::BFloat16* B, bool add, float* C,
-                    int64_t ldc) {
-  at::native::cpublas::brgemm(M, kColumns, K, K, kColumns, ldc, add, A, B, C);
+void plain_int8_product(int64_t M, int64_t K, const uint8_t* A, const int8_t* B, int32_t* C) {
+  for (int64_t m = 0; m < M; ++m, A += K, C += kColumns) {
+    std::fill_n(C, kColumns, 0);
+    for (int64_t k = 0; k < K; ++k) {
+      for (int64_t n = 0; n < kColumns; ++n) C[n] += int32_t(A[k]) * B[k / 4 * 4 * kColumns + 4 * n + k % 4];
+    }
+  }
 }
 
-struct Bfloat16Backend {
-  const char* name;  // nullptr for the loop
-  Bfloat16Product product;
+void onednn_bfloat16_product(int64_t M, int64_t K, const uint16_t* A, const uint16_t* B, const float* start,
+                             int64_t start_stride, float* C, int64_t ldc) {
+  if (start != nullptr && start != C) {
+    for (int64_t m = 0; m < M; ++m) std::copy_n(start + m * start_stride, kColumns, C + m * ldc);
+  }
+  at::native::cpublas::brgemm(M, kColumns, K, K, kColumns, ldc, start != nullptr,
+                              reinterpret_cast<const at::BFloat16*>(A), reinterpret_cast<const at::BFloat16*>(B), C);
+}
+
+// One dtype's.
+struct Backend {
+  const char* name;  // nullptr for the loops
+  Bfloat16Product bfloat16 = nullptr;
+  Int8Product int8 = nullptr;
+  decltype(Kernels::to_bfloat16) to_bfloat16 = nullptr;  // better than the kernels' own
 };
 
-Bfloat16Backend bfloat16_backend() {
-  if (at::native::cpublas::could_pack(at::kBFloat16)) return {"oneDNN", onednn_product};
+bool has_matrix_units(at::ScalarType dtype) { return at::native::cpublas::could_pack(dtype); }
+
+Backend bfloat16_backend() {
+  if (has_matrix_units(at::kBFloat16)) return {"oneDNN", onednn_bfloat16_product};
 #ifdef __x86_64__
-  if (&kernels() == &avx512_kernels && __builtin_cpu_supports("avx512bf16")) {
-    return {"AVX-512 BF16", [](int64_t M, int64_t K, const at::BFloat16* A, const at::BFloat16* B, bool add, float* C,
-                               int64_t ldc) {
-              avx512bf16_product(M, K, reinterpret_cast<const uint16_t*>(A), reinterpret_cast<const uint16_t*>(B), add,
-                                 C, ldc);
+  if (&kernels() == &avx512_kernels && __builtin_cpu_supports("avx512bf16"))
+    return {"AVX-512 BF16", avx512_bfloat16_product, nullptr, avx512_to_bfloat16};
+#endif
+  return {nullptr, plain_bfloat16_product};
+}
+
+Backend int8_backend() {
+#ifdef CPUBLAS_BRGEMM_U8I8I32  // torch 2.7 and later
+  if (has_matrix_units(at::kChar)) {
+    return {"oneDNN", nullptr, [](int64_t M, int64_t K, const uint8_t* A, const int8_t* B, int32_t* C) {
+              at::native::cpublas::brgemm(M, kColumns, K, K, kColumns, kColumns, false, A, B, C);
             }};
   }
 #endif
-  return {nullptr, plain_product};
+#ifdef __x86_64__
+  if (&kernels() == &avx512_kernels && __builtin_cpu_supports("avx512vnni"))
+    return {"AVX-512 VNNI", nullptr, avx512_int8_product};
+#endif
+  return {nullptr, nullptr, plain_int8_product};
 }
 
-const Bfloat16Backend& chosen() {
-  static const Bfloat16Backend backend = bfloat16_backend();
-  return backend;
+const Backend& chosen(at::ScalarType dtype) {
+  static const Backend bfloat16 = bfloat16_backend(), int8 = int8_backend();
+  return dtype == at::kBFloat16 ? bfloat16 : int8;
+}
+
+std::string name(at::ScalarType dtype) { return chosen(dtype).name == nullptr ? "" : chosen(dtype).name; }
+
+// In memory of T, a multiple of 64 bytes away from others.
+template <typename T>
+T* take(Scratch& scratch, int64_t count) {
+  return reinterpret_cast<T*>(scratch.take((count * sizeof(T) + sizeof(float) - 1) / sizeof(float)));
 }
 
 }  // namespace
 
-std::string bfloat16_kernels() { return chosen().name == nullptr ? "" : chosen().name; }
+std::string bfloat16_kernels() { return name(at::kBFloat16); }
+std::string int8_kernels() { return name(at::kChar); }
 
-void product(const Kernels& k, int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const Matrix& B,
-             int64_t row, int64_t column, const float* bias, bool add, float* C, int64_t ldc) {
-  if (B.floats != nullptr)
-    return k.product(M, N, K, A, lda, B.floats + column * B.K + row * k.panel, k.panel * B.K, bias, add, C, ldc);
-  static thread_local std::vector<at::BFloat16> memory;
-  if (static_cast<int64_t>(memory.size()) < M * K) memory.resize(M * K);
-  at::BFloat16* a = memory.data();
-  k.to_bfloat16(M, K, A, lda, reinterpret_cast<uint16_t*>(a));
-  if (bias != nullptr) {
-    for (int64_t m = 0; m < M; ++m) std::copy_n(bias, round_up(N, kColumns), C + m * ldc);
+Factor::Factor(const Matrix& B, int64_t M, int64_t K, Scratch& scratch) : dtype_(B.dtype), K_(K) {
+  if (dtype_ == at::kBFloat16) bfloat16s_ = take<uint16_t>(scratch, M * K);
+  if (dtype_ == at::kChar) {
+    bytes_ = take<uint8_t>(scratch, M * K);
+    scale_ = take<float>(scratch, M);
+    zero_ = take<int32_t>(scratch, M);
   }
-  const bool sum = add || bias != nullptr;
-  for (int64_t n = 0; n < N; n += kColumns)
-    chosen().product(M, K, a, B.bfloat16s + (column + n) * B.K + row * kColumns, sum, C + n, ldc);
-  if (chosen().product == onednn_product)
+}
+
+void Factor::set(const Kernels& k, int64_t first, int64_t count, const float* A, int64_t lda) {
+  if (dtype_ == at::kFloat) {
+    floats_ = A - first * lda, lda_ = lda;
+  } else if (dtype_ == at::kChar) {
+    k.to_bytes(count, K_, A, lda, bytes_ + first * K_, scale_ + first, zero_ + first);
+  } else {
+    const auto own = chosen(dtype_).to_bfloat16;
+    (own != nullptr ? own : k.to_bfloat16)(count, K_, A, lda, bfloat16s_ + first * K_);
+  }
+}
+
+void product(const Kernels& k, int64_t M, const Factor& A, const Matrix& B, int64_t row, int64_t column, int64_t N,
+             const float* start, int64_t start_stride, float* C, int64_t ldc) {
+  if (B.dtype == at::kFloat) {
+    const float* panels = static_cast<const float*>(B.panels) + column * B.K + row * k.panel;
+    return k.product(M, N, A.K_, A.floats_, A.lda_, panels, k.panel * B.K, start, start_stride, C, ldc);
+  }
+  const auto from = [&](int64_t m, int64_t n) { return start != nullptr ? start + m * start_stride + n : nullptr; };
+  const Backend& backend = chosen(B.dtype);
+  if (B.dtype == at::kBFloat16) {
+    const uint16_t* panels = static_cast<const uint16_t*>(B.panels) + column * B.K + row * kColumns;
+    for (int64_t n = 0; n < N; n += kColumns)
+      backend.bfloat16(M, A.K_, A.bfloat16s_, panels + n * B.K, from(0, n), start_stride, C + n, ldc);
+  } else {
+    constexpr int64_t kRows = 96;  // whose sums stay in the first cache
+    alignas(64) int32_t sums[kRows * kColumns], weights[kColumns];
+    for (int64_t n = 0; n < N; n += kColumns) {
+      const auto* panel = static_cast<const int8_t*>(B.panels) + (column + n) / kColumns * int8_panel(B.K);
+      const auto* scales = reinterpret_cast<const float*>(panel + B.K * kColumns);
+      const auto* parts = reinterpret_cast<const int32_t*>(scales + kColumns) + row / kInputs * kColumns;
+      std::copy_n(parts, kColumns, weights);
+      for (int64_t i = kColumns; i < A.K_; ++i) weights[i % kColumns] += parts[i];
+      for (int64_t m = 0; m < M; m += kRows) {
+        const int64_t rows = std::min(kRows, M - m);
+        backend.int8(rows, A.K_, A.bytes_ + m * A.K_, panel + row * kColumns, sums);
+        k.from_sums(rows, sums, A.scale_ + m, A.zero_ + m, scales, weights, from(m, n), start_stride, C + m * ldc + n,
+                    ldc);
+      }
+    }
+  }
+  if (has_matrix_units(B.dtype))
     at::native::cpublas::brgemm_release();  // what this thread computes next may set up the matrix unit anew
 }
 
