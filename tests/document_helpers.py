@@ -22,6 +22,13 @@ class Command:
     folder: Path
     line: str
 
+    def __str__(self) -> str:
+        return f"{self.document}: {self.line}"
+
+    def matches(self, document: str, pattern: str) -> bool:
+        """It is of the document (``*``: of any), and the pattern is that of the whole line."""
+        return document in ("*", self.document) and re.fullmatch(pattern, self.line) is not None
+
     @property
     def words(self) -> list[str]:
         """As a shell passes them on, patterns of file names replaced by the files."""
@@ -50,6 +57,12 @@ def prose(document: str) -> str:
 
 def commands() -> list[Command]:
     return [command for document in documents() for block in blocks(document, "bash") for command in _commands(document, block)]
+
+
+def documented(document: str, pattern: str) -> list[Command]:
+    """The commands that match, for the test that runs them. ``docs/test_commands.py`` reads the calls of this function in the sources of
+    the tests: both arguments are plain text there, or the name of a text in the same file."""
+    return [command for command in commands() if command.matches(document, pattern)]
 
 
 def _commands(document: str, block: str) -> list[Command]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import socket
 import subprocess
 import sys
 from decimal import ROUND_HALF_UP, Decimal
@@ -13,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mmdet.datasets import CocoDataset
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
 from PIL import Image
 from torch import nn
 
+from command_helpers import put_download
 from document_helpers import blocks
 from helpers import ROOT, fill, generator
 from litv2.openmmlab import commands
@@ -84,14 +85,13 @@ def run_test(monkeypatch, config: Path, checkpoint: Path, folder: Path, *flags) 
     arguments = ["test.py", config, checkpoint, "--work-dir", folder, "--out", folder / "predictions.pkl", *flags]
     monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
     commands.test()
+    return pickle.loads((folder / "predictions.pkl").read_bytes()), metrics_in(folder)
+
+
+def metrics_in(folder: Path) -> dict:
+    """What tools/test.py has written to its work folder."""
     reports = [json.loads(path.read_text()) for path in folder.glob("*/*.json")]
-    return pickle.loads((folder / "predictions.pkl").read_bytes()), reports[0] if reports else {}
-
-
-def free_port() -> str:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return str(server.getsockname()[1])
+    return reports[0] if reports else {}
 
 
 def own_project(task: str, folder: Path) -> Path:
@@ -99,6 +99,31 @@ def own_project(task: str, folder: Path) -> Path:
     (folder / "mine.py").write_text(readme_config(task).replace("./litv2", str(ROOT / task / "configs/litv2")))
     (write_coco if task == "detection" else write_segmentation)(folder / "data")
     return folder
+
+
+def published_project(task: str, folder: Path) -> dict[str, Path]:
+    """What the commands of a task's document name: a generated data set in the published one's place, and a tiny checkpoint under the
+    published name. In the folder of downloads (TORCH_HOME) lies a tiny backbone."""
+    if task == "detection":
+        config = ROOT / task / "configs/litv2/retinanet_litv2_s_fpn_1x_coco.py"
+        write_coco(folder / "data", CocoDataset.METAINFO["classes"])
+        (folder / "data/annotations").mkdir()
+        for split in ("train", "val"):
+            (folder / f"data/{split}.json").rename(folder / f"data/annotations/instances_{split}2017.json")
+            (folder / f"data/{split}").rename(folder / f"data/{split}2017")
+        image = folder / "data/val2017/0.jpg"
+    else:
+        config = ROOT / task / "configs/litv2/litv2_s_fpn_r50_512x512_80k_ade20k.py"
+        image = write_segmentation(folder / "data") / "images/validation/0.jpg"
+    put_download(folder, "litv2_s.pth", dict(model=tiny_dense_model(config).backbone.state_dict()))
+    checkpoint = save_tiny(config, folder / f"{config.stem}.pth")
+    return {"DIR": folder / "data", "IMAGE": image, "FILE": checkpoint, checkpoint.name: checkpoint}
+
+
+def assert_drawn(image: Path, picture: Path) -> None:
+    """The picture is the image with something drawn on it."""
+    before, after = (np.asarray(Image.open(path).convert("RGB")).astype(int) for path in (image, picture))
+    assert before.shape == after.shape and np.abs(before - after).max() > 50
 
 
 def save_tiny(config: Path, path: Path) -> Path:

@@ -13,6 +13,7 @@ import sys
 import pytest
 import yaml
 
+from document_helpers import documented
 from helpers import ROOT
 
 spec = importlib.util.spec_from_file_location("run_dockerfile", ROOT / "scripts/run_dockerfile.py")
@@ -36,6 +37,12 @@ def test_bases_are_pinned_and_the_user_is_not_root():
     users = [rest for word, rest in last_stage if word == "USER"]
     assert users and users[-1] not in ("root", "0")
     assert not any(word == "ENTRYPOINT" for word, _ in STEPS) and last_stage[-1][0] == "CMD"
+
+
+@pytest.mark.parametrize("command", documented("README.md", r"docker build .*"), ids=str)
+def test_docker_build(command):
+    """Not run, for want of Docker: the folder has the Dockerfile whose steps are tested here."""
+    assert command.folder / command.words[-1] / "Dockerfile" == ROOT / "Dockerfile" and STEPS
 
 
 def test_no_cache_stays_in_a_layer():
@@ -91,8 +98,10 @@ def test_the_runner(last, status, tmp_path):
     assert not (folder / "late").exists()
 
 
-def test_conda():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+@pytest.mark.parametrize("command", documented("README.md", r"conda env create --file .*"), ids=str)
+def test_conda(command):
+    """Not run, for want of conda: what it would read."""
+    environment = yaml.safe_load((command.folder / command.words[-1]).read_text())
     (pip,) = (each["pip"] for each in environment["dependencies"] if isinstance(each, dict))
     assert pip == ["--requirement requirements.txt", "--editable ."]
     assert "nodefaults" in environment["channels"] and "cxx-compiler" in environment["dependencies"]

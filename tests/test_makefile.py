@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from document_helpers import documented
 from helpers import ROOT
 
 PYTHON = """#!/bin/sh
@@ -48,9 +49,28 @@ class Project:
         return done.returncode, log.read_text().splitlines() if log.exists() else [], done.stdout + done.stderr
 
 
+CALLS = {
+    "make demo": ["-m venv .venv", "-m litv2 build", "main.py --cfg configs/litv2-digits.yaml"],
+    "make test": ["-m venv .venv", "-m litv2 build", "build_mmcv.sh .venv/bin/python", "-m ruff check .", "-m mypy", "-m pytest"],
+    "make test-core": [
+        "-m venv .venv",
+        "-m litv2 build",
+        "-m pytest -m not extra " + " ".join(f"--ignore=tests/{name}" for name in ("detection", "segmentation", "litv2/test_backbone.py")),
+    ],
+}
+
+
 @pytest.fixture
 def project(tmp_path) -> Project:
     return Project(tmp_path)
+
+
+@pytest.mark.parametrize("command", documented("*", r"make \S+"), ids=str)
+def test_documented_targets(command, project):
+    """In a new clone; what python itself does with these words is tested elsewhere."""
+    status, calls, output = project.make(command.words[1])
+    assert status == 0, output
+    assert [call for call in calls if "pip" not in call] == CALLS[command.line]
 
 
 def test_demo(project):

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 import litv2
+from command_helpers import run
+from document_helpers import documented
 from helpers import ROOT
 from mm_modules.build import why_not
 
@@ -33,13 +35,18 @@ print(litv2.__version__, litv2.__file__, hilo.__file__)
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """Made of a copy, so that nothing that lies about in the checkout gets in."""
+def source(tmp_path_factory) -> Path:
+    """A copy, so that nothing that lies about in the checkout gets in, and nothing is left in it."""
     source = tmp_path_factory.mktemp("source")
     for name in ("litv2", "mm_modules"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("build", "__pycache__"))
     for name in ("hilo.py", "setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, source)
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source) -> Path:
     command = [sys.executable, *"-m pip wheel --quiet --no-index --no-deps --no-build-isolation --wheel-dir dist .".split()]
     environment = {name: value for name, value in os.environ.items() if name not in ("LITV2_BUILD", "PYTHONPATH")}
     subprocess.run(command, cwd=source, env=environment, check=True, timeout=120)
@@ -135,6 +142,29 @@ def test_build_from_the_wheel(installed):
     assert sorted(installed.site.rglob("*")) == before
     code = "import sys; from mm_modules.DCN import compiled; print(compiled.problem, sys.modules['mm_modules.DCN._C'].__file__)"
     assert installed.python("-c", code).stdout.strip() == f"None {library}"
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("command", documented("*", r"pip install (-e )?\."), ids=str)
+def test_documented_installation(command, source, tmp_path):
+    """From the copy into a folder, by what is installed already."""
+    assert command.folder == ROOT
+    more = "--quiet --no-index --no-deps --no-build-isolation --target".split()
+    run(command, *more, tmp_path / "site", folder=source, PYTHONPATH="", LITV2_BUILD="")
+    code = (
+        f"import site; site.addsitedir({str(tmp_path / 'site')!r}); from importlib.util import find_spec; print(find_spec('litv2').origin)"
+    )
+    found = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert Path(found) == (source if "-e" in command.words else tmp_path / "site") / "litv2/__init__.py"
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("command", documented("*", r"pip install -r \S+"), ids=str)
+def test_documented_requirements(command):
+    """Without an index: they are what is installed here."""
+    if torch.__version__.partition("+")[0] not in (ROOT / "requirements.txt").read_text():
+        pytest.skip(f"this environment has torch {torch.__version__}, for which the files are not")
+    assert "Would install" not in run(command, "--dry-run", "--no-index").stdout
 
 
 def libraries(installed: Installed) -> list[Path]:

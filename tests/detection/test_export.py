@@ -8,6 +8,8 @@ import torch
 pytest.importorskip("mmdet")
 pytest.importorskip("onnxruntime")
 
+from command_helpers import put_download, run_here
+from document_helpers import documented
 from helpers import ROOT, fill, max_difference, normal
 from litv2.__main__ import main
 from litv2.export import Settings, export, load
@@ -41,6 +43,18 @@ def test_whole_segmenter(tmp_path):
     (logits,) = load("onnx", tmp_path / "segmenter.onnx")(images)
     exact = model.encode_decode(images, [dict(img_shape=images.shape[2:])])
     assert logits.shape == (3, 150, 65, 107) and max_difference(logits, exact) < 1e-4 * exact.abs().max()
+
+
+@pytest.mark.parametrize("command", documented("docs/deployment.md", r"python -m litv2 export litv2_s_fpn_\S+ --format onnx"), ids=str)
+def test_documented_export_of_a_segmenter(command, tmp_path, monkeypatch, capsys):
+    """Of random weights where a download would put the published ones, and of smaller images of one size."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    model = build_model(load_config(ROOT / SEGMENTER, {"model.backbone.init_cfg": None}))
+    put_download(tmp_path, f"{command.words[4]}.pth", dict(meta={}, state_dict=model.state_dict()))
+    run_here(monkeypatch, command, "--img-size", 64, "--dynamic", "--out", tmp_path / "segmenter.onnx")
+    assert f"written to {tmp_path / 'segmenter.onnx'}" in capsys.readouterr().out
+    (logits,) = load("onnx", tmp_path / "segmenter.onnx")(normal(0, 1, 3, 64, 64))
+    assert logits.shape == (1, 150, 64, 64)
 
 
 @torch.no_grad()

@@ -1,9 +1,8 @@
-"""The flags of tools/test.py that users of the release know, and the benchmark, on a tiny detector and six generated images."""
+"""The flags of tools/test.py that users of the release know, on a tiny detector and six generated images."""
 
 from __future__ import annotations
 
 import json
-import re
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from helpers import ROOT
 from litv2.errors import UserError
 from litv2.openmmlab.config import load_config
 from litv2.openmmlab.evaluation import augment, draw, select_metrics
-from mm_helpers import SMALL_OPTIONS, free_port, own_project, run_test, run_tool, save_tiny
+from mm_helpers import SMALL_OPTIONS, own_project, run_test, save_tiny
 
 pytestmark = pytest.mark.extra
 
@@ -96,48 +95,9 @@ def test_tta_of_masks_is_an_error():
         augment(load_config(MASK_RCNN))
 
 
-BACKEND = '''
-"""A display for matplotlib that keeps what it shows as files."""
-import pathlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg, FigureManagerBase
-
-class FigureCanvas(FigureCanvasAgg):
-    def start_event_loop(self, timeout=0):
-        assert timeout == 0.25
-        folder = pathlib.Path(__file__).parent
-        self.figure.savefig(folder / f"shown{len(list(folder.glob('shown*.png')))}.png")
-
-    def stop_event_loop(self):
-        pass
-
-class FigureManager(FigureManagerBase):
-    def show(self):
-        pass
-'''
-
-
-def test_show(mine, tmp_path):
-    (tmp_path / "display.py").write_text(BACKEND)
-    options = ["--cfg-options", *SMALL_OPTIONS["detection"], f"data_root={mine / 'data'}"]
-    flags = ["--show", "--wait-time", "0.25", "--work-dir", tmp_path / "work", *options]
-    display = dict(MPLBACKEND="module://display", PYTHONPATH=str(tmp_path))
-    run_tool("detection", "tools/test.py", mine / "mine.py", mine / "tiny.pth", *flags, **display)
-    assert len(list(tmp_path.glob("shown*.png"))) == 6
-
-
 def test_show_without_a_display():
     from matplotlib import pyplot as plt
 
     plt.switch_backend("agg")
     with pytest.raises(UserError, match="--show: there is no display; --show-dir FOLDER"):
         draw(load_config(RETINANET), None, True, 2.0)
-
-
-def test_benchmark(mine):
-    """The command of the release's document, with a configuration and a port of ours."""
-    launcher = ("-m", "torch.distributed.launch", "--nproc_per_node=1", f"--master_port={free_port()}")
-    options = ["--cfg-options", *SMALL_OPTIONS["detection"], f"data_root={mine / 'data'}"]
-    flags = [mine / "mine.py", "--checkpoint", mine / "tiny.pth", "--launcher", "pytorch", *options]
-    done = run_tool("detection", "tools/analysis_tools/benchmark.py", *flags, launcher=launcher)
-    fps, milliseconds = re.search(r"Overall fps: ([\d.]+) img / s, times per image: ([\d.]+) ms / img", done.stdout).groups()
-    assert float(fps) * float(milliseconds) == pytest.approx(1000, rel=0.05)

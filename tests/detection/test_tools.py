@@ -16,7 +16,7 @@ from helpers import ROOT, shared
 from litv2.openmmlab.build import build_model, config_of
 from litv2.openmmlab.config import adapt_to_device, load_config
 from litv2.openmmlab.runner import StrictRunner, load_checkpoint
-from mm_helpers import SMALL_OPTIONS, TINY_OPTIONS, config_files, free_port, own_project, run_tool, tiny_config, tiny_dense_model
+from mm_helpers import SMALL_OPTIONS, TINY_OPTIONS, config_files, own_project, run_tool, tiny_config, tiny_dense_model
 
 pytestmark = pytest.mark.extra
 
@@ -62,14 +62,6 @@ def test_evaluation_and_pictures(mine, trained):
     run_tool("detection", "demo.py", mine / "data/val/0.jpg", *flags, "--cfg-options", *trained)
     original, picture = (np.asarray(Image.open(path).convert("RGB")).astype(int) for path in (mine / "data/val/0.jpg", mine / "demo.png"))
     assert original.shape == picture.shape and np.abs(original - picture).max() > 50  # something was drawn
-
-
-def test_two_processes(mine):
-    options = [*SMALL, f"data_root={mine / 'data'}", "train_cfg.max_epochs=1", "load_from=None", "model.test_cfg.score_thr=0.0"]
-    flags = ["--work-dir", mine / "two", "--auto-scale-lr", "--cfg-options", *options]
-    done = run_tool("detection", "tools/dist_train.sh", mine / "mine.py", 2, *flags, PORT=free_port())
-    assert "Epoch(train) [1][2/2]" in done.stdout and "coco/bbox_mAP" in done.stdout
-    assert "Scaling the original LR by 0.25" in done.stdout  # 2 processes x 2 images, of 16
 
 
 def test_export_and_reload_change_nothing(tmp_path):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
 
-from document_helpers import table
+from command_helpers import run
+from document_helpers import documented, table
 from helpers import ROOT
 from litv2 import litv2_small
 
@@ -20,9 +19,10 @@ NAMES = [f"{name}-{theme}.svg" for name in ("architecture", "hilo", "models") fo
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
+    """By the command of the document."""
     folder = tmp_path_factory.mktemp("figures")
-    command = [sys.executable, "docs/figures/draw.py", "--out", folder]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (command,) = documented("CONTRIBUTING.md", r"python docs/figures/draw\.py")
+    run(command, "--out", folder)
     return folder
 
 

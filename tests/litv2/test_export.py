@@ -15,8 +15,10 @@ import pytest
 import torch
 from torch import nn
 
+from command_helpers import put_download, run_here
+from document_helpers import documented
 from helpers import ROOT, TINY, max_difference, normal, tiny_model, write_images
-from litv2 import LITv2
+from litv2 import LITv2, litv2_small
 from litv2.export import FORMATS, Network, ParityError, Settings, classifier, export, load, pyramid, suffix
 
 onnx = pytest.importorskip("onnx")
@@ -118,6 +120,44 @@ def test_int8(folder):
     assert len(products) - len(inside) == 1 + 3 + 3 + 2 * 3
     softmax = [node for node in graph.node if node.op_type == "Softmax"]
     assert len(softmax) == 3 and not any(name in quantized for node in softmax for name in node.input)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "command", documented("docs/deployment.md", r"python -m litv2 export litv2_small --format onnx(-standard)?"), ids=str
+)
+def test_documented_export(command, tmp_path, monkeypatch):
+    """Of random weights where a download would put the published ones; of smaller images of one size."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    model = litv2_small().eval()
+    put_download(tmp_path, "litv2_s.pth", {"model": model.state_dict()})
+    format, path = command.words[-1], tmp_path / "litv2_small.onnx"
+    run_here(monkeypatch, command, "--img-size", 64, "--dynamic", "--out", path)
+    images = normal(0, 1, 3, 64, 64)
+    (logits,) = load(format, path)(images)
+    assert max_difference(logits, model(images)) < 1e-4
+    opsets = {opset.domain: opset.version for opset in onnx.load(path).opset_import}
+    assert opsets[""] == {"onnx": 19, "onnx-standard": 17}[format]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("command", documented("docs/deployment.md", r"python -m litv2 export FILE --format .*"), ids=str)
+def test_documented_export_of_a_file(command, folder, tmp_path, monkeypatch):
+    """Of a small model, and of smaller images where the document names no size."""
+    format = command.words[command.words.index("--format") + 1]
+    if format == "openvino":
+        pytest.importorskip("openvino")
+    model, path = calm_model().eval(), tmp_path / f"mine{suffix(format)}"
+    torch.save({"model": model.state_dict()}, tmp_path / "mine.pth")
+    size = () if "--img-size" in command.words else ("--img-size", 64)
+    run_here(monkeypatch, command, *size, "--out", path, files=dict(FILE=tmp_path / "mine.pth", DIR=folder / "images"))
+    report = json.loads(path.with_name(path.name + ".parity.json").read_text())
+    assert report["passed"] and report["dtype"] == ("int8" if "int8" in command.words else "float32")
+    if "int8" in command.words:
+        assert report["image_size"] == [256, 256] and "DequantizeLinear" in {node.op_type for node in onnx.load(path).graph.node}
+    else:
+        images = normal(0, 3, 3, 64, 64)
+        assert report["dynamic"] == ["batch"] and max_difference(load(format, path)(images)[0], model(images)) < 1e-4
 
 
 def test_int8_needs_images(tmp_path):

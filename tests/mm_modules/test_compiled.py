@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from document_helpers import documented
 from helpers import ROOT, assert_as_precise, max_difference
 from mm_modules import torch_state
 from mm_modules.DCN import DeformConv2dPack, compiled, deform_conv, reference
@@ -265,8 +266,9 @@ def run(code_or_module, **environment):
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
-def test_choice_by_environment():
-    done = run(["-m", "mm_modules.DCN"], LITV2_DCN_BACKEND="torch", OMP_NUM_THREADS="1")
+@pytest.mark.parametrize("command", documented("mm_modules/DCN/README.md", r"python -m mm_modules\.DCN"), ids=str)
+def test_choice_by_environment(command):
+    done = run(command.words[1:], LITV2_DCN_BACKEND="torch", OMP_NUM_THREADS="1")
     lines = done.stdout.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("  cpu")] == ["onnx", "compiled", "torchvision", "torch"]
     assert [line.split()[1] for line in lines if line.startswith("  cpu") and "<- used" in line] == ["torch"]

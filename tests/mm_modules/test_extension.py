@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from command_helpers import run as run_command
+from document_helpers import documented
 from helpers import ROOT
 from mm_modules import extension
-from mm_modules.build import identity, sources_digest
+from mm_modules.build import identity, sources_digest, why_not
 
 NAMES = ("mm_modules.DCN._C", "litv2.ops._C")
 LOAD = "from mm_modules.extension import load; [print(load(name)) for name in ('mm_modules.DCN._C', 'litv2.ops._C')]"
@@ -65,6 +67,17 @@ def test_the_advice_fits_a_tree_without_litv2(tree):
     shutil.rmtree(tree / "litv2")
     done = run(tree, "from mm_modules.extension import load; print(load('mm_modules.DCN._C'))")
     assert done.stdout.strip() == "not built; `cd mm_modules/DCN && python setup.py build_ext --inplace` compiles it"
+
+
+@pytest.mark.extra
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@pytest.mark.parametrize("command", documented("mm_modules/DCN/README.md", r"python setup\.py build_ext --inplace"), ids=str)
+def test_built_in_place(tree, command):
+    """In a copy, without the CUDA kernels, which take minutes."""
+    assert command.folder == ROOT / "mm_modules/DCN"
+    done = run_command(command, folder=tree / "mm_modules/DCN", LITV2_DCN_CUDA="0", PYTHONPATH="")
+    assert done.stdout.splitlines()[-1].endswith("CPU kernels, no CUDA kernels: LITV2_DCN_CUDA=0")
+    assert run(tree, LOAD).stdout.splitlines()[0] == "None" and place(tree, NAMES[0]).is_file()
 
 
 def another_torch(name: str, library: Path) -> str:

@@ -1,4 +1,4 @@
-"""The flags of tools/test.py that users of the release know, get_flops and the benchmark, on a tiny segmenter and six images."""
+"""The flags of tools/test.py that users of the release know, and the benchmark, on a tiny segmenter and six images."""
 
 from __future__ import annotations
 
@@ -89,11 +89,6 @@ def test_the_configurations_own_views(evaluate):
 def test_show_or_write():
     with pytest.raises(UserError, match="there is no display|mmseg either shows or writes"):
         draw(load_config(SEMANTIC_FPN), "pictures", True, 2.0)
-
-
-def test_get_flops():
-    printed = run_tool("segmentation", "tools/get_flops.py", "configs/litv2/litv2_s_fpn_r50_512x512_80k_ade20k.py").stdout
-    assert printed.splitlines()[-1].split()[:3] == ["litv2_s_fpn_r50_512x512_80k_ade20k", "31.45", "41.29"]
 
 
 def test_benchmark(mine):

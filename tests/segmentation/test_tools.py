@@ -14,7 +14,7 @@ from helpers import ROOT
 from litv2 import LITv2
 from litv2.openmmlab.config import adapt_to_device
 from litv2.openmmlab.runner import StrictRunner, load_checkpoint
-from mm_helpers import SMALL_OPTIONS, free_port, own_project, run_tool, tiny_config, tiny_dense_model
+from mm_helpers import SMALL_OPTIONS, own_project, run_tool, tiny_config, tiny_dense_model
 
 pytestmark = pytest.mark.extra
 
@@ -74,20 +74,6 @@ def test_evaluation_and_pictures(mine, trained):
     original = np.asarray(Image.open(mine / "data/images/validation/0.jpg").convert("RGB")).astype(int)
     picture = np.asarray(Image.open(mine / "demo.png").convert("RGB")).astype(int)
     assert original.shape == picture.shape and np.abs(original - picture).mean() > 5  # the overlay
-
-
-def test_dist_test(mine, trained):
-    flags = ["--eval", "mIoU", "--work-dir", mine / "dist", "--cfg-options", *trained]
-    done = run_tool("segmentation", "tools/dist_test.sh", mine / "mine.py", mine / "run/iter_4.pth", 1, *flags, PORT=free_port())
-    assert "mIoU" in done.stdout
-
-
-def test_two_processes(mine, trained):
-    """Synchronised batch norms need GPUs: on the CPU they become plain ones."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    flags = [mine / "mine.py", "--work-dir", mine / "two", "--cfg-options", *trained]
-    done = run_tool("segmentation", "tools/train.py", *flags, launcher=launcher)
-    assert "Iter(train) [4/4]" in done.stdout and "mIoU" in done.stdout
 
 
 def test_export_and_reload_change_nothing(tmp_path):

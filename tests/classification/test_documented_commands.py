@@ -1,0 +1,128 @@
+"""The commands of the trainer's document, run with a smaller model, a shorter schedule and small images, which --opts append."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from command_helpers import free_port, put_download, run, run_here
+from document_helpers import Command, documented
+from helpers import FAST, write_images
+from litv2 import LITv2
+
+DOCUMENT = "classification/README.md"
+TINY = dict(patch_size=2, embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))  # of FAST
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    write_images(root / "train", {"a": 9, "b": 9}, size=32)
+    write_images(root / "val", {"a": 3, "b": 1}, size=32)
+    return root
+
+
+def weights_for(class_index: int) -> dict:
+    """Of a model that finds this class in every image."""
+    model = LITv2(num_classes=2, **TINY)
+    weights = model.state_dict()
+    weights["head.weight"].zero_()
+    weights["head.bias"].copy_(torch.eye(2)[class_index])
+    return dict(model=weights)
+
+
+def smaller(command: Command, output: Path, *more: str) -> list[str]:
+    pairs = [*FAST, "OUTPUT", str(output), *"DATA.IMG_SIZE 32 DATA.BATCH_SIZE 4 DATA.NUM_WORKERS 0 DEVICE cpu".split(), *more]
+    return pairs if "--opts" in command.words else ["--opts", *pairs]
+
+
+def finished(output: Path) -> tuple[dict, str]:
+    """The last checkpoint and the log of a training that has left what the document promises."""
+    folder = output / "litv2_small/default"
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"latest.pth", "best.pth", "log_rank0.txt", "metrics.jsonl", "config.yaml", "curves.png", "predictions.png"}
+    state = torch.load(folder / "latest.pth", weights_only=True)
+    assert state["progress"]["epoch"] == 2 and state["class_names"] == ["a", "b"]
+    return state, (folder / "log_rank0.txt").read_text()
+
+
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python main\.py .* --data-path DIR --batch-size 64"), ids=str)
+def test_from_scratch(command, images, tmp_path, monkeypatch):
+    run_here(monkeypatch, command, *smaller(command, tmp_path), files=dict(DIR=images))
+    _, log = finished(tmp_path)
+    assert len(re.findall(r"Train: \[[01]/2\]", log)) == 2 * 4
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"torchrun --standalone .* --nproc-per-node=8 main\.py .*"), ids=str)
+def test_eight_processes(command, images, tmp_path):
+    """With two in the place of eight."""
+    done = run(command, *smaller(command, tmp_path), files={"DIR": images, "8": 2})
+    _, log = finished(tmp_path)
+    assert "2 x cpu" in log and (tmp_path / "litv2_small/default/log_rank1.txt").is_file(), done.stdout
+
+
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python main\.py .* --pretrained FILE --opts .*"), ids=str)
+def test_fine_tuning(command, images, tmp_path, monkeypatch):
+    """From weights for other classes."""
+    torch.save(dict(model=LITv2(num_classes=7, **TINY).state_dict()), tmp_path / "mine.pth")
+    run_here(monkeypatch, command, *smaller(command, tmp_path), files=dict(DIR=images, FILE=tmp_path / "mine.pth"))
+    _, log = finished(tmp_path)
+    assert "head is newly initialised, for other classes: it has 7 outputs in the file, 2 in this model" in log
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"torchrun --nproc-per-node=2 main\.py .* --amp bf16 --ema-decay .*"), ids=str)
+def test_two_processes_in_mixed_precision(command, images, tmp_path):
+    run(command, *smaller(command, tmp_path), files=dict(DIR=images), PET_MASTER_PORT=free_port())
+    state, log = finished(tmp_path)
+    assert "2 x cpu" in log and "mixed precision: bfloat16" in log
+    assert any(not torch.equal(value, state["ema"][name]) for name, value in state["model"].items())
+
+
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python main\.py .* --opts TRAIN\.OPTIMIZER\.NAME .*"), ids=str)
+def test_another_optimizer_and_schedule(command, images, tmp_path, monkeypatch):
+    run_here(monkeypatch, command, *smaller(command, tmp_path), files=dict(DIR=images))
+    state, _ = finished(tmp_path)
+    assert all("momentum_buffer" in entry for entry in state["optimizer"]["state"].values())
+    train = yaml.safe_load((tmp_path / "litv2_small/default/config.yaml").read_text())["TRAIN"]
+    assert (train["OPTIMIZER"]["NAME"], train["LR_SCHEDULER"]["NAME"]) == ("sgd", "step")
+
+
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python main\.py .* --eval"), ids=str)
+def test_evaluation(command, images, tmp_path, monkeypatch, capsys):
+    """Three of the four images are of class 0, which FILE finds in all; the published weights, where a download would put them, class 1."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    put_download(tmp_path, "litv2_s.pth", weights_for(1))
+    torch.save(weights_for(0), tmp_path / "mine.pth")
+    run_here(monkeypatch, command, *smaller(command, tmp_path), files=dict(DIR=images, FILE=tmp_path / "mine.pth"))
+    right = "75.0" if "FILE" in command.words else "25.0"
+    printed = capsys.readouterr().out
+    assert f" * Acc@1 {right}00 Acc@5 100.000\n" in printed and f"network on the 4 test images: {right}%\n" in printed
+
+
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python main\.py .* --throughput .*"), ids=str)
+def test_throughput(command, tmp_path, monkeypatch, capsys):
+    run_here(monkeypatch, command, *smaller(command, tmp_path))
+    result = json.loads((tmp_path / "litv2_small/default/throughput.json").read_text())
+    assert result["batch_size"] == 4 and result["images_per_second"] > 0 and "images_per_second" in capsys.readouterr().out
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python convert_onnx\.py .*"), ids=str)
+def test_conversion(command, tmp_path, monkeypatch):
+    """A graph for 64 images of standard operators alone; test_release.py runs it."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    torch.save(weights_for(0), tmp_path / "mine.pth")
+    more = ["--out", tmp_path / "litv2_small.onnx", "--opts", *FAST, "DATA.IMG_SIZE", 32]
+    run_here(monkeypatch, command, *more, files=dict(FILE=tmp_path / "mine.pth"))
+    graph = onnx.load(tmp_path / "litv2_small.onnx").graph
+    assert [size.dim_value for size in graph.input[0].type.tensor_type.shape.dim] == [64, 3, 32, 32]
+    assert json.loads((tmp_path / "litv2_small.onnx.parity.json").read_text())["passed"]
+    assert "DeformConv" not in {node.op_type for node in graph.node}
