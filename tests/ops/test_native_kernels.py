@@ -25,7 +25,7 @@ from helpers import normal, tiny_model
 from litv2.ops import native
 
 x = normal(0, 2, 3, 100, 132)
-results = dict(problem=native.problem, kernels=native.problem or torch.ops.litv2.native_kernels(), logits={}, gradients={}, flops={})
+results = dict(problem=native.problem, kernels=native.problem or torch.ops.litv2.native_kernels(), logits={}, rounded={}, gradients={}, flops={})
 for name, arguments in dict(even={}, odd=dict(embed_dim=20, num_heads=(1, 2, 4, 5), local_ws=(0, 3, 2, 1), alpha=0.5)).items():
     model = tiny_model(**arguments).eval()
     with torch.no_grad():
@@ -33,6 +33,8 @@ for name, arguments in dict(even={}, odd=dict(embed_dim=20, num_heads=(1, 2, 4, 
         if native.problem is None:
             from litv2.inference.packed import packed_model
             results["logits"][name + ", native form"] = packed_model(model)(x)
+            for products in (torch.bfloat16, torch.int8):
+                results["rounded"][f"{name}, {products}"] = packed_model(model, products)(x)
         with FlopCounterMode(display=False) as inference:
             model(x)
     with FlopCounterMode(display=False) as training:
@@ -75,6 +77,10 @@ def same_results(ours: dict, theirs: dict) -> None:
     for name, logits in theirs["logits"].items():
         assert max_difference(ours["logits"].get(name, logits), logits) < 1e-5 * logits.abs().max()
         assert max_difference(logits, theirs["logits"][name.split(",")[0]]) < 1e-5 * logits.abs().max()
+    for name, logits in theirs["rounded"].items():
+        # Where the last bits turn a rounding, a number is a whole step away; together they are nearer than steps are to the truth.
+        rounding = max_difference(logits, theirs["logits"][name.split(",")[0]])
+        assert 0 < rounding and max_difference(ours["rounded"].get(name, logits), logits) < rounding
     for name, gradients in theirs["gradients"].items():
         for key, gradient in gradients.items():
             # A bias before batch norm or of keys has no gradient but rounding: hence the 1.
