@@ -143,7 +143,7 @@ def test_heads(ours, tmp_path):
 
 def test_convert_writes_whole_or_not_at_all(ours, tmp_path, capsys):
     Path("out.pth").write_text("precious")
-    assert "--force overwrites" in fails(capsys, "convert", ours, "out.pth")
+    assert "use --force to overwrite" in fails(capsys, "convert", ours, "out.pth")
     assert "must end in" in fails(capsys, "convert", ours, "out.onnx")
     assert "no folder" in fails(capsys, "convert", ours, "nowhere/out.pth")
     (tmp_path / "bad.pth").write_bytes(ours.read_bytes()[:-1000])
@@ -176,7 +176,7 @@ def test_info(ours, capsys):
     assert rows["parameters"] == f"{parameters / 1e6:.3f} M" and rows["epoch"] == "3"
     assert rows["classes"] == "10: animal 0, animal 1, animal 2, animal 3, animal 4 ..."
     assert rows["weights"].startswith("107 tensors, the moving average") and rows["dtype"] == "float32, int64"
-    assert rows["windows"] == "0 0 2 1 (by the file's configuration)" and rows["heads"] == "1 2 4 8; alpha 0.9"
+    assert rows["windows"] == "0 0 2 1 (from the file's configuration)" and rows["heads"] == "1 2 4 8; alpha 0.9"
 
 
 def test_info_of_published_shapes(tmp_path, capsys):
@@ -217,7 +217,7 @@ def test_info_of_a_training_run_of_mmengine(capsys):
     torch.save(dict(meta=dict(epoch=2), state_dict=weights, message_hub=hub.state_dict()), "run.pth")
     assert main(["info", "run.pth"]) == 0
     out = capsys.readouterr().out
-    assert "message_hub" in out and "LITv2 of its own (32 channels, blocks 1 1 2 1)" in out
+    assert "message_hub" in out and "custom LITv2 (32 channels, blocks 1 1 2 1)" in out
 
 
 def test_predict(ours, tmp_path):
@@ -258,7 +258,7 @@ def test_predict_says_what_is_wrong(ours, tmp_path, capsys):
         assert "at least 32" in fails(capsys, "predict", image, "--checkpoint", ours, "--img-size", side)
     assert "--device nowhere: " in fails(capsys, "predict", image, "--checkpoint", ours, "--device", "nowhere")
     torch.save(read_checkpoint(ours) | dict(class_names=["one"]), "names.pth")
-    assert "names 1 classes, its classifier has 10" in fails(capsys, "predict", image, "--checkpoint", "names.pth")
+    assert "lists 1 class names, but its classifier has 10" in fails(capsys, "predict", image, "--checkpoint", "names.pth")
     torch.save(dict(model=tiny_model(num_classes=0).state_dict()), "headless.pth")
     assert "no classifier" in fails(capsys, "predict", image, "--checkpoint", "headless.pth")
 
