@@ -269,8 +269,8 @@ def test_what_a_file_does_not_tell_is_said(ours, tmp_path, capsys):
     torch.save(dict(model=tiny_model(local_ws=(0, 0, 4, 1)).state_dict()), "bare.pth")
     assert main(["predict", str(image), "--checkpoint", "bare.pth", "--img-size", "64"]) == 0
     windows, size = capsys.readouterr().err.splitlines()
-    assert windows == "note: bare.pth does not say its heads and windows: they are taken to be 1 2 4 8 and 0 0 2 1, as published"
-    assert size.startswith("note: bare.pth does not say the size of its images; the default is 224")
+    assert windows == "note: bare.pth does not state its heads and windows; assuming 1 2 4 8 and 0 0 2 1, as published"
+    assert size.startswith("note: bare.pth does not state its image size; assuming 224")
     assert main(["predict", str(image), "--checkpoint", str(ours)]) == 0
     assert capsys.readouterr().err == ""
     arguments = ["--format", "torch-export", "--img-size", "64", "--dynamic", "--out", "bare.pt2"]
