@@ -88,7 +88,7 @@ def test_download(tmp_path, capsys):
     done = run("download", "litv2_smal", "litv2_medium", "http://127.0.0.1:9/x.pth", cwd=tmp_path, check=False)
     assert done.returncode == 1 and done.stdout.splitlines() == [f"litv2_medium  0.0 MB  {folder / 'litv2_m.pth'}"]
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert len(errors) == 2 and "close to it: litv2_small" in errors[0]
+    assert len(errors) == 2 and "similar names: litv2_small" in errors[0]
     assert f"put the file at {folder / 'x.pth'}" in errors[1] and "http://127.0.0.1:9/x.pth" in errors[1]
 
 
@@ -145,7 +145,7 @@ def test_convert_writes_whole_or_not_at_all(ours, tmp_path, capsys):
     Path("out.pth").write_text("precious")
     assert "use --force to overwrite" in fails(capsys, "convert", ours, "out.pth")
     assert "must end in" in fails(capsys, "convert", ours, "out.onnx")
-    assert "no folder" in fails(capsys, "convert", ours, "nowhere/out.pth")
+    assert "the folder nowhere does not exist" in fails(capsys, "convert", ours, "nowhere/out.pth")
     (tmp_path / "bad.pth").write_bytes(ours.read_bytes()[:-1000])
     assert "bad.pth" in fails(capsys, "convert", "bad.pth", "out.pth", "--force")
     with pytest.warns(UserWarning, match="ComplexHalf"):
@@ -253,7 +253,7 @@ def test_predict(ours, tmp_path):
 def test_predict_says_what_is_wrong(ours, tmp_path, capsys):
     image = write_images(tmp_path / "images", {"a": 1}) / "a/0.png"
     assert "another variant" in fails(capsys, "predict", image, "--checkpoint", ours, "--model", "litv2_small")
-    assert "close to it: litv2_base" in fails(capsys, "predict", image, "--checkpoint", ours, "--model", "litv2_bas")
+    assert "similar names: litv2_base" in fails(capsys, "predict", image, "--checkpoint", ours, "--model", "litv2_bas")
     for side in ("16", "0"):
         assert "at least 32" in fails(capsys, "predict", image, "--checkpoint", ours, "--img-size", side)
     assert "--device nowhere: " in fails(capsys, "predict", image, "--checkpoint", ours, "--device", "nowhere")
@@ -340,4 +340,4 @@ def test_the_trainer_takes_names_of_the_zoo(tmp_path):
     model = LITv2(num_classes=7, patch_size=2, embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
     torch.save(dict(model=model.state_dict()), folder / "litv2_s.pth")
     done = run_trainer("--pretrained", "litv2_small", "--output", tmp_path / "out", opts="TRAIN.EPOCHS 1")
-    assert "litv2_small: head is newly initialised, for other classes: it has 7 outputs in the file, 10 in this model" in done.stdout
+    assert "litv2_small: head is newly initialised: it has 7 outputs in the file, but 10 in this model" in done.stdout
