@@ -66,7 +66,7 @@ def random_state() -> dict:
 
 
 def restore_random_state(states: list[dict], log: Callable[[str], None]) -> None:
-    """Restores this rank's state from the gathered ``states`` of all ranks; if the number of processes changed, logs and skips that."""
+    """Restores this rank's state from the ``states`` of all ranks; with another number of processes it only logs that it cannot."""
     if len(states) != distributed.world_size():
         log(f"random states not restored: the checkpoint has those of {len(states)} processes, this run has {distributed.world_size()}")
         return

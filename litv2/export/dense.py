@@ -1,4 +1,4 @@
-"""Builds detectors and segmenters for export from their configurations; tracing them needs mmdet and mmseg.
+"""Builds detectors and segmenters for export from their configurations; tracing them needs mmdet or mmseg.
 
 The exported graphs take images as the configuration's data preprocessor returns them: normalised RGB.
 """

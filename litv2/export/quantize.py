@@ -2,8 +2,7 @@
 
 Linear layers and convolutions are quantized, weights per channel, everything symmetrically as TensorRT requires. Attention with
 its softmax and the norms stay in float, and so do two kinds of modules: the deformable convolutions, whose offsets are positions
-in pixels, and the patch embedding, whose quantization error is amplified by the norm after it: quantizing it costs five times as
-much accuracy as all the rest.
+in pixels, and the patch embedding, whose quantization error is amplified by the norm after it to five times that of all the rest.
 """
 
 from __future__ import annotations

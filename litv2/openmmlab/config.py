@@ -65,7 +65,7 @@ def _moved(value, old: str, new: str):
 
 
 def adapt_to_device(config: Config, launcher: str) -> None:
-    """Adapts a configuration for GPUs to a machine without one, where processes communicate over gloo."""
+    """Sets the launcher; without a GPU, also replaces mixed precision and synchronised batch norms and joins the processes over gloo."""
     config.launcher = launcher
     if torch.cuda.is_available():
         return

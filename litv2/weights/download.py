@@ -72,7 +72,7 @@ def _cached(url: str) -> Path:
         return path
     if path.exists() and not os.access(path.parent, os.W_OK):
         check_format(path)
-        print(f"{path} is used without verification: its folder is read-only, so nothing can be recorded there", file=sys.stderr)
+        print(f"{path} is used without comparing its SHA-256: its folder is read-only, so nothing can be recorded there", file=sys.stderr)
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with one_process(path):

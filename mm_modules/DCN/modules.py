@@ -54,7 +54,7 @@ class _DeformConv2d(nn.Module):
         super().__init__()
         name = type(self).__name__
         if in_channels % groups or out_channels % groups or in_channels % deformable_groups:
-            raise ValueError(f"{name}: {groups=} must divide {in_channels=} and {out_channels=}, {deformable_groups=} must divide in_channels")
+            raise ValueError(f"{name}: {groups=} and {deformable_groups=} must divide {in_channels=}, groups also {out_channels=}")
         for ignored, value in (("im2col_step", im2col_step), ("lr_mult", lr_mult)):
             if value is not None:
                 warnings.warn(f"{name}: {ignored}={value} has no effect here and can be removed", stacklevel=2)
