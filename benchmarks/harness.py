@@ -113,7 +113,7 @@ def environment(device: str = "cpu") -> dict:
 def positive(text: str, least: int = 1) -> int:
     """Parses a flag: an integer of at least 1."""
     if int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text} is too small, expected at least {least}")
+        raise argparse.ArgumentTypeError(f"{text}, expected at least {least}")
     return int(text)
 
 
