@@ -5,7 +5,7 @@ One layer, two kinds of heads over the same map of tokens:
 * Hi-Fi heads see fine local detail: self-attention inside non-overlapping s x s windows.
 * Lo-Fi heads see the whole picture at low resolution: every position attends to the s x s average-pooled map.
 
-The file needs torch alone, so that it can be copied into another project:
+This file depends only on torch, so it can be copied into another project:
 
     >>> import torch
     >>> from hilo import HiLo
@@ -26,26 +26,26 @@ __all__ = ["HiLo"]
 
 
 class HiLo(nn.Module):
-    """Attention that gives some heads to local windows (Hi-Fi) and the others to a pooled global view (Lo-Fi).
+    """Attention that assigns some heads to local windows (Hi-Fi) and the others to a pooled global view (Lo-Fi).
 
     Args:
         dim: channels of the input and of the output.
-        num_heads: heads of both branches together; each has ``dim // num_heads`` channels.
+        num_heads: total number of heads in both branches; each has ``dim // num_heads`` channels.
         qkv_bias: whether the query, key and value projections have a bias (the output projections always do).
-        qk_scale: factor on the attention logits; None for ``head_dim ** -0.5``.
+        qk_scale: scale of the attention logits; None for ``head_dim ** -0.5``.
         attn_drop: dropout rate of the attention weights.
         proj_drop: dropout rate of the output.
         window_size: side s of the windows and of the pooling. 1 is plain multi-head self-attention:
             all heads are Lo-Fi, nothing is pooled and ``alpha`` is ignored.
-        alpha: share of the heads given to Lo-Fi, in [0, 1]: ``int(num_heads * alpha)`` of them. 0 is Hi-Fi alone, 1 Lo-Fi alone.
+        alpha: share of the heads assigned to Lo-Fi, in [0, 1]: ``int(num_heads * alpha)`` heads. 0 is Hi-Fi only, 1 is Lo-Fi only.
 
     Shape:
-        ``x`` (B, H * W, dim), rows of the map one after the other -> (B, H * W, dim), Hi-Fi channels first. H and W are
-        free: where the window does not divide them, the map is padded with zeros on the right and at the bottom, both
-        branches treat the padded cells like any others (no mask), and the result is cropped.
+        ``x`` (B, H * W, dim) in row-major order -> (B, H * W, dim), Hi-Fi channels first. H and W can be any size: if they
+        are not multiples of the window size, the map is zero-padded on the right and at the bottom, both branches treat the
+        padded cells like any others (no mask), and the result is cropped.
 
     Raises:
-        ValueError: an argument out of its range, or an input whose shape is not (B, H * W, dim).
+        ValueError: an argument is out of range, or the shape of the input is not (B, H * W, dim).
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class HiLo(nn.Module):
         if window_size < 1 or window_size != int(window_size):
             raise ValueError(f"HiLo: window_size={window_size} must be an integer of at least 1")
         if not 0 <= alpha <= 1:
-            raise ValueError(f"HiLo: alpha={alpha} must lie in [0, 1]: it is the share of the heads given to Lo-Fi")
+            raise ValueError(f"HiLo: alpha={alpha} must lie in [0, 1]: it is the share of the heads assigned to Lo-Fi")
 
         self.dim = dim
         self.num_heads = num_heads
@@ -90,17 +90,17 @@ class HiLo(nn.Module):
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:
         if x.dim() != 3:
-            raise ValueError(f"HiLo: x must have the shape (B, H * W, dim), not {tuple(x.shape)}")
+            raise ValueError(f"HiLo: x must have shape (B, H * W, dim), got {tuple(x.shape)}")
         if x.shape[2] != self.dim:
             raise ValueError(f"HiLo: the last dimension of x is {x.shape[2]} (shape {tuple(x.shape)}), expected dim={self.dim}")
         if x.shape[1] != H * W:
             raise ValueError(f"HiLo: x has {x.shape[1]} tokens, but H * W = {H} * {W} = {H * W}")
 
-        # The map is padded to whole windows: nh x nw of them.
+        # Pad the map to nh x nw whole windows.
         s, B, C = self.window_size, x.shape[0], x.shape[2]
         nh, nw = (H + s - 1) // s, (W + s - 1) // s
         x = x.reshape(B, H, W, C)
-        # A traced graph always pads, if by nothing: no branch on H and W, so that one graph serves every size.
+        # A traced graph always pads, even by 0: without a branch on H and W, one graph serves every size.
         padded = torch.compiler.is_compiling() or (nh * s, nw * s) != (H, W)
         if padded:
             x = F.pad(x, (0, 0, 0, nw * s - W, 0, nh * s - H))
@@ -125,7 +125,7 @@ class HiLo(nn.Module):
         return self.h_proj(y.reshape(B, nh * s, nw * s, self.h_dim))
 
     def _lofi(self, x: Tensor, nh: int, nw: int) -> Tensor:
-        """Attention of all positions to the pooled map ("low-frequency attention"). (B, nh*s, nw*s, dim) -> (..., l_dim)."""
+        """Attention from every position to the pooled map ("low-frequency attention"). (B, nh*s, nw*s, dim) -> (..., l_dim)."""
         s, B, heads, d = self.window_size, x.shape[0], self.l_heads, self.head_dim
         q = self.l_q(x).reshape(B, nh * s * nw * s, heads, d).transpose(1, 2)  # (B, heads, N, d)
         if s > 1:
@@ -140,7 +140,7 @@ class HiLo(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=self.scale)
 
     def flops(self, H: int, W: int) -> int:
-        """Multiply-adds of one H x W map, counted as the paper counts them (padded cells included, softmax and pooling not)."""
+        """Returns the multiply-adds for one H x W map, counted as in the paper: padded cells included, softmax and pooling not."""
         s = self.window_size
         M = -(-H // s) * -(-W // s)  # windows, and cells of the pooled map
         N = M * s * s

@@ -1,9 +1,9 @@
-"""The classifiers through torch.hub, from a checkout (``source="local"``) or from GitHub:
+"""Entry points for torch.hub, from a checkout (``source="local"``) or from GitHub:
 
     torch.hub.load(FOLDER, "litv2_small", source="local", pretrained=True)
     torch.hub.load(FOLDER, "litv2", "alpha_0.2", source="local", num_classes=10)
 
-``pretrained`` is True for the published weights, or a path, a URL or another name; other arguments are those of ``litv2.LITv2``.
+``pretrained`` is True for the published weights, or a path, a URL or another name; other arguments are passed to ``litv2.LITv2``.
 """
 
 from litv2 import LITv2 as _LITv2
@@ -33,11 +33,11 @@ def litv2_base_384(pretrained: bool | str = False, **kwargs) -> _LITv2:
     return _create_model("litv2_base_384", pretrained, **kwargs)
 
 
-# The names of the release's files.
+# Aliases: the names of the release's files.
 litv2_s, litv2_m, litv2_b, litv2_b_384 = litv2_small, litv2_medium, litv2_base, litv2_base_384
 
 
 def litv2(name: str, pretrained: bool | str = False, **kwargs) -> _LITv2:
-    """Any classifier by its name in ``python -m litv2 list``, or by its file's in the release: litv2_s, alpha_0.2, ..."""
+    """Creates any classifier by its name in ``python -m litv2 list`` or by the name of its release file: litv2_s, alpha_0.2, ..."""
     files = {entry.file.removesuffix(".pth"): entry.name for entry in _ZOO.values() if entry.task == "classification"}
     return _create_model(files.get(name, name), pretrained, **kwargs)

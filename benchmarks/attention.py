@@ -9,9 +9,9 @@
     python benchmarks/attention.py --over case                         # windows of 8 x 8 on 64 x 64 tokens, and where the time goes
     python benchmarks/attention.py --device cuda --dtype float16 --warm-up 50 --rounds 30   # the paper's protocol: 50 + 30 forwards
 
-The layers are those of attention_layers.py; weights are random. In the first form no speed is printed before every layer is found to have
-its published parameters and multiply-adds, within 1 %; the published figures stand beside. Compiled layers have frozen weights on a CPU.
-Memory is the peak that a call allocates beyond its input and weights. Writes JSON, CSV and a plot.
+The layers are those of attention_layers.py, with random weights. In the first form, every layer must first match its published parameters
+and multiply-adds within 1 %, and the published figures are shown alongside. Compiled layers have frozen weights on a CPU. Memory is the
+peak that a call allocates in addition to its input and weights. Writes JSON, CSV and a plot.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from harness import device_name, milliseconds, parser, peak_memory, positive, pu
 from hilo import HiLo
 from litv2.errors import UserError, run_program
 
-# How a layer is made ready; None for a layer that the mode does not have.
+# How each mode prepares a layer; None if the mode does not apply to it.
 MODES: dict[str, Callable[[nn.Module], Callable | None]] = {
     "eager": lambda layer: layer,
     "compiled": lambda layer: torch.compile(layer, dynamic=False),
 }
-# Layers beyond the table: HiLo as it is meant to be on larger maps.
+# Layers beyond the table: HiLo with the windows intended for larger maps.
 BUILD = {name: entry.build for name, entry in LAYERS.items()} | {
     f"HiLo, window {s}": partial(lambda s, dim, heads, size: HiLo(dim, heads, qkv_bias=True, window_size=s, alpha=0.9), s) for s in (4, 8)
 }
-# Of each experiment, what the flags are if they are not given.
+# Defaults of the flags for each experiment.
 DEFAULTS = {
     "layers": dict(layers=list(LAYERS), dim=DIM, heads=HEADS, sides=[SIZE[0]], batch_size=64),
     "resolution": dict(
@@ -59,22 +59,22 @@ DEFAULTS = {
     "alpha": dict(layers=["HiLo"], dim=384, heads=12, sides=[14], batch_size=64),
     "case": dict(layers=["HiLo"], dim=256, heads=8, sides=[64], batch_size=1),
 }
-TOP1 = {0.0: 81.16, 0.2: 81.89, 0.4: 81.81, 0.5: 81.88, 0.7: 81.94, 0.9: 82.03, 1.0: 81.89}  # published, of LITv2-S by alpha
+TOP1 = {0.0: 81.16, 0.2: 81.89, 0.4: 81.81, 0.5: 81.88, 0.7: 81.94, 0.9: 82.03, 1.0: 81.89}  # published top-1 of LITv2-S by alpha
 
 
 def main() -> None:
     flags = parser(__doc__, "attention")
-    flags.add_argument("--over", default="layers", choices=list(DEFAULTS), help="what is varied")
+    flags.add_argument("--over", default="layers", choices=list(DEFAULTS), help="what to vary")
     flags.add_argument("--layers", nargs="+", choices=list(BUILD), metavar="NAME", help=f"of {'; '.join(BUILD)}")
     flags.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=list(MODES))
-    flags.add_argument("--training", action="store_true", help="forward and backward in place of forward")
-    flags.add_argument("--batch-size", type=positive, help="64 for layers and alpha, else 1")
+    flags.add_argument("--training", action="store_true", help="time forward and backward instead of forward")
+    flags.add_argument("--batch-size", type=positive, help="default: 64 for layers and alpha, else 1")
     flags.add_argument("--dim", type=positive)
     flags.add_argument("--heads", type=positive)
-    flags.add_argument("--sides", type=positive, nargs="+", help="of the map: several for resolution, else one")
+    flags.add_argument("--sides", type=positive, nargs="+", help="sides of the map: several with --over resolution, else one")
     flags.add_argument("--windows", type=positive, nargs="+", default=[1, 2, 3, 4, 5, 6, 7], help="for --over window")
     flags.add_argument("--alphas", type=float, nargs="+", default=list(TOP1), help="for --over alpha")
-    flags.add_argument("--limit", type=float, default=300, help="GFLOPs of a call; what takes more is not timed (default: 300)")
+    flags.add_argument("--limit", type=float, default=300, help="do not time calls of more GFLOPs than this (default: 300)")
     flags.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     flags.add_argument("--device", type=device_name, default="cpu")
     args = flags.parse_args()
@@ -82,7 +82,7 @@ def main() -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.over != "resolution" and len(args.sides) > 1:
-        flags.error(f"--sides: --over {args.over} has one map")
+        flags.error(f"--sides: --over {args.over} takes one side only")
     torch.set_num_threads(args.threads)
     torch._inductor.config.freezing = args.device == "cpu" and not args.training
     torch._dynamo.config.recompile_limit = 256  # layers of one class are compiled one by one
@@ -116,14 +116,14 @@ def over_layers(args: argparse.Namespace) -> list[dict]:
 
 
 def check(costs: dict[str, dict[str, float]]) -> None:
-    """Raises if a layer is not the one whose figures were published: 1 % of difference in parameters or multiply-adds."""
+    """Raises if the parameters or multiply-adds of a layer differ from the published ones by more than 1 %."""
     wrong = []
     for name, cost in costs.items():
         for (key, value), expected in zip(cost.items(), (LAYERS[name].parameters, LAYERS[name].flops)):
             if abs(value - expected) > 0.01 * expected:
                 wrong.append(f"{name}: {key} {value:.2f}, published {expected:.2f}")
     if wrong:
-        raise ValueError("not the layers of the published table: " + "; ".join(wrong))
+        raise ValueError("the layers do not match the published table: " + "; ".join(wrong))
 
 
 def over_resolution(args: argparse.Namespace) -> list[dict]:
@@ -149,7 +149,7 @@ def over_alpha(args: argparse.Namespace) -> list[dict]:
 
 
 def over_case(args: argparse.Namespace) -> list[dict]:
-    """HiLo as a user had it, its two halves with all of the heads, and attention in windows of that size."""
+    """A user's case: HiLo, each of its two branches with all heads, and attention in windows of the same size."""
     size = (args.sides[0], args.sides[0])
     hilo = partial(HiLo, args.dim, args.heads, qkv_bias=True, window_size=8)
     builds = {
@@ -170,7 +170,7 @@ def over_case(args: argparse.Namespace) -> list[dict]:
 
 
 def _hilos(args: argparse.Namespace, choices: dict[str, dict]) -> list[dict]:
-    """A row for each HiLo of these windows and alphas."""
+    """Returns a row for each HiLo with these windows and alphas."""
     size = (args.sides[0], args.sides[0])
     layers = {
         name: _ready(partial(HiLo, args.dim, args.heads, qkv_bias=True, window_size=choice["window"], alpha=choice["alpha"]), args)
@@ -185,7 +185,7 @@ def _hilos(args: argparse.Namespace, choices: dict[str, dict]) -> list[dict]:
 
 
 def measure(layers: dict[str, nn.Module], size: Size, args: argparse.Namespace) -> dict[str, dict]:
-    """Columns of each layer and mode, all of which take turns: times in ms (empty beyond --limit), images/s and MiB."""
+    """Measures all layers and modes in turns; returns their columns: times in ms (empty beyond --limit), images/s and MiB."""
     x = _tokens(size, args)
     times_forward = 3 if args.training else 1
     calls = {}
@@ -220,8 +220,8 @@ def measure(layers: dict[str, nn.Module], size: Size, args: argparse.Namespace) 
 def _ready(build: Callable[[], nn.Module], args: argparse.Namespace) -> nn.Module:
     try:
         layer = build()
-    except ValueError as error:  # of what the flags say: heads that do not divide the channels, a map of broken windows
-        raise UserError(f"this layer cannot be built: {error}") from error
+    except ValueError as error:  # invalid flags: heads that do not divide the channels, a map that is not made of whole windows
+        raise UserError(f"cannot build this layer: {error}") from error
     return layer.train(args.training).requires_grad_(args.training).to(args.device, getattr(torch, args.dtype))
 
 
@@ -249,7 +249,7 @@ def _train(layer: nn.Module, x: Tensor, size: Size) -> None:
 
 PARTS = ["projections", "window_attention", "global_attention", "pooling", "moving_data", "rest"]
 OPERATORS = {
-    "aten::clone": "moving_data",  # of reshape and contiguous
+    "aten::clone": "moving_data",  # from reshape and contiguous
     "aten::cat": "moving_data",
     "aten::constant_pad_nd": "moving_data",
     "aten::linear": "projections",
@@ -258,9 +258,9 @@ OPERATORS = {
 
 
 def where_time_goes(function: Callable[[], object], args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of a call by part: each operator's own time belongs to the innermost operator around it that is in ``OPERATORS``.
+    """Returns the seconds of a call by part: the self time of an operator counts for the innermost enclosing one in ``OPERATORS``.
 
-    Attention is that in windows where it has as many keys as queries, else global: as many queries as tokens, as many keys as windows.
+    Attention with as many keys as queries is windowed; otherwise it is global: one query per token, one key per window.
     """
     on_gpu = args.device != "cpu"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]

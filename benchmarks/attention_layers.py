@@ -1,13 +1,13 @@
-"""The fourteen attention layers of the paper's single layer benchmark, behind one interface.
+"""The fourteen attention layers of the paper's single-layer benchmark, behind one interface.
 
-``layer(x, H, W)`` takes x (B, H * W, dim), rows of the map one after the other, and returns the same shape; ``layer.flops(H, W)`` is the
-number of multiply-adds of one map. ``LAYERS`` names them, builds them and holds the figures that the release published for dim 768,
-12 heads and 14 x 14 tokens. Each has the hyperparameters of its authors' stage of 14 x 14 tokens. A layer is timm's where timm has it.
+``layer(x, H, W)`` maps x (B, H * W, dim), in row-major order, to the same shape; ``layer.flops(H, W)`` returns the multiply-adds for one
+map. ``LAYERS`` names and builds the layers and holds the figures that the release published for dim 768, 12 heads and 14 x 14 tokens.
+Each layer has its authors' hyperparameters for the stage of 14 x 14 tokens. A layer is timm's if timm has it.
 
-Multiply-adds are counted as the release counted them (with fvcore), so that they can be compared with its table: matrix products and
-convolutions without their biases; 5 per element of an affine normalisation and 4 per element that is sampled bilinearly; softmax, pooling,
-gates and other element-wise work are not counted. ``torch.utils.flop_counter`` sees products and convolutions alone: where a layer's
-number differs from what it sees, the docstring says by how much.
+Multiply-adds are counted like the release's (with fvcore), so that they can be compared with its table: matrix products and convolutions
+without biases, 5 per element of an affine normalisation and 4 per bilinearly sampled element; softmax, pooling, gates and other
+element-wise operations are not counted. ``torch.utils.flop_counter`` counts only products and convolutions; if its number for a layer
+differs, the layer's docstring says by how much.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = No
 
 
 class MSA(timm.layers.Attention):
-    """Multi-head self-attention of every token to every other (ViT, arXiv 2010.11929); timm's."""
+    """Multi-head self-attention between all tokens (ViT, arXiv 2010.11929); timm's."""
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:
         return super().forward(x)
@@ -81,8 +81,8 @@ class MSA(timm.layers.Attention):
 
 
 class CrossWindow(nn.Module):
-    """CSWin (arXiv 2107.00652): half of the heads attend in stripes over the whole height, the others over the whole width; the values
-    go through a 3 x 3 depthwise convolution inside each stripe besides (locally enhanced positional encoding)."""
+    """CSWin (arXiv 2107.00652): half of the heads attend in stripes over the whole height, the others over the whole width; in addition,
+    the values go through a 3 x 3 depthwise convolution inside each stripe (locally enhanced positional encoding)."""
 
     def __init__(self, dim: int, heads: int, stripe: int = 7):
         super().__init__()
@@ -110,11 +110,11 @@ class CrossWindow(nn.Module):
 
 
 class DAT(nn.Module):
-    """Deformable attention (arXiv 2201.00520): a small network shifts the cells at which keys and values are read from the map, by up to
-    one cell and for each group of heads anew; the bias of the relative position is read, bilinearly too, from a table of ``size``.
+    """Deformable attention (arXiv 2201.00520): for each group of heads, a small network shifts the cells at which keys and values are
+    sampled from the map by up to one cell; the relative position bias is sampled, also bilinearly, from a table of ``size``.
 
-    Positions are normalised as the paper has it, -1 the first and 1 the last cell: without offsets the map itself is read. ``flops``
-    counts 5 N C for the normalisation and 4 N C + 4 heads N^2 for reading tokens and table, which torch's counter does not see."""
+    Positions are normalised as in the paper, from -1 at the first to 1 at the last cell, so that without offsets the map itself is read.
+    ``flops`` counts 5 N C for the normalisation and 4 N C + 4 heads N^2 for sampling tokens and table, which torch's counter misses."""
 
     def __init__(self, dim: int, heads: int, size: Size, groups: int = 3, kernel: int = 5):
         super().__init__()
@@ -125,7 +125,7 @@ class DAT(nn.Module):
         self.offset = nn.Linear(c, 2, bias=False)
         self.bias = nn.Parameter(torch.empty(groups, heads // groups, 2 * size[0] - 1, 2 * size[1] - 1))
         nn.init.trunc_normal_(self.bias, std=0.01)
-        last = torch.tensor([size[1] - 1.0, size[0] - 1.0])  # of columns and of rows: positions are (x, y), as grid_sample has them
+        last = torch.tensor([size[1] - 1.0, size[0] - 1.0])  # last column and row: positions are (x, y), as in grid_sample
         cells = torch.cartesian_prod(torch.arange(size[0]), torch.arange(size[1])).flip(1)
         self.register_buffer("last", last, persistent=False)
         self.register_buffer("cells", cells.to(last), persistent=False)  # (N, 2)
@@ -138,7 +138,7 @@ class DAT(nn.Module):
         place = self.cells + offset  # (B * groups, N, 2), in cells
         grid = (2 * place / self.last - 1).reshape(-1, H, W, 2)
         sampled = F.grid_sample(self._grouped(x, H, W), grid, align_corners=True).reshape(B, C, N).transpose(1, 2)
-        distance = (self.cells[:, None] - place[:, None]) / self.last  # (B * groups, N, N, 2) of queries and of keys, in [-1, 1]
+        distance = (self.cells[:, None] - place[:, None]) / self.last  # (B * groups, queries, keys, 2), in [-1, 1]
         table = self.bias.expand(B, -1, -1, -1, -1).flatten(0, 1)
         bias = F.grid_sample(table, distance, align_corners=True).reshape(B, self.heads, N, N)
         return self.proj(attend(q, self.k(sampled), self.v(sampled), self.heads, bias))
@@ -156,7 +156,7 @@ class DAT(nn.Module):
 class Performer(nn.Module):
     """FAVOR+ (arXiv 2009.14794): softmax attention by positive orthogonal random features, linear in the number of tokens.
 
-    ``flops`` counts, as fvcore does, half a multiply-add for each division of an output by its normaliser; torch's counter none."""
+    ``flops`` counts, as fvcore does, half a multiply-add for each division of an output by its normaliser; torch's counter does not."""
 
     def __init__(self, dim: int, heads: int, features: int = 256):
         super().__init__()
@@ -166,9 +166,9 @@ class Performer(nn.Module):
 
     @staticmethod
     def orthogonal(features: int, d: int) -> Tensor:
-        """Blocks of d orthogonal rows, which are as long as rows of a Gaussian matrix: (features, d)."""
+        """Returns blocks of d orthogonal rows with the norms of rows of a Gaussian matrix: (features, d)."""
         q, r = torch.linalg.qr(torch.randn(-(-features // d), d, d))
-        q = q * r.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)  # without it, the directions are not uniform
+        q = q * r.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)  # otherwise the directions are not uniform
         return q.flatten(0, 1)[:features] * torch.randn(features, d).norm(dim=1, keepdim=True)
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:
@@ -189,9 +189,9 @@ class Performer(nn.Module):
 
 
 class Linformer(nn.Module):
-    """Linformer (arXiv 2006.04768): keys and values of all ``tokens`` are projected to ``rank`` of them, each by a learned matrix.
+    """Linformer (arXiv 2006.04768): learned matrices project the keys and the values of all ``tokens`` to ``rank`` of them.
 
-    The release took the default rank of its source, 256, which is more than its 196 tokens: it saves nothing there."""
+    The release used the default rank of its source, 256, which exceeds its 196 tokens and thus saves nothing."""
 
     def __init__(self, dim: int, heads: int, tokens: int, rank: int = 256):
         super().__init__()
@@ -209,9 +209,9 @@ class Linformer(nn.Module):
 
 
 class SRA(pvt_v2.Attention):
-    """Spatial reduction attention (PVT, arXiv 2102.12122): keys and values of a map that a strided convolution made smaller; timm's.
+    """Spatial reduction attention (PVT, arXiv 2102.12122): keys and values come from a map reduced by a strided convolution; timm's.
 
-    ``flops`` counts 5 per element of the smaller map for its LayerNorm, which torch's counter does not see."""
+    ``flops`` counts 5 per element of the reduced map for its LayerNorm, which torch's counter misses."""
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:
         return super().forward(x, (H, W))
@@ -224,10 +224,10 @@ class SRA(pvt_v2.Attention):
 
 
 class Window(nn.Module):
-    """Attention inside windows with a bias of the relative position (Swin, arXiv 2103.14030); timm's, with the fused kernel.
+    """Attention inside windows with a relative position bias (Swin, arXiv 2103.14030); timm's, with the fused kernel.
 
-    With ``shift``, the map is rolled before, and cells that were not neighbours are masked: for maps of ``size`` alone. The release timed
-    these layers without the bias (2 k parameters, no multiply-adds)."""
+    With ``shift``, the map is rolled first and cells that were not neighbours are masked; this works only for maps of ``size``. The
+    release timed these layers without the bias (2 k parameters, no multiply-adds)."""
 
     def __init__(self, dim: int, heads: int, size: Size | None = None, window: int = 7, shift: int = 0):
         super().__init__()
@@ -261,17 +261,17 @@ class Window(nn.Module):
 
 
 class Focal(nn.Module):
-    """Focal attention of two levels (arXiv 2107.00641), for maps of ``size``: the tokens of a window attend to it, to the ring of
-    ``expand`` cells around it, and to 3 x 3 windows around it, each pooled to one token by learned weights; all with learned biases of
-    position.
+    """Focal attention with two levels (arXiv 2107.00641), for maps of ``size``: the tokens of a window attend to the window, to the ring
+    of ``expand`` cells around it, and to the 3 x 3 windows around it, each pooled to one token with learned weights; all with learned
+    position biases.
 
-    As in its authors' code, the ring is read from four rolled maps: it goes on at the opposite edge of the map, and 4 * 3 of its cells
-    are seen twice (132 keys for 120 cells)."""
+    As in its authors' code, the ring is read from four rolled maps: it wraps around at the edges of the map, and 4 * 3 of its cells
+    occur twice (132 keys for 120 cells)."""
 
     def __init__(self, dim: int, heads: int, size: Size, window: int = 7, expand: int = 3):
         super().__init__()
         if size[0] % window or size[1] % window:
-            raise ValueError(f"Focal: the map {size} does not consist of whole {window} x {window} windows")
+            raise ValueError(f"Focal: the sides of the map {size} must be multiples of the window size {window}")
         self.size, self.heads, self.window, area = size, heads, window, window**2
         self.qkv, self.proj, self.pool = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim), nn.Linear(area, 1)
         nn.init.constant_(self.pool.weight, 1 / area)
@@ -306,7 +306,7 @@ class Focal(nn.Module):
 
     @staticmethod
     def _places(q: int, k: int) -> Tensor:
-        """Where the table of biases has the pair of a cell of q x q and one of k x k: (q^2, k^2)."""
+        """Returns the index into the bias table for each pair of a cell in q x q and one in k x k: (q^2, k^2)."""
         difference = torch.arange(q)[:, None] - torch.arange(k) + k - 1  # (q, k)
         return ((q + k - 1) * difference[:, None, :, None] + difference[None, :, None]).reshape(q**2, k**2)
 
@@ -319,7 +319,7 @@ class Focal(nn.Module):
         q, k, v = self.qkv(torch.cat((x, pooled), dim=1)).chunk(3, dim=-1)  # (B, N + windows, C)
         q = to_windows(q[:, :N].reshape(B, H, W, C), self.window, self.window)
         k, v = (t[:, self.keys.flatten()].reshape(len(q), -1, C) for t in (k, v))  # (B * windows, keys, C)
-        # Windows join the heads, so that one bias serves the whole batch: (B, windows * heads, ...).
+        # Windows are merged with the heads, so that one bias serves the whole batch: (B, windows * heads, ...).
         q, k, v = (split_heads(t, self.heads).reshape(B, -1, t.shape[1], C // self.heads) for t in (q, k, v))
         bias = torch.cat((self.bias_own[:, self.places_own], self.bias_ring, self.bias_pooled[:, self.places_pooled]), dim=-1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=(self.mask + bias).flatten(0, 1))
@@ -333,8 +333,8 @@ class Focal(nn.Module):
 
 
 class XCA(xcit.XCA):
-    """Cross-covariance attention (XCiT, arXiv 2106.09681): channels attend to channels; timm's. Without the local patch interaction, a
-    layer of its own in XCiT, which the published count does not have."""
+    """Cross-covariance attention (XCiT, arXiv 2106.09681): channels attend to channels; timm's. Without the local patch interaction,
+    which is a separate layer in XCiT and is not in the published count."""
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:
         return super().forward(x)
@@ -345,12 +345,12 @@ class XCA(xcit.XCA):
 
 
 class QuadTree(nn.Module):
-    """QuadTree attention of two levels (arXiv 2201.02767, type B, for even H and W): all to all on the half-sized map; then the four
-    tokens of a cell attend to the children of the ``topk`` cells that scored highest for it, head by head. Both results are added, with
+    """QuadTree attention with two levels (arXiv 2201.02767, type B, for even H and W): full attention on the half-size map; then, per
+    head, the four tokens of a cell attend to the children of the ``topk`` cells with the highest scores. The two outputs are added with
     learned weights and 3 x 3 depthwise convolutions of the values.
 
-    ``flops`` is the published count, which leaves out the 2 N 4 topk D of the fine attention (9.6 M beside 613 M: a kernel of its
-    authors' own, which fvcore does not see; torch's counter sees it here), and counts 5 per element of the GroupNorms (unseen)."""
+    ``flops`` is the published count. It omits the 2 N 4 topk D of the fine attention (9.6 M compared with 613 M), a custom kernel of its
+    authors that fvcore misses but torch's counter sees here, and counts 5 per element of the GroupNorms, which torch's counter misses."""
 
     def __init__(self, dim: int, heads: int, topk: int = 8):
         super().__init__()
@@ -359,7 +359,7 @@ class QuadTree(nn.Module):
         halve = [nn.GroupNorm(1, dim), nn.GELU(), nn.Conv2d(dim, dim, 2, stride=2), nn.GroupNorm(1, dim), nn.GELU(), nn.Conv2d(dim, dim, 1)]
         self.coarse_value = nn.Sequential(*halve)
         self.lepe = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1, groups=dim) for _ in range(2))
-        self.weight = nn.Parameter(torch.zeros(2))  # of the coarse and of the fine level, before their softmax
+        self.weight = nn.Parameter(torch.zeros(2))  # of the coarse and the fine level, before softmax
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:
         B, N, C = x.shape
@@ -394,7 +394,7 @@ class QuadTree(nn.Module):
 
 class VAN(nn.Module):
     """Large kernel attention (VAN, arXiv 2202.09741): a depthwise 5 x 5, a dilated depthwise 7 x 7 and a pointwise convolution gate the
-    tokens, between two projections and with a shortcut."""
+    tokens, between two projections and with a residual connection."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -414,8 +414,8 @@ class VAN(nn.Module):
 
 
 class HorNet(nn.Module):
-    """Recursive gated convolution (gnConv of HorNet, arXiv 2207.14284): one 7 x 7 depthwise convolution makes ``order`` gates, of dim / 8
-    to dim channels at order 4, which take turns with projections to the next width."""
+    """Recursive gated convolution (gnConv of HorNet, arXiv 2207.14284): one 7 x 7 depthwise convolution computes ``order`` gates (of
+    dim / 8 to dim channels for order 4), which alternate with projections to the next width."""
 
     def __init__(self, dim: int, order: int = 4):
         super().__init__()
@@ -426,7 +426,7 @@ class HorNet(nn.Module):
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:
         y, gates = self.proj_in(x).split((self.widths[0], sum(self.widths)), dim=-1)
-        first, *others = (to_tokens(self.gates(to_map(gates, H, W))) / 3).split(self.widths, dim=-1)  # 1 / 3 is its authors' scale
+        first, *others = (to_tokens(self.gates(to_map(gates, H, W))) / 3).split(self.widths, dim=-1)  # the scale 1 / 3 is the authors'
         y = y * first
         for widen, gate in zip(self.widen, others):
             y = widen(y) * gate

@@ -1,4 +1,4 @@
-"""The plots of attention.py, from the rows that it prints: columns MODE_ms, MODE_p10, MODE_images_per_s and MODE_MiB of each mode."""
+"""Plots for attention.py, from the rows of its table: columns MODE_ms, MODE_p10, MODE_images_per_s and MODE_MiB for each mode."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def _modes(row: dict) -> list[str]:
 
 
 def _fastest(row: dict) -> str | None:
-    """The mode in which the layer was fastest, if it was timed."""
+    """Returns the mode in which the layer was fastest, None if it was not timed."""
     return min((mode for mode in _modes(row) if row[f"{mode}_ms"]), key=lambda mode: row[f"{mode}_ms"], default=None)
 
 
@@ -20,7 +20,7 @@ SHADES = {"eager": 0.45, "compiled": 1.0}  # of bars
 
 
 def plot_layers(rows: list[dict], path: Path) -> None:
-    """Measured images/s, and how often faster HiLo is: measured and published."""
+    """Plots the measured images/s and HiLo's speedup, measured and published."""
     rows = sorted((row for row in rows if _fastest(row)), key=lambda row: row[f"{_fastest(row)}_images_per_s"])
     hilo = next((row for row in rows if row["layer"] == "HiLo"), rows[-1])
     with figure(path, 2, (10, 0.32 * len(rows) + 1.2)) as (left, right):
@@ -60,7 +60,7 @@ def plot_layers(rows: list[dict], path: Path) -> None:
 
 
 def plot_resolution(rows: list[dict], path: Path) -> None:
-    """Multiply-adds, speed and memory against the side of the map, as the paper draws them."""
+    """Plots multiply-adds, speed and memory against the side of the map, as in the paper."""
     others = [("today", "-", "."), ("paper", "-", "s"), ("second", "-", "^"), ("third", "--", "v"), ("today", ":", "D")]
     names = list(dict.fromkeys(row["layer"] for row in rows))
     rivals = [name for name in names if not name.startswith("HiLo")]
@@ -90,7 +90,7 @@ def plot_resolution(rows: list[dict], path: Path) -> None:
 
 
 def plot_choice(key: str, rows: list[dict], path: Path) -> None:
-    """Multiply-adds, time and memory against HiLo's window or alpha."""
+    """Plots multiply-adds, time and memory against HiLo's window size or alpha."""
     with figure(path, 3, (11, 3.6)) as axes:
         values = [row[key] for row in rows]
         axes[0].plot(values, [row["MFLOPs"] for row in rows], "o-", color=COLOURS["today"])
@@ -107,7 +107,7 @@ def plot_choice(key: str, rows: list[dict], path: Path) -> None:
 
 
 def plot_case(rows: list[dict], path: Path) -> None:
-    """Time by mode, and by part of the eager forward."""
+    """Plots the time by mode, and by part of the eager forward pass."""
     colours = ["paper", "ours", "second", "third", "today"]
     with figure(path, 2, (10, 3.2)) as (left, right):
         modes = _modes(rows[0])

@@ -2,7 +2,7 @@
 
     python benchmarks/deform_conv.py --batch-size 16 --threads 2
 
-An ordinary convolution of the same size stands beside. Times are compared with plain PyTorch's in float32, memory is the most that a
+A plain convolution of the same size is included for comparison. Times are relative to plain PyTorch in float32; memory is the peak that a
 call allocates. Writes JSON, CSV and a plot.
 """
 
@@ -31,7 +31,7 @@ SHAPES = ((96, 56), (192, 28), (384, 14))  # channels and side of the input; ker
 GEOMETRY = (None, (2, 2), (0, 0), (1, 1), None)  # bias, stride, padding, dilation, mask
 BASE, PLAIN = "torch", "nn.Conv2d"
 FORWARD, TRAINING = "forward", "forward + backward"
-Case = tuple[str, str, str]  # who computes it, the pass, the dtype
+Case = tuple[str, str, str]  # backend, pass, dtype
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def cases(batch_size: int, channels: int, side: int) -> dict[Case, Callable[[], object]]:
-    """What is timed."""
+    """Returns the functions to time."""
     input = torch.randn(batch_size, channels, side, side).to(memory_format=torch.channels_last).requires_grad_()
     offset = torch.randn(batch_size, 8, side // 2, side // 2).to(memory_format=torch.channels_last).requires_grad_()
     weight = torch.randn(2 * channels, channels, 2, 2).to(memory_format=torch.channels_last).requires_grad_()
@@ -85,7 +85,7 @@ def cases(batch_size: int, channels: int, side: int) -> dict[Case, Callable[[], 
 
 
 def available(*tensors: Tensor) -> dict[str, Backend]:
-    """The backends that can compute these; the others are said."""
+    """Returns the backends that can compute these tensors and prints why the others cannot."""
     backends = [backend for backend in operator.backends.values() if backend is not onnx_node.BACKEND]  # it computes nothing
     reasons = {backend.name: backend.why_not(*tensors, *GEOMETRY) for backend in backends}
     for name, reason in reasons.items():
@@ -96,7 +96,7 @@ def available(*tensors: Tensor) -> dict[str, Backend]:
 
 @torch.no_grad()
 def dtm_share(rounds: int, warm_up: int) -> float:
-    """Median share of the token mergings, deformable convolution, batch norm and GELU, in an eager forward pass."""
+    """Returns the median share of the token mergings (deformable convolution, batch norm, GELU) in an eager forward pass."""
     model = litv2_small().eval().to(memory_format=torch.channels_last)
     x = torch.randn(8, 3, 224, 224)
     started, spent = [], []
@@ -114,7 +114,7 @@ def dtm_share(rounds: int, warm_up: int) -> float:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Times in float32, a group of bars per input, forward and with backward."""
+    """Plots the times in float32, forward and with backward, with a group of bars per input."""
     inputs = list(dict.fromkeys(row["input"] for row in rows))
     names = list(dict.fromkeys(row["backend"] for row in rows))
     width = 0.8 / len(names)

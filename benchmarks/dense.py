@@ -1,10 +1,10 @@
-"""Speed and memory of a detector or segmenter against the same one with another backbone, in interleaved runs.
+"""Compares speed and memory of a detector or segmenter with LITv2 and with another backbone, in interleaved runs.
 
     python benchmarks/dense.py detection/configs/litv2/retinanet_litv2_s_fpn_1x_coco.py --synthetic
     python benchmarks/dense.py segmentation/configs/litv2/litv2_s_fpn_r50_512x512_80k_ade20k.py --synthetic
 
-"Image to result" is ``test_step``: preprocessing, network, and boxes or labels at the end. Without --synthetic the images are
-those of the configuration's test set. Weights are random. Writes JSON and CSV.
+"Image to result" is ``test_step``: preprocessing, network, and postprocessing to boxes or labels. Without --synthetic the images are
+from the configuration's test set. Weights are random. Writes JSON and CSV.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ except MissingPackage as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 
-# After the lines that say what to do where these are absent.
+# These imports come after the check that reports missing packages.
 # isort: split
 from mmengine.config import Config, DictAction
 from mmengine.registry import DATASETS
 
-# Swin-T as mmdet and mmseg define it: the backbone of LITv2-S's size that they have.
+# Swin-T as defined in mmdet and mmseg: their backbone closest in size to LITv2-S.
 SWIN_T = dict(
     type="SwinTransformer",
     embed_dims=96,
@@ -50,13 +50,13 @@ SWIN_T = dict(
 def with_swin(config: Config) -> Config:
     config = copy.deepcopy(config)
     if config.model.neck.in_channels != [96, 192, 384, 768]:
-        raise UserError(f"Swin-T gives 96 to 768 channels, this configuration's neck expects {config.model.neck.in_channels}")
+        raise UserError(f"Swin-T has 96 to 768 channels, but this configuration's neck expects {config.model.neck.in_channels}")
     config.model.backbone = SWIN_T
     return config
 
 
 def first_images(config: Config, count: int) -> list[dict]:
-    """Batches of one image of the test set."""
+    """Returns batches of one image from the test set."""
     with DATASETS.switch_scope_and_registry(config.default_scope) as registry:
         dataset = registry.build(config.test_dataloader.dataset)
     items = [dataset[i] for i in range(min(count, len(dataset)))]
@@ -67,8 +67,8 @@ def main() -> None:
     flags = parser(__doc__, "dense")
     flags.set_defaults(rounds=7)
     flags.add_argument("config")
-    flags.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="changes to the configuration")
-    flags.add_argument("--synthetic", action="store_true", help="random images of --shape: no data set is needed")
+    flags.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="override keys of the configuration")
+    flags.add_argument("--synthetic", action="store_true", help="use random images of --shape; needs no data set")
     flags.add_argument(
         "--shape", type=positive, nargs=2, metavar=("H", "W"), help="default: 800 1216 for detectors, 512 512 for segmenters"
     )

@@ -1,22 +1,22 @@
-"""The published multiply-adds of every model of the release, ours beside them, and what a third counter makes of the same models.
+"""Compares the published multiply-adds of every model of the release with ours and with those of a third counter.
 
     python benchmarks/flops.py
     python benchmarks/flops.py --only classification      # without OpenMMLab's packages
 
-"ours" is the counter that follows the release's: ``LITv2.flops`` of classifiers, ``litv2.mm_flops.count_flops`` of detectors and
-segmenters. "torch" is ``torch.utils.flop_counter.FlopCounterMode``, which knows nothing of either: it counts the matrix products
-and convolutions that run, and nothing else. The columns after it say what the release counts differently, each by a formula over
-the shapes that the modules see, in G:
+"ours" is the counter that follows the release's: ``LITv2.flops`` for classifiers, ``litv2.openmmlab.flops.count_flops`` for detectors and
+segmenters. "torch" is the independent ``torch.utils.flop_counter.FlopCounterMode``, which counts only the matrix products and
+convolutions that run. The columns after it, in G, are what the release counts differently, each from a formula over the shapes that
+the modules see:
 
-* offsets: the offset convolution of a token merging with 12 channels and their biases, where the layer has 8 (classifiers);
-* norms: classifiers one per value of a LayerNorm (the last not at all) and two of a BatchNorm; dense models, by mmcv, two of any;
-* biases: classifiers those of depthwise convolutions alone, dense models those of all convolutions and of no linear layer;
-* pooling: classifiers the mean over positions, as if over 1/16 of the patches; dense models HiLo's pooling, and ReLU;
-* deformable: the deformable convolutions themselves, which the release's dense counts leave out.
+* offsets: token merging's offset convolution counted with 12 channels and their biases, although it has 8 (classifiers);
+* norms: in classifiers 1 per value of a LayerNorm (none for the last one) and 2 of a BatchNorm; in dense models, as in mmcv, 2 for both;
+* biases: in classifiers only those of depthwise convolutions; in dense models those of all convolutions, but not of linear layers;
+* pooling: in classifiers the mean over positions, as if over 1/16 of the patches; in dense models HiLo's pooling, and ReLU;
+* deformable: the deformable convolutions themselves, which the release's dense counts omit.
 
-"unexplained_%" is what is left of ours after torch's count and these, "published_%" how far the published figure lies from ours: where
-that is more than the rounding of the print, the note says what the figure would be a count of, if it is one. Images are 800 x 1280 for
-detectors, 1000 proposals and 100 masks where there are such, 512 x 512 for segmenters. Nothing is computed: shapes alone are followed.
+"unexplained_%" is the rest of our count after subtracting torch's and these, "published_%" the deviation of the published figure from
+ours. If that exceeds the rounding of the print, the note names the count that would give the figure, if there is one. Images are
+800 x 1280 for detectors, with 1000 proposals and 100 masks if applicable, and 512 x 512 for segmenters. Only shapes are computed.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def main() -> None:
     args = flags.parse_args()
     warnings.filterwarnings("ignore")
     tasks = [task for task in args.only if task == "classification" or mm_packages()]
-    with use(deform_conv2d="torch"):  # plain operations, which every counter sees
+    with use(deform_conv2d="torch"):  # plain operations, visible to every counter
         rows = [row(entry) for entry in ZOO.values() if entry.task in tasks]
     if not rows:
-        raise UserError("nothing is left to count")
+        raise UserError("there are no models to count; see the messages above")
     publish(rows, args.out, "G multiply-adds of one image", plot)
 
 
@@ -69,12 +69,12 @@ def mm_packages() -> bool:
 
 
 def row(entry: Release) -> dict:
-    """A line of the table: the published figures, ours, torch's, and the terms between the last two."""
+    """Returns a row of the table: the published figures, ours, torch's, and the terms between the last two."""
     if entry.task == "classification":
         size, terms = entry.image_size, classifier_terms
         with torch.device("meta"):
             model = create_model(entry.name).eval()
-        forward = model.to_empty(device="cpu")  # without initialisation, which takes longer than all that follows
+        forward = model.to_empty(device="cpu")  # skips the initialisation, which takes longer than everything else
         ours = model.flops(*size)
     else:
         from litv2.openmmlab.build import build_model
@@ -95,7 +95,7 @@ def row(entry: Release) -> dict:
 
 
 def count(forward: nn.Module, size: tuple[int, int], terms) -> tuple[int, Counter, Counter]:
-    """torch's multiply-adds of one pass, those of them between queries, keys and values by HiLo's window, and the sums of the terms."""
+    """Returns torch's multiply-adds for one pass, the part in attention by HiLo's window, and the sums of the terms."""
     sums: Counter = Counter()
 
     def add(module: nn.Module, inputs: tuple, output) -> None:
@@ -103,7 +103,7 @@ def count(forward: nn.Module, size: tuple[int, int], terms) -> tuple[int, Counte
             sums[term] += amount
 
     hooks = [module.register_forward_hook(add) for module in forward.modules()]
-    # torch's counter passes over the fused attention of CPUs, it sees the products of the plain one.
+    # torch's counter skips the fused attention on CPUs, but sees the products of the plain one.
     with (
         torch.no_grad(),
         sdpa_kernel(SDPBackend.MATH),
@@ -121,7 +121,7 @@ def count(forward: nn.Module, size: tuple[int, int], terms) -> tuple[int, Counte
 
 
 def classifier_terms(module: nn.Module, inputs: tuple, output) -> dict[str, int]:
-    """What ``LITv2.flops`` counts of a module besides products and convolutions, or differently."""
+    """Returns what ``LITv2.flops`` counts for a module in addition to products and convolutions, or differently."""
     match module:
         case PatchEmbed():
             return dict(norms=output.numel())
@@ -139,7 +139,7 @@ def classifier_terms(module: nn.Module, inputs: tuple, output) -> dict[str, int]
 
 
 def dense_terms(module: nn.Module, inputs: tuple, output) -> dict[str, int]:
-    """The same of ``count_flops``, which is mmcv's counter and what that cannot see."""
+    """Returns the same for ``count_flops``, which is mmcv's counter plus what that misses."""
     match module:
         case nn.LayerNorm() | nn.BatchNorm2d():
             return dict(norms=2 * output.numel())
@@ -157,9 +157,9 @@ def dense_terms(module: nn.Module, inputs: tuple, output) -> dict[str, int]:
 
 
 def note(ours: int, products: Counter, published: str) -> str | None:
-    """For a published figure that is not ours rounded: whether it is ours without attention's products, all or those of windowed HiLo."""
+    """Explains a published figure that is not ours rounded, if it is ours without some or all products in attention."""
 
-    def is_printed(amount: int) -> bool:  # figures of three digits were rounded once more: 62.4996 became 62.50, and 63
+    def is_printed(amount: int) -> bool:  # figures were rounded twice: 62.4996 became 62.50, and then 63
         return abs(round(amount / 1e9, 3) - float(published)) <= 0.5 * 10 ** -len(published.partition(".")[2])
 
     if is_printed(ours):
@@ -172,7 +172,7 @@ def note(ours: int, products: Counter, published: str) -> str | None:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """A bar per model: by how much the release's count exceeds torch's, term by term; a mark where the published figure lies."""
+    """Plots a bar per model: the excess of the release's count over torch's, term by term, and a mark at the published figure."""
     labels = ("offset convolutions counted larger", "norms", "biases", "pooling, ReLU", "deformable convolutions left out")
     places = [-i for i in range(len(rows))]
     totals = [100 * sum(row[term] for term in TERMS) / row["torch"] for row in rows]
@@ -181,7 +181,7 @@ def plot(rows: list[dict], path: Path) -> None:
         ends = [0.0] * len(rows)
         for term, label, colour in zip(TERMS, labels, COLOURS.values()):
             shares = [100 * row[term] / row["torch"] for row in rows]
-            left = 0 if term == "deformable" else ends  # the one that is negative
+            left = 0 if term == "deformable" else ends  # the only negative term
             axes.barh(places, shares, left=left, height=0.6, color=colour, label=label, zorder=2)
             ends = [end + share for end, share in zip(ends, shares)]
         axes.scatter(marks, places, marker="|", s=90, color="black", label="published", zorder=3)

@@ -1,6 +1,6 @@
-"""What the benchmarks share: timing that survives a noisy machine (the functions take turns, medians and ratios are compared),
-peak memory, the record of the machine, and the JSON, CSV, plot and Markdown table that each of them writes. Importing this file makes
-this checkout importable, installed or not, and the trainer's modules in classification/ too."""
+"""Shared code of the benchmarks: timing that is robust on a noisy machine (functions run in turns; medians and ratios are compared),
+peak memory, the record of the machine, and the JSON, CSV, plot and Markdown table that each benchmark writes. Importing this file makes
+this checkout importable, installed or not, including the trainer's modules in classification/."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-sys.path.append(str(ROOT / "classification"))  # last: its names are general ones, such as config
+sys.path.append(str(ROOT / "classification"))  # last, because its module names are generic, such as config
 
 
 def samples(functions: dict[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Seconds of each function in each of ``rounds`` turns, in which each runs once after the other."""
+    """Returns the seconds of each function in each of ``rounds`` rounds; in a round, each function runs once."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(warm_up + rounds):
         for name, function in functions.items():
@@ -37,12 +37,12 @@ def samples(functions: dict[str, Callable[[], object]], rounds: int, warm_up: in
 
 
 def say(what: str) -> None:
-    """Progress, for those who wait: on stderr, the table alone is on stdout."""
+    """Prints progress to stderr; stdout is reserved for the table."""
     print(what, file=sys.stderr, flush=True)
 
 
 def percentiles(values: list[float]) -> tuple[float, float, float]:
-    """The 10th percentile, the median and the 90th, interpolated between the values."""
+    """Returns the 10th, 50th and 90th percentile, interpolated between the values."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     deciles = statistics.quantiles(values, n=10, method="inclusive")
@@ -50,13 +50,13 @@ def percentiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def milliseconds(seconds: list[float], digits: int = 1) -> dict[str, float]:
-    """The columns of a time in a table: its median and its spread."""
+    """Returns the table columns of a time: its median and its spread."""
     low, median, high = (round(1e3 * value, digits) for value in percentiles(seconds))
     return dict(ms=median, p10_ms=low, p90_ms=high)
 
 
 def peak_memory(function: Callable[[], object], device: str | torch.device = "cpu") -> int:
-    """The most bytes that torch's allocator held on the device during a call beyond what it held before."""
+    """Returns the peak bytes that torch's allocator held on the device during a call, minus what it held before."""
     if torch.device(device).type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -78,11 +78,11 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-GEMM_SIZE = 2048  # of the square product that stands for what the device's arithmetic can give
+GEMM_SIZE = 2048  # side of the square product that measures the device's arithmetic rate
 
 
 def gemm(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Callable[[], None]:
-    """A product of GEMM_SIZE**3 multiply-adds, to be timed in turn with what it is compared with."""
+    """Returns a matrix product of GEMM_SIZE**3 multiply-adds, to be timed in turns with the functions compared with it."""
     a, b = torch.randn(2, GEMM_SIZE, GEMM_SIZE).to(device, dtype)
 
     def product() -> None:
@@ -94,7 +94,7 @@ def gemm(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Callable[[]
 
 
 def environment(device: str = "cpu") -> dict:
-    """What figures depend on, for the record beside them."""
+    """Returns the hardware and software that the figures depend on, to be stored with them."""
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
@@ -111,19 +111,19 @@ def environment(device: str = "cpu") -> dict:
 
 
 def positive(text: str, least: int = 1) -> int:
-    """Of a flag: a whole number of at least 1."""
+    """Parses a flag: an integer of at least 1."""
     if int(text) < least:
         raise argparse.ArgumentTypeError(f"{text}, expected at least {least}")
     return int(text)
 
 
 def non_negative(text: str) -> int:
-    """Of a flag: a whole number of at least 0."""
+    """Parses a flag: an integer of at least 0."""
     return positive(text, 0)
 
 
 def device_name(text: str) -> str:
-    """Of a flag: "cpu", or a CUDA device that is there."""
+    """Parses a flag: "cpu", or an available CUDA device."""
     try:
         torch.empty(1, device=text)
     except (RuntimeError, AssertionError) as error:
@@ -132,7 +132,7 @@ def device_name(text: str) -> str:
 
 
 def stem(text: str) -> Path:
-    """Of a flag: a path whose folder is made now, not when hours of measuring are over."""
+    """Parses a flag: a path, whose folder is created now rather than after hours of measuring."""
     path = Path(text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,22 +144,21 @@ def stem(text: str) -> Path:
 
 
 def parser(doc: str, name: str, threads: bool = True) -> argparse.ArgumentParser:
-    """A benchmark's command line: its docstring is the help; --out, and for those that time something --threads, --rounds and --warm-up."""
+    """Returns a benchmark's parser with its docstring as help, --out, and, if it times something, --threads, --rounds and --warm-up."""
     result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     out = f"output/benchmarks/{name}"
-    result.add_argument("--out", type=stem, default=out, metavar="STEM", help=f"of the files that are written (default: {out})")
+    result.add_argument("--out", type=stem, default=out, metavar="STEM", help=f"path of the output files without suffix (default: {out})")
     if threads:
         result.add_argument("--threads", type=positive, default=torch.get_num_threads())
-        result.add_argument("--rounds", type=positive, default=11, help="in which each function runs once after the other (default: 11)")
-        result.add_argument("--warm-up", type=non_negative, default=2, help="rounds before those that count (default: 2)")
+        result.add_argument("--rounds", type=positive, default=11, help="timed rounds, in which each function runs once (default: 11)")
+        result.add_argument("--warm-up", type=non_negative, default=2, help="untimed rounds before them (default: 2)")
     return result
 
 
 def publish(rows: list[dict], out: Path, title: str, draw: Callable[[list[dict], Path], None] | None = None, **about) -> None:
     """Writes OUT.json (with the environment and ``about``), OUT.csv and OUT.png, and prints the Markdown table.
 
-    Rows are flat and have the same keys; None is an empty cell. ``draw(rows, path)`` draws the plot (see ``figure``); without it
-    there is none.
+    Rows are flat and have the same keys; None is an empty cell. ``draw(rows, path)`` draws the plot (see ``figure``); None skips it.
     """
     about = dict(title=title, environment=environment(about.get("device", "cpu")), **about)
     out.with_suffix(".json").write_text(json.dumps(dict(about, rows=rows), indent=2) + "\n")
@@ -180,7 +179,7 @@ COLOURS = dict(ours="#d1495b", paper="#30638e", today="#8d96a3", second="#edae49
 
 @contextlib.contextmanager
 def figure(path: Path, columns: int = 1, size: tuple[float, float] = (8, 5)) -> Iterator:
-    """One row of axes in the style of all plots here, saved to ``path`` at the end: ``with figure(path) as axes: axes.plot(...)``."""
+    """Yields a row of axes in the common style and saves it to ``path`` at the end: ``with figure(path) as axes: axes.plot(...)``."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

@@ -1,9 +1,9 @@
-"""What channels-last tokens are worth: LITv2 as it is against the same model with channels-first copies.
+"""Measures the benefit of channels-last tokens: LITv2 against the same model with channels-first copies.
 
     python benchmarks/layout.py --batch-size 8 --threads 2
 
-The second model does what the public release does: it copies tokens into a (B, C, H, W) map before each depthwise
-convolution and each token merging, and back after it. Both have the same weights and give the same numbers (checked).
+The second model works like the public release: it copies tokens into a (B, C, H, W) map before each depthwise convolution
+and token merging, and back afterwards. Both have the same weights and give the same outputs, which is checked.
 Writes JSON and CSV.
 """
 
@@ -23,7 +23,7 @@ from litv2.layers import DeformableTokenMerging, DepthwiseConv
 
 
 class ChannelsFirstCopies(torch.nn.Module):
-    """Copies tokens to a contiguous (B, C, H, W) map for the module inside, and its result back."""
+    """Copies tokens to a contiguous (B, C, H, W) map for the inner module, and its output back."""
 
     def __init__(self, inner: DepthwiseConv | DeformableTokenMerging):
         super().__init__()

@@ -1,14 +1,14 @@
-"""The trainer's input pipeline alone, images/s by number of workers, against what a training step consumes.
+"""Measures the trainer's input pipeline in images/s by number of workers, compared with what a training step consumes.
 
     python benchmarks/loader.py --workers 0 1 2
-    python benchmarks/loader.py --data-path DIR --workers 4 8 16 --consumed 1200      # DIR/train/CLASS/IMAGE; what the GPU was seen to take
+    python benchmarks/loader.py --data-path DIR --workers 4 8 16 --consumed 1200      # DIR/train/CLASS/IMAGE; rate measured on the GPU
 
-The images lie in a folder of JPEGs, in the release's zip and in a tar, and go through ``classification/data`` as in training: read,
-decoded, cropped, RandAugment, erased, in batches. Without --data-path they are made: crops of scikit-learn's two photographs, about
-500 x 375. With it, --images of them are drawn at random. All lie in a temporary folder and are read before they are timed: what is
-measured is the processor's work, not the disk's. A pass begins with empty queues, so that few images make workers look slow. What
-training consumes is a step of LITv2-S, measured in the same run (see ``training.py``), unless --consumed says it. On a CPU workers and
-training share the cores. Writes JSON, CSV and a plot.
+The images are read from a folder of JPEGs, from the release's zip and from a tar, and go through ``classification/data`` as in training:
+reading, decoding, cropping, RandAugment, erasing, batching. Without --data-path, they are random crops of scikit-learn's two sample
+photographs, about 500 x 375; with it, --images of them are drawn at random. All are in a temporary folder and are read once before the
+timing, which therefore measures the processor, not the disk. Each pass starts with empty queues, so with few images, workers appear
+slow. The consumption is that of a LITv2-S training step, measured in the same run (see ``training.py``) or given by --consumed. On a CPU,
+workers and training share the cores. Writes JSON, CSV and a plot.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from litv2.errors import MissingPackage, UserError, run_program
 from litv2.export.images import photographs
 from training_step import PRECISIONS, random_batch, training_step
 
-# The trainer's, which the harness makes importable.
+# Modules of the trainer, which the harness makes importable.
 # isort: split
 import distributed
 from config import load_config
@@ -53,15 +53,15 @@ SOURCES = {  # by name: keys of the trainer's configuration
 def main() -> None:
     flags = parser(__doc__, "loader")
     flags.set_defaults(rounds=3)
-    flags.add_argument("--data-path", type=Path, metavar="DIR", help="with DIR/train/CLASS/IMAGE; default: images made on the spot")
-    flags.add_argument("--images", type=positive, default=512, help="in each source; a round passes once through all")
+    flags.add_argument("--data-path", type=Path, metavar="DIR", help="data set with DIR/train/CLASS/IMAGE; default: generated images")
+    flags.add_argument("--images", type=positive, default=512, help="images per source; a round is one pass over all of them")
     flags.add_argument("--sources", nargs="+", default=list(SOURCES), choices=SOURCES)
     flags.add_argument("--workers", nargs="+", type=non_negative, default=[0, 1, 2], metavar="N")
     flags.add_argument("--batch-size", type=positive, default=32)
     flags.add_argument("--img-size", type=positive, default=224)
-    flags.add_argument("--consumed", type=float, metavar="IMAGES_PER_S", help="by training; default: a step is measured")
-    flags.add_argument("--dtype", default="float32", choices=PRECISIONS, help="of the step that is measured")
-    flags.add_argument("--device", type=device_name, default="cpu", help="of the step that is measured")
+    flags.add_argument("--consumed", type=float, metavar="IMAGES_PER_S", help="consumption of training; default: measured")
+    flags.add_argument("--dtype", default="float32", choices=PRECISIONS, help="dtype of the measured training step")
+    flags.add_argument("--device", type=device_name, default="cpu", help="device of the measured training step")
     args = flags.parse_args()
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def fill(folder: Path, args: argparse.Namespace) -> None:
-    """folder/train/CLASS/IMAGE, and train.zip with train_map.txt and train.tar of the same images."""
+    """Writes folder/train/CLASS/IMAGE, and the same images as train.zip with train_map.txt and as train.tar."""
     chance = random.Random(0)
     if args.data_path:
         found = sorted(path for path in (args.data_path / "train").glob("*/*") if path.suffix.lower() in IMG_EXTENSIONS)
@@ -93,7 +93,7 @@ def fill(folder: Path, args: argparse.Namespace) -> None:
             shutil.copyfile(path, target)
     else:
         if photographs() is None:
-            raise MissingPackage("images are made of scikit-learn's photographs: pip install scikit-learn, or give --data-path")
+            raise MissingPackage("generating images needs scikit-learn's photographs: pip install scikit-learn, or pass --data-path")
         pictures = [Image.open(path).convert("RGB") for path in sorted(photographs().glob("*.jpg"))]
         for i in range(args.images):
             target = folder / "train" / f"class{i % 10}" / f"{i}.jpg"
@@ -110,7 +110,7 @@ def fill(folder: Path, args: argparse.Namespace) -> None:
 
 
 def random_crop(photograph: Image.Image, chance: random.Random) -> Image.Image:
-    """A random part of a photograph, of about 500 x 375 pixels, some upright."""
+    """Returns a random crop of a photograph, about 500 x 375 pixels, sometimes in portrait format."""
     size = [round(side * chance.uniform(0.8, 1.2)) for side in (500, 375)]
     width, height = size if chance.random() < 0.75 else size[::-1]
     part = chance.uniform(0.5, 1) * min(photograph.width / width, photograph.height / height)
@@ -120,20 +120,20 @@ def random_crop(photograph: Image.Image, chance: random.Random) -> Image.Image:
 
 
 def loader(folder: Path, source: str, workers: int, args: argparse.Namespace) -> DataLoader:
-    """The trainer's, of the recipe of LITv2-S."""
+    """Builds the trainer's loader with the recipe of LITv2-S."""
     data = dict(DATA_PATH=str(folder), VAL_SPLIT="train", NUM_WORKERS=workers, BATCH_SIZE=args.batch_size, IMG_SIZE=args.img_size)
     overrides = [part for key, value in data.items() for part in (f"DATA.{key}", value)]
     return build_loaders(load_config(RECIPE, overrides + SOURCES[source])).train
 
 
 def run_through(batches: DataLoader) -> None:
-    """One pass over the images, in whole batches."""
+    """Runs one pass over the images, in whole batches."""
     for _ in batches:
         pass
 
 
 def row(source: str, workers: int, rates: list[float], consumed: float) -> dict:
-    """A line of the table; 0 workers load in the training process itself, in turn with the steps."""
+    """Returns a row of the table; with 0 workers the training process loads the images itself, in turns with the steps."""
     low, median, high = percentiles(rates)
     return dict(
         source=source,
@@ -147,7 +147,7 @@ def row(source: str, workers: int, rates: list[float], consumed: float) -> dict:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Speed over the number of workers, a line per source, and what training consumes."""
+    """Plots the speed over the number of workers, a line per source, and the consumption of training."""
     with figure(path) as axes:
         for source, colour in zip(SOURCES, (COLOURS["paper"], COLOURS["second"], COLOURS["third"])):
             own = sorted((row for row in rows if row["source"] == source), key=lambda row: row["workers"])

@@ -1,15 +1,15 @@
-"""LITv2-S, M and B against the models of their accuracy, measured in one interleaved run.
+"""Compares LITv2-S, M and B with models of similar accuracy, measured in one interleaved run.
 
     python benchmarks/models.py --batch-size 8 --threads 2  # float32
     python benchmarks/models.py --models ours paper         # without the newer models: compiling takes a minute or two per model
     python benchmarks/models.py --models litv2_small resnet50 --modes eager
     python benchmarks/models.py --device cuda --dtype float16 --batch-size 64 --warm-up 50 --rounds 30  # the paper's 50 + 30 forwards
 
-Each model is timed eager, in the memory format that is the faster one for it, and compiled, on a CPU with frozen weights; LITv2 in its
-native form too (``litv2.optimize``): at bfloat16 that with bfloat16 products, where the processor has none that in float32.
-GEMM share: FLOPs x images/s over the rate of a large matrix product in the same dtype, which takes turns with the models.
-Weights are random. Published figures stand beside: top-1 on ImageNet at 224 pixels and, from the release, images/s on an RTX 3090 (batch
-64, float16). Models that timm does not have are shown with their published figures alone. Writes JSON, CSV and a plot.
+Each model is timed in eager mode, in its faster memory format, and compiled, with frozen weights on a CPU. LITv2 is also timed in its
+native form (``litv2.optimize``); for bfloat16 that is the one with bfloat16 products, or float32 if the processor has no instructions for
+them. GEMM share: FLOPs x images/s relative to the rate of a large matrix product in the same dtype, timed in turns with the models.
+Weights are random. Published figures are shown alongside: top-1 on ImageNet at 224 pixels and, from the release, images/s on an RTX 3090
+(batch 64, float16). Models that timm lacks are listed with their published figures only. Writes JSON, CSV and a plot.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ FORMATS = {"channels-first": torch.contiguous_format, "channels-last": torch.cha
 @dataclass(frozen=True)
 class Candidate:
     name: str
-    timm: str | None  # its name there, if it is there
+    timm: str | None  # its name in timm, if it is there
     top1: float  # published, percent
     rtx3090: int | None  # published images/s
     options: tuple[tuple[str, object], ...] = ()
-    group: str = "paper"  # of GROUPS
+    group: str = "paper"  # key of GROUPS
 
 
 CANDIDATES = [
@@ -114,7 +114,7 @@ def main() -> None:
             say(f"preparing {candidate.name}")
             functions |= prepare(candidate, images, args.modes, facts)
         if not functions:
-            raise UserError(f"none of these models has a mode of {', '.join(args.modes)} here")
+            raise UserError(f"none of these models supports the modes {', '.join(args.modes)} here")
         say(f"timing: {args.warm_up} + {args.rounds} rounds of {len(functions)} functions")
         seconds = samples(functions | {"GEMM": gemm(images.dtype, args.device)}, args.rounds, args.warm_up)
     rate = GEMM_SIZE**3 / statistics.median(seconds.pop("GEMM"))
@@ -126,13 +126,13 @@ def main() -> None:
 
 
 def prepare(candidate: Candidate, images: Tensor, modes: list[str], facts: dict) -> dict[str, Callable[[], object]]:
-    """What is timed of a model, by "name, mode"; its parameters, FLOPs and peak memory go into ``facts``."""
+    """Returns the functions to time for a model, by "name, mode"; adds its parameters, FLOPs and peak memory to ``facts``."""
     model = timm.create_model(candidate.timm, **dict(candidate.options)).eval().requires_grad_(False).to(images.device, images.dtype)
     try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the counter passes over fused attention on a CPU
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the counter skips fused attention on a CPU
             model(images[:1])
-    except (ValueError, AssertionError) as error:  # timm's models assert the size that they are built for
-        raise UserError(f"--img-size {images.shape[-1]}: {candidate.name} does not take it: {error}") from error
+    except (ValueError, AssertionError) as error:  # timm's models assert their image size
+        raise UserError(f"--img-size {images.shape[-1]}: {candidate.name} does not support it: {error}") from error
     flops = model.flops(*images.shape[2:]) if isinstance(model, LITv2) else counter.get_total_flops() / 2
     layouts = {name: images.to(memory_format=layout) for name, layout in FORMATS.items()}
     trials = {}
@@ -171,7 +171,7 @@ def _synchronised(model: nn.Module, images: Tensor) -> None:
 
 
 def row(candidate: Candidate, seconds: dict[str, list[float]], facts: dict, rate: float, args: argparse.Namespace) -> dict:
-    """A line of the table; times are in ms, p10 and p90 of the faster mode beside its median."""
+    """Returns a row of the table; times are in ms, with p10 and p90 of the faster mode next to its median."""
     own = facts.get(candidate.name, {})
     result = dict(model=candidate.name, group=candidate.group, top1=candidate.top1, parameters_M=rounded(own.get("parameters"), 1))
     result |= dict(GFLOPs=rounded(own.get("gflops"), 2), memory_MiB=rounded(own.get("memory"), 0), layout=own.get("layout"))
@@ -190,7 +190,7 @@ def row(candidate: Candidate, seconds: dict[str, list[float]], facts: dict, rate
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Published accuracy against measured speed, a point per model."""
+    """Plots the published accuracy against the measured speed, with a point per model."""
     with figure(path) as axes:
         for group, label in GROUPS.items():
             points = [row for row in rows if row["group"] == group and row["images_per_s"]]

@@ -1,9 +1,9 @@
-"""LITv2 in the runtimes that it exports to, in interleaved runs on the CPU: latency, and the errors that the exports have proven.
+"""Measures LITv2 in the runtimes that it exports to, in interleaved runs on the CPU: latency, and the errors of the exports.
 
     python benchmarks/runtimes.py --batch-sizes 1 8 --threads 2
 
-Weights are random. int8 is calibrated with the images of --images, else with the two photographs that scikit-learn brings:
-for its speed any will do. Writes JSON, CSV and a plot.
+Weights are random. int8 is calibrated with --images, or with scikit-learn's two sample photographs, since its speed does not depend
+on the images. Writes JSON, CSV and a plot.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def main() -> None:
     flags.add_argument("--model", default="litv2_small")
     flags.add_argument("--batch-sizes", type=positive, nargs="+", default=[1, 8])
     flags.add_argument("--img-size", type=positive, default=224)
-    flags.add_argument("--only", default="", metavar="TEXT", help="of the rows after eager's only those whose name has it")
-    flags.add_argument("--images", type=Path, help="folder of images for int8's calibration")
+    flags.add_argument("--only", default="", metavar="TEXT", help="besides eager, only the rows whose name contains TEXT")
+    flags.add_argument("--images", type=Path, help="folder of images for int8 calibration")
     args = flags.parse_args()
     torch.set_num_threads(args.threads)
-    torch._inductor.config.freezing = True  # weights are constants: they are packed once
+    torch._inductor.config.freezing = True  # weights are constants and are packed once
     torch.manual_seed(0)
     model = create_model(args.model).eval()
 
@@ -65,13 +65,13 @@ def main() -> None:
     title = f"{args.model}, {args.img_size} x {args.img_size}, medians of {args.rounds} interleaved rounds"
     publish(rows, args.out, title, plot, model=args.model, img_size=args.img_size)
     if bfloat16_is_emulated():
-        print("bfloat16 is not listed: this processor has no instructions for it")
+        print("bfloat16 is not listed: this processor has no bfloat16 instructions")
 
 
 def cases(
     model: LITv2, batch: int, size: int, images: Path | None, folder: Path, only: str
 ) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
-    """What is timed, by name, and the largest difference from the eager model's logits of each."""
+    """Returns the functions to time, by name, and the largest difference of each one's logits from the eager model's."""
     x = torch.randn(batch, 3, size, size)
     fused = fuse(model)
     modules = {"eager": model, "eager, fuse()": fused, "compiled, fuse()": torch.compile(fused)}
@@ -99,7 +99,7 @@ def _error(result: Tensor | tuple[Tensor, ...], exact: Tensor) -> float:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Images/s of each runtime, a bar per batch size."""
+    """Plots the images/s of each runtime, with a bar per batch size."""
     names = list(dict.fromkeys(row["runtime"] for row in rows))
     batches = list(dict.fromkeys(row["batch_size"] for row in rows))
     height = 0.8 / len(batches)

@@ -1,16 +1,16 @@
-"""One training step of LITv2-S against Swin-T and ConvNeXt-T, in interleaved runs: time, and the peak of its memory.
+"""Compares a training step of LITv2-S with Swin-T and ConvNeXt-T, in interleaved runs: time and peak memory.
 
     python benchmarks/training.py --threads 2
     python benchmarks/training.py --models litv2_small --modes eager --dtypes float32 --processes 1 2
     python benchmarks/training.py --device cuda --batch-size 128 --dtypes bfloat16
 
-The step is the trainer's own (``classification/engine.py``): forward under autocast, cross-entropy, backward, the norm of the
-gradients clipped to 5.0, AdamW. Models and images are channels-last, drop path is 0.2, weights and images are random. LITv2 is also
-run with gradient checkpointing. --processes 2 starts two that share the batch and the threads, with DistributedDataParallel (gloo on
-a CPU, NCCL on GPUs). Memory is what one process holds at most during a step beyond what it held before: weights and the optimizer's state
-are not in it, activations, gradients and buffers are. Compiling takes minutes per model on a CPU. On one without instructions for bfloat16
-torch emulates them, twenty times as slowly as float32: allow an hour with --rounds 1 --warm-up 1. LITv2's eager blocks multiply in float32
-there (litv2/ops/block_forward/bfloat16.py).
+The step is the trainer's own (``classification/engine.py``): forward under autocast, cross-entropy, backward, clipping of the gradient
+norm to 5.0, AdamW. Models and images are channels-last, drop path is 0.2, weights and images are random. LITv2 is also run with gradient
+checkpointing. --processes 2 starts two processes that share the batch and the threads, with DistributedDataParallel (gloo on a CPU, NCCL
+on GPUs). Memory is the peak of one process during a step minus what it held before: it includes activations, gradients and buffers, but
+not the weights and the optimizer state. Compiling takes minutes per model on a CPU. On a CPU without bfloat16 instructions, torch emulates
+them twenty times slower than float32: allow an hour with --rounds 1 --warm-up 1. LITv2's eager blocks multiply in float32 there
+(litv2/ops/block_forward/bfloat16.py).
 Writes JSON, CSV and a plot.
 """
 
@@ -35,7 +35,7 @@ from litv2.errors import UserError, run_program
 from models import CANDIDATES
 from training_step import KNOWN, PRECISIONS, random_batch, training_step
 
-# The trainer's, which the harness makes importable.
+# Modules of the trainer, which the harness makes importable.
 # isort: split
 import distributed
 
@@ -47,25 +47,25 @@ def main() -> None:
     flags.add_argument("--models", nargs="+", default=["litv2_small", "swin_tiny_patch4_window7_224", "convnext_tiny"], choices=KNOWN)
     flags.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
     flags.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=PRECISIONS)
-    flags.add_argument("--grad-checkpointing", nargs="+", default=["off", "on"], choices=["off", "on"], help="of LITv2; off for the others")
+    flags.add_argument("--grad-checkpointing", nargs="+", default=["off", "on"], choices=["off", "on"], help="for LITv2; others: off")
     flags.add_argument(
         "--processes", nargs="+", type=positive, default=[1], metavar="N", help="numbers of processes, each with 1/N of the batch"
     )
-    flags.add_argument("--batch-size", type=positive, default=16, help="of all processes together")
+    flags.add_argument("--batch-size", type=positive, default=16, help="total batch size of all processes")
     flags.add_argument("--img-size", type=positive, default=224)
     flags.add_argument("--device", type=device_name, default="cpu")
     args = flags.parse_args()
     if "compiled" in args.modes and not args.warm_up:
-        flags.error("--warm-up 0 would count the first round, in which the compiled steps are compiled: use at least 1, or --modes eager")
+        flags.error("--warm-up 0 would time the first round, in which steps are compiled; use at least 1, or --modes eager")
     rows = [row for processes in args.processes for row in measured(processes, args)]
     title = f"training steps, batch {args.batch_size}, {args.img_size} x {args.img_size}, medians of {args.rounds} interleaved rounds"
     publish(rows, args.out, title, plot, device=args.device, batch_size=args.batch_size, img_size=args.img_size)
 
 
 def measured(processes: int, args: argparse.Namespace) -> list[dict]:
-    """The rows of one number of processes."""
+    """Returns the rows for one number of processes."""
     if args.batch_size % processes:
-        raise UserError(f"{processes} processes cannot share a batch of {args.batch_size}")
+        raise UserError(f"a batch of {args.batch_size} cannot be split evenly among {processes} processes")
     if processes == 1:
         return run(0, 1, args)
     with socket.socket() as free:
@@ -77,7 +77,7 @@ def measured(processes: int, args: argparse.Namespace) -> list[dict]:
 
 
 def in_group(rank: int, processes: int, args: argparse.Namespace, port: int, result: Path) -> None:
-    """A process of several; the first one writes what it has measured: a step ends for all at the same time."""
+    """Runs one of several processes; the first one writes its measurements, since a step ends for all at the same time."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     distributed.init(distributed.pick_device(args.device))
     try:
@@ -108,7 +108,7 @@ def run(rank: int, processes: int, args: argparse.Namespace) -> list[dict]:
 
 
 def row(case: Case, processes: int, threads: int, seconds: list[float], memory: int, batch_size: int) -> dict:
-    """A line of the table; threads and memory are those of each process."""
+    """Returns a row of the table; threads and memory are per process."""
     return dict(zip(("model", "mode", "dtype", "checkpointing"), case)) | dict(
         processes=processes,
         threads=threads,
@@ -119,7 +119,7 @@ def row(case: Case, processes: int, threads: int, seconds: list[float], memory: 
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Speed with the span from p10 to p90, and memory, a bar per line of the table."""
+    """Plots the speed, with the range from p10 to p90, and the memory, with a bar per row of the table."""
     groups = {candidate.name: candidate.group for candidate in CANDIDATES}
     labels = [", ".join(row[key] for key in ("model", "mode", "dtype")) for row in rows]
     labels = [label + (", checkpointing" if row["checkpointing"] == "on" else "") for label, row in zip(labels, rows)]

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models import CANDIDATES
 
-# The trainer's, which the harness makes importable.
+# Modules of the trainer, which the harness makes importable.
 # isort: split
 import distributed
 import engine
@@ -20,7 +20,7 @@ from data.dataset import Batch
 from data.loader import BadFiles
 from precision import Precision
 
-KNOWN = {candidate.timm: candidate for candidate in CANDIDATES if candidate.timm and candidate.group != "today"}  # they have drop path
+KNOWN = {candidate.timm: candidate for candidate in CANDIDATES if candidate.timm and candidate.group != "today"}  # models with drop path
 PRECISIONS = {"float32": "off", "bfloat16": "bf16", "float16": "fp16"}  # as the trainer names them
 
 
@@ -32,7 +32,7 @@ def random_batch(size: int, img_size: int, classes: int = 1000) -> Batch:
 def training_step(
     name: str, batch: Batch, device: torch.device, compiled: bool = False, checkpointing: bool = False
 ) -> Callable[[str], None]:
-    """A function that trains a model on a batch once, in the precision that it is given."""
+    """Returns a function that runs one training step of a model on a batch, in the precision passed to it."""
     model = timm.create_model(name, drop_path_rate=0.2, **dict(KNOWN[name].options)).to(device, memory_format=torch.channels_last)
     if checkpointing:
         model.set_grad_checkpointing()

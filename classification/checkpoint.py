@@ -1,4 +1,4 @@
-"""The state of a run on disk: written whole or not at all, plain tensors and builtins only, resumed bit for bit."""
+"""The state of a run on disk: written atomically, from plain tensors and builtins only, resumed bit for bit."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ LATEST, PREVIOUS, BEST = "latest.pth", "previous.pth", "best.pth"
 
 
 def save(path: Path, state: dict, previous: Path | None = None) -> None:
-    """Writes the file as a whole: a reader finds the old one or the new one. ``previous`` is where the old one goes."""
+    """Writes the file atomically, so that a reader finds the old one or the new one; the old one is kept as ``previous``, if given."""
     with atomic_write(path) as draft:
-        with open(draft, "wb") as file:  # given a path, torch.save would write the draft's name into the file
+        with open(draft, "wb") as file:  # given a path, torch.save would store the draft's name in the file
             torch.save(state, file)
         if previous is not None and path.exists():
             os.replace(path, previous)
 
 
 def save_latest(folder: Path, state: dict) -> None:
-    """As ``save``, and keeps the one before as previous.pth, in case the disk damages the newest."""
+    """Saves latest.pth and keeps the one before as previous.pth, in case the latest is damaged."""
     save(folder / LATEST, state, previous=folder / PREVIOUS)
 
 
 def find_latest(folder: Path, log: Callable[[str], None]) -> tuple[Path, dict] | None:
-    """The newest readable checkpoint of a run and its content; a damaged one is reported and passed over.
+    """Returns the newest readable checkpoint of a run and its content; a damaged one is logged and skipped.
 
     Raises:
-        UserError: there are checkpoints, but none of them can be read.
+        UserError: there are checkpoints, but none can be read.
     """
     damaged = []
     for path in (folder / LATEST, folder / PREVIOUS):
@@ -47,12 +47,12 @@ def find_latest(folder: Path, log: Callable[[str], None]) -> tuple[Path, dict] |
                 damaged.append(str(error))
                 log(f"damaged checkpoint, using the one before: {error}")
     if damaged:
-        raise UserError(f"no checkpoint in {folder} can be read; remove them to start again:\n" + "\n".join(damaged))
+        raise UserError(f"no checkpoint in {folder} can be read; remove them to start over:\n" + "\n".join(damaged))
     return None
 
 
 def random_state() -> dict:
-    """State of every random number generator of this process, as builtins and tensors."""
+    """Returns the state of all random number generators of this process, as builtins and tensors."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     version, internal, gauss_next = random.getstate()
     state = dict(
@@ -66,9 +66,9 @@ def random_state() -> dict:
 
 
 def restore_random_state(states: list[dict], log: Callable[[str], None]) -> None:
-    """``states`` of all ranks, as gathered. With another number of processes the generators start afresh, which is said."""
+    """Restores this rank's state from the ``states`` of all ranks; with another number of processes it only logs that it cannot."""
     if len(states) != distributed.world_size():
-        log(f"the checkpoint has random states of {len(states)} processes, this run {distributed.world_size()}: not restored")
+        log(f"random states not restored: the checkpoint has those of {len(states)} processes, this run has {distributed.world_size()}")
         return
     state = states[distributed.rank()]
     version, internal, gauss_next = state["python"]

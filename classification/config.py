@@ -1,7 +1,7 @@
 """Configuration of the classification trainer: every key with its default, and the command line that overrides it.
 
-A YAML file given by --cfg overrides the defaults, flags override the file, --opts KEY VALUE overrides everything. A flag
-that is not given overrides nothing. An unknown flag, key or type ends the program before anything is loaded.
+The YAML file given by --cfg overrides the defaults, flags override the file, and --opts KEY VALUE overrides everything. Flags
+that are not given have no effect. An unknown flag or key or a wrong type ends the program before anything is loaded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from litv2.errors import UserError, listed
 from optim import LOOKAHEAD, SCHEDULES, optimizer_names
 
 _C = CN()
-_C.BASE = []  # YAML files, relative to the one that names them, whose values come first
+_C.BASE = []  # YAML files to load first, relative to the file that names them
 
 _C.DATA = CN()
 _C.DATA.BATCH_SIZE = 128  # images per process and step; --batch-size
@@ -30,22 +30,22 @@ _C.DATA.DATASET = "digits"  # a name of data/sources.py, e.g. digits, folder, ci
 _C.DATA.TRAIN_SPLIT = "train"  # folder under DATA_PATH, stem of the zip or tar file, or split name of a timm reader
 _C.DATA.VAL_SPLIT = "val"  # the same for validation
 _C.DATA.IMG_SIZE = 224  # side of the square training image in pixels
-_C.DATA.INTERPOLATION = "bicubic"  # of resizing: bicubic | bilinear | random (training only)
+_C.DATA.INTERPOLATION = "bicubic"  # interpolation: bicubic | bilinear | random (training only)
 _C.DATA.ZIP_MODE = False  # read train.zip and val.zip with train_map.txt and val_map.txt; --zip
 _C.DATA.CACHE_MODE = "part"  # zip only: no = read each time, full = keep all in memory, part = this process's share; --cache-mode
 _C.DATA.PIN_MEMORY = True  # page-locked batches for faster copies to CUDA
 _C.DATA.NUM_WORKERS = -1  # loader processes per training process, -1 = one per core, at most 8; --workers
-_C.DATA.MAX_BAD_FILES = 10  # unreadable images that are reported and skipped; one more stops the run
+_C.DATA.MAX_BAD_FILES = 10  # unreadable images that are logged and skipped; one more stops the run
 
 _C.MODEL = CN()
 _C.MODEL.NAME = "litv2_small"  # names the output folder
-_C.MODEL.NUM_CLASSES = -1  # -1 = as many as the training data has; a number is checked against it
-_C.MODEL.DROP_RATE = 0.0  # dropout of projections and head
+_C.MODEL.NUM_CLASSES = -1  # -1 = from the training data; a number is checked against the data
+_C.MODEL.DROP_RATE = 0.0  # dropout rate of projections and head
 _C.MODEL.DROP_PATH_RATE = 0.2  # stochastic depth of the last block
 _C.MODEL.LABEL_SMOOTHING = 0.1
-_C.MODEL.RESUME = ""  # checkpoint to go on from: weights, optimizer, epoch; --resume
-_C.MODEL.PRETRAINED = ""  # of which only the weights are taken: a file, a URL or a name of the model zoo; --pretrained
-_C.MODEL.OFFSET_LR_MULTI = 0.01  # learning rate of DTM's offset convolutions over the others'
+_C.MODEL.RESUME = ""  # checkpoint to resume from: weights, optimizer, epoch; --resume
+_C.MODEL.PRETRAINED = ""  # initial weights: a file, a URL or a zoo name; --pretrained
+_C.MODEL.OFFSET_LR_MULTI = 0.01  # factor on the learning rate of DTM's offset convolutions
 _C.MODEL.LIT = CN()
 _C.MODEL.LIT.PATCH_SIZE = 4
 _C.MODEL.LIT.IN_CHANS = 3  # 3 = RGB, 1 = grey
@@ -68,34 +68,34 @@ _C.TRAIN.LAYER_DECAY = 1.0  # factor on the learning rate per layer from the hea
 _C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0 = no clipping
 _C.TRAIN.ACCUMULATION_STEPS = 1  # batches per optimizer step; --accumulation-steps
 _C.TRAIN.USE_CHECKPOINT = False  # recompute activations to save memory; --use-checkpoint
-_C.TRAIN.AUTO_RESUME = True  # go on from latest.pth in the output folder when neither --resume nor --eval is given
-_C.TRAIN.EMA_DECAY = 0.0  # moving average of the weights, evaluated and saved beside them; 0 = off; --ema-decay
+_C.TRAIN.AUTO_RESUME = True  # resume from latest.pth in the output folder if neither --resume nor --eval is given
+_C.TRAIN.EMA_DECAY = 0.0  # decay of the moving average of the weights, which is evaluated and saved, too; 0 = off; --ema-decay
 _C.TRAIN.MAX_NONFINITE = 0  # steps with a NaN or infinite loss that are skipped before the run stops
 _C.TRAIN.OPTIMIZER = CN()
-_C.TRAIN.OPTIMIZER.NAME = "adamw"  # of timm: adamw, sgd (with Nesterov's momentum), lamb, lion ...
-_C.TRAIN.OPTIMIZER.EPS = 1e-8  # this and the next two go to the optimizers that have them
+_C.TRAIN.OPTIMIZER.NAME = "adamw"  # a timm optimizer: adamw, sgd (with Nesterov momentum), lamb, lion ...
+_C.TRAIN.OPTIMIZER.EPS = 1e-8  # this and the next two are passed to the optimizers that use them
 _C.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]
 _C.TRAIN.OPTIMIZER.MOMENTUM = 0.9
 _C.TRAIN.LR_SCHEDULER = CN()
-_C.TRAIN.LR_SCHEDULER.NAME = "cosine"  # cosine | linear | step | of timm: multistep, poly, tanh, wsd, rsqrt, constant
+_C.TRAIN.LR_SCHEDULER.NAME = "cosine"  # cosine | linear | step, or timm's multistep, poly, tanh, wsd, rsqrt, constant
 _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30.0  # step: epochs between decays; wsd, rsqrt: epochs of the last decay
 _C.TRAIN.LR_SCHEDULER.DECAY_MILESTONES = [90, 180, 270]  # multistep: epochs of the decays
-_C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1  # step, multistep: factor of a decay; poly: the power
+_C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1  # step, multistep: decay factor; poly: exponent
 
 _C.AUG = CN()
-_C.AUG.SCALE = [0.08, 1.0]  # area of the random crop over the image's
-_C.AUG.RATIO = [3 / 4, 4 / 3]  # width over height of the random crop
+_C.AUG.SCALE = [0.08, 1.0]  # area of the random crop relative to the image
+_C.AUG.RATIO = [3 / 4, 4 / 3]  # aspect ratio (width / height) of the random crop
 _C.AUG.HFLIP = 0.5  # probability of a horizontal flip
-_C.AUG.COLOR_JITTER = 0.4  # used where AUTO_AUGMENT is "none"
-_C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"  # a policy of timm, or none
+_C.AUG.COLOR_JITTER = 0.4  # used if AUTO_AUGMENT is "none"
+_C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"  # a timm policy, or none
 _C.AUG.REPROB = 0.25  # random erasing: probability,
 _C.AUG.REMODE = "pixel"  # filling (const | rand | pixel)
 _C.AUG.RECOUNT = 1  # and number of rectangles
 _C.AUG.MIXUP = 0.8  # alpha; 0 = off
 _C.AUG.CUTMIX = 1.0  # alpha; 0 = off
-_C.AUG.CUTMIX_MINMAX = []  # least and largest side of cutmix's rectangle over the image's, instead of CUTMIX; [] = off
-_C.AUG.MIXUP_PROB = 1.0  # probability of either
-_C.AUG.MIXUP_SWITCH_PROB = 0.5  # probability of cutmix where both are on
+_C.AUG.CUTMIX_MINMAX = []  # range of the side of cutmix's rectangle relative to the image, instead of CUTMIX; [] = off
+_C.AUG.MIXUP_PROB = 1.0  # probability of applying either
+_C.AUG.MIXUP_SWITCH_PROB = 0.5  # probability of cutmix if both are on
 _C.AUG.MIXUP_MODE = "batch"  # batch | pair | elem
 
 _C.TEST = CN()
@@ -109,9 +109,9 @@ _C.SEED = 0  # --seed
 _C.OUTPUT = "output"  # results go to OUTPUT/MODEL.NAME/TAG; --output
 _C.TAG = "default"  # --tag
 _C.EVAL_FREQ = 1  # epochs between evaluations; the last epoch is always evaluated
-_C.SAVE_FREQ = 0  # keep a checkpoint every so many epochs; 0 = latest and best only
-_C.SAVE_STEPS = 0  # write latest.pth every so many optimizer steps within an epoch; 0 = at its end only
-_C.PRINT_FREQ = 50  # steps between lines of the log
+_C.SAVE_FREQ = 0  # epochs between checkpoints that are kept; 0 = keep only latest and best
+_C.SAVE_STEPS = 0  # optimizer steps between writes of latest.pth within an epoch; 0 = only at its end
+_C.PRINT_FREQ = 50  # steps between log lines
 _C.EVAL_MODE = False  # evaluate and stop; --eval
 _C.THROUGHPUT_MODE = False  # time the model and stop; --throughput
 
@@ -133,7 +133,7 @@ _AT_LEAST = {
 
 
 class ConfigError(UserError):
-    """A configuration that cannot be run; the message names the key, the value and what was expected."""
+    """Invalid configuration; the message names the key, the value and what was expected."""
 
 
 def default_config() -> CN:
@@ -141,13 +141,13 @@ def default_config() -> CN:
 
 
 def load_config(path: str | Path, overrides: list | None = None, note: Callable[[str], None] = lambda line: None) -> CN:
-    """Defaults, then the file (after its BASE files), then ``overrides`` (key, value, key, value ...), checked and frozen.
+    """Merges the defaults, the file (after its BASE files) and ``overrides`` (key, value, key, value ...); checked and frozen.
 
     Args:
-        note: takes a line for each key of the release that has no effect here.
+        note: called with a line for each key of the release that has no effect here.
 
     Raises:
-        ConfigError: a missing file, an unknown key, a value of a wrong type or outside its range.
+        ConfigError: the file is missing, a key is unknown, or a value has the wrong type or is out of range.
     """
     config = default_config()
     obsolete = {}
@@ -164,10 +164,10 @@ def load_config(path: str | Path, overrides: list | None = None, note: Callable[
 
 
 def parse_args(argv: list[str] | None = None, note: Callable[[str], None] = lambda line: None) -> CN:
-    """The configuration that a command line asks for; ``note`` as in ``load_config``.
+    """Returns the configuration for a command line; ``note`` as in ``load_config``.
 
     Raises:
-        ConfigError: as ``load_config``. Flags that do not exist end the program with the status 2, as argparse does.
+        ConfigError: as in ``load_config``. For unknown flags, argparse exits with status 2.
     """
     args = _parser().parse_args(argv)
     if args.local_rank is not None:
@@ -194,18 +194,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--cache-mode", dest="DATA.CACHE_MODE", choices=("no", "full", "part"), help="what a zip data set keeps in memory")
     add("--workers", dest="DATA.NUM_WORKERS", type=int, metavar="N", help="loader processes per training process")
     start = parser.add_mutually_exclusive_group().add_argument
-    start("--resume", dest="MODEL.RESUME", metavar="FILE", help="go on from this checkpoint (or, with --eval, evaluate it)")
+    start("--resume", dest="MODEL.RESUME", metavar="FILE", help="resume from this checkpoint (or, with --eval, evaluate it)")
     start("--pretrained", dest="MODEL.PRETRAINED", metavar="FILE", help="start from these weights: file, URL or zoo name (litv2_small)")
     add("--accumulation-steps", dest="TRAIN.ACCUMULATION_STEPS", type=int, metavar="N", help="batches per optimizer step")
-    add("--use-checkpoint", dest="TRAIN.USE_CHECKPOINT", action="store_const", const=True, help="recompute activations")
-    add("--ema-decay", dest="TRAIN.EMA_DECAY", type=float, metavar="D", help="moving average of the weights, e.g. 0.9999")
+    add("--use-checkpoint", dest="TRAIN.USE_CHECKPOINT", action="store_const", const=True, help="recompute activations to save memory")
+    add("--ema-decay", dest="TRAIN.EMA_DECAY", type=float, metavar="D", help="decay of the moving average of the weights, e.g. 0.9999")
     add("--amp-opt-level", dest="AMP_OPT_LEVEL", choices=("O0", "O1", "O2"), help="the release's --amp: O0 = off, O1 and O2 = on")
     add("--amp", dest="AMP", choices=_CHOICES["AMP"], help="mixed precision; auto: fp16 on CUDA, off elsewhere")
-    add("--device", dest="DEVICE", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
+    add("--device", dest="DEVICE", choices=("auto", "cpu", "cuda", "mps"), help="device to compute on")
     add("--compile", dest="COMPILE", action="store_const", const=True, help="torch.compile the model")
-    add("--seed", dest="SEED", type=int, metavar="N", help="of weights, order and augmentation")
-    add("--output", dest="OUTPUT", metavar="DIR", help="root of the results; they go to OUTPUT/MODEL.NAME/TAG")
-    add("--tag", dest="TAG", metavar="NAME", help="names the run")
+    add("--seed", dest="SEED", type=int, metavar="N", help="seed of weights, data order and augmentation")
+    add("--output", dest="OUTPUT", metavar="DIR", help="root of the output folder OUTPUT/MODEL.NAME/TAG")
+    add("--tag", dest="TAG", metavar="NAME", help="name of the run")
     add("--eval", dest="EVAL_MODE", action="store_const", const=True, help="evaluate and stop")
     add("--throughput", dest="THROUGHPUT_MODE", action="store_const", const=True, help="time the model and stop; needs no data")
     add("--local-rank", "--local_rank", dest="local_rank", type=int, metavar="N", help="set by launchers older than torchrun")
@@ -213,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _of_file(path: Path) -> Iterator[tuple[str, str, Any]]:
-    """(source, key, value) of each value in a YAML file, after those of its BASE files."""
+    """Yields (source, key, value) for each value in a YAML file, after those of its BASE files."""
     if not path.is_file():
         raise ConfigError(f"there is no configuration file {path}")
     try:
@@ -221,7 +221,7 @@ def _of_file(path: Path) -> Iterator[tuple[str, str, Any]]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold keys and values, not a {type(content).__name__}")
+        raise ConfigError(f"{path} must contain keys and values, got a {type(content).__name__}")
     for base in content.pop("BASE", None) or []:
         if base:  # the release's default is a list of one empty name
             yield from _of_file(path.parent / base)
@@ -231,7 +231,7 @@ def _of_file(path: Path) -> Iterator[tuple[str, str, Any]]:
 
 def _of_pairs(pairs: list) -> Iterator[tuple[str, str, Any]]:
     if len(pairs) % 2:
-        raise ConfigError(f"--opts needs pairs of KEY VALUE, got {pairs}")
+        raise ConfigError(f"--opts expects pairs of KEY VALUE, got {pairs}")
     for key, value in zip(pairs[::2], pairs[1::2]):
         yield "the command line", str(key), value
 
@@ -253,14 +253,14 @@ def _set(config: CN, source: str, key: str, value: Any) -> None:
         if not isinstance(node, CN):
             break
     if not isinstance(node, CN) or last not in node:
-        raise ConfigError(f"{source}: there is no key {key}; config.py lists them all")
+        raise ConfigError(f"{source}: there is no key {key}; config.py lists all keys")
     if isinstance(node[last], CN):
         raise ConfigError(f"{source}: {key} is a section, got the value {value!r}")
     node[last] = _typed(value, node[last], key, source)
 
 
 def _typed(value: Any, default: Any, name: str, source: str) -> Any:
-    """``value`` in the type of ``default``. Text is read as Python would read it ("1e-3" in YAML 1.1 and --opts is text)."""
+    """Converts ``value`` to the type of ``default``. Text is parsed as Python ("1e-3" is text in YAML 1.1 and --opts)."""
     if isinstance(value, str) and not isinstance(default, str):
         try:
             value = yaml.safe_load(value)
@@ -296,15 +296,15 @@ def _check(config: CN) -> None:
         if not 0 <= get(name) < 1:
             raise ConfigError(f"{name} must lie in [0, 1), got {get(name)}")
     if config.MODEL.NUM_CLASSES != -1 and config.MODEL.NUM_CLASSES < 1:
-        raise ConfigError(f"MODEL.NUM_CLASSES must be -1 (as the data has) or at least 1, got {config.MODEL.NUM_CLASSES}")
+        raise ConfigError(f"MODEL.NUM_CLASSES must be -1 (from the data) or at least 1, got {config.MODEL.NUM_CLASSES}")
     if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
         raise ConfigError(f"TRAIN.WARMUP_EPOCHS={config.TRAIN.WARMUP_EPOCHS} must be below TRAIN.EPOCHS={config.TRAIN.EPOCHS}")
     if config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS <= 0:
         raise ConfigError(f"TRAIN.LR_SCHEDULER.DECAY_EPOCHS must be above 0, got {config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS}")
     sides = config.AUG.CUTMIX_MINMAX
     if sides and not (len(sides) == 2 and all(type(side) in (int, float) for side in sides) and 0 < sides[0] < sides[1] <= 1):
-        raise ConfigError(f"AUG.CUTMIX_MINMAX must be two rising numbers in (0, 1], or [], got {sides}")
+        raise ConfigError(f"AUG.CUTMIX_MINMAX must be two increasing numbers in (0, 1], or [], got {sides}")
     for name, known in (("TRAIN.OPTIMIZER.NAME", optimizer_names()), ("TRAIN.LR_SCHEDULER.NAME", list(SCHEDULES))):
         if get(name).removeprefix(LOOKAHEAD) not in known:
             near = difflib.get_close_matches(get(name), known, cutoff=0.4) or known
-            raise ConfigError(f"{name}={get(name)!r} is not known here; close to it: {listed(near)}")
+            raise ConfigError(f"{name}={get(name)!r} is unknown; similar names: {listed(near)}")

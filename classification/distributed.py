@@ -1,4 +1,4 @@
-"""One process or many: set-up from torchrun's environment, and the few reductions that the trainer needs."""
+"""Single- and multi-process runs: set-up from torchrun's environment, and the few collectives that the trainer needs."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from litv2.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one, then Apple's MPS, then the CPU.
+    """Returns the device; ``auto`` selects CUDA if available, else Apple's MPS, else the CPU.
 
     Raises:
-        UserError: a device that this machine does not have.
+        UserError: this machine does not have the device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
         if not torch.cuda.is_available():
-            raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
+            raise UserError("--device cuda: torch finds no CUDA device; use --device cpu")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         return device
     if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: torch finds no MPS device here; use --device cpu")
+        raise UserError("--device mps: torch finds no MPS device; use --device cpu")
     return torch.device(name)
 
 
 def init(device: torch.device) -> None:
-    """Joins the other processes when a launcher has set RANK and WORLD_SIZE: NCCL for CUDA, gloo otherwise.
+    """Joins the process group if a launcher has set RANK and WORLD_SIZE, with NCCL for CUDA and gloo otherwise.
 
-    torchrun (2.14) gives the processes of a restart the store of those that died, addresses included, and they wait for the
-    dead. On one node each restart therefore gets a part of the store of its own. On several nodes the count of restarts
-    differs from node to node: there torchrun itself must be told, by TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    After a restart, torchrun (2.14) reuses the store of the processes that died, including their addresses, and the new processes
+    would wait for the dead ones. On a single node each restart therefore gets its own prefix in the store. On several nodes the
+    restart count differs between nodes; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun there.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return
@@ -66,7 +66,7 @@ def local_world_size() -> int:
 
 
 def all_sum(values: list[float], device: torch.device) -> list[float]:
-    """The sum over all processes of each value, in float64 where the device has it."""
+    """Sums each value over all processes, in float64 if the device supports it."""
     if world_size() == 1:
         return values
     total = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
@@ -75,7 +75,7 @@ def all_sum(values: list[float], device: torch.device) -> list[float]:
 
 
 def gather(value: Any) -> list:
-    """``value`` of every process, in the order of ranks."""
+    """Returns the ``value`` of every process, ordered by rank."""
     if world_size() == 1:
         return [value]
     values: list = [None] * world_size()
@@ -84,7 +84,7 @@ def gather(value: Any) -> list:
 
 
 def broadcast_buffers(module: torch.nn.Module) -> None:
-    """Gives every process rank 0's buffers: batch-norm statistics differ between ranks after a training step."""
+    """Copies rank 0's buffers to every process: batch-norm statistics differ between ranks after a training step."""
     if world_size() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)

@@ -1,4 +1,4 @@
-"""The loops: an optimizer step, an epoch of training, and an exact evaluation."""
+"""The loops: one optimizer step, one training epoch, and an exact evaluation."""
 
 from __future__ import annotations
 
@@ -24,54 +24,54 @@ from signals import StopRequested, StopSignals
 
 
 class NonFiniteLoss(RuntimeError):
-    """Training met a NaN or infinite loss or gradient; weights and optimizer are as they were before that step."""
+    """A loss or gradient is NaN or infinite; the weights and the optimizer are unchanged by that step."""
 
 
 @dataclass
 class Progress:
-    """Where a run stands; saved with every checkpoint."""
+    """Progress of a run; saved with every checkpoint."""
 
     epoch: int = 0  # epochs whose training and validation are complete
-    step: int = 0  # batches of the current epoch that are trained, always whole groups of accumulation
-    updates: int = 0  # optimizer steps in all, skipped ones included
-    nonfinite: int = 0  # steps skipped because of a loss that was not finite
+    step: int = 0  # trained batches of the current epoch, always whole accumulation groups
+    updates: int = 0  # total optimizer steps, including skipped ones
+    nonfinite: int = 0  # steps skipped because of a non-finite loss
     best: float = 0.0  # best top-1 in percent
     best_epoch: int = -1
 
 
 class Update(NamedTuple):
-    """The numbers of an optimizer step, of this process."""
+    """The figures of an optimizer step on this process."""
 
     loss: float
     grad_norm: float
-    lr: float  # of the first parameter group, as it was in force
+    lr: float  # learning rate that the first parameter group used
     images: int
-    stop: bool  # a signal arrived at any rank
+    stop: bool  # whether a signal arrived at any rank
 
 
 @dataclass
 class Step:
-    """An optimizer step, and all that it needs."""
+    """An optimizer step with everything that it needs."""
 
-    model: nn.Module  # as it is run: inside DDP and torch.compile where these are used
+    model: nn.Module  # possibly wrapped by DDP and torch.compile
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
     loss_fn: Callable[[Tensor, Tensor], Tensor]
     precision: Precision
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     ema: ModelEmaV3 | None = None
-    clip_grad: float = 0.0  # largest norm of the gradients; 0 = no clipping
-    max_nonfinite: int = 0  # steps with a loss that is not finite that are skipped in a run
+    clip_grad: float = 0.0  # maximum gradient norm; 0 = no clipping
+    max_nonfinite: int = 0  # steps with a non-finite loss that are skipped per run
 
     def __call__(self, group: list[Batch], progress: Progress, stop: bool = False) -> Update:
-        """Trains on the mean loss of a group of batches and moves ``progress`` on; ranks exchange gradients on the last batch.
+        """Trains on the mean loss of a group of batches and advances ``progress``; gradients are all-reduced on the last batch.
 
-        ``stop`` says that this process was asked to stop; what every rank was asked for is in the result.
+        ``stop`` tells that this process was asked to stop; the result tells whether any rank was.
 
         Raises:
-            NonFiniteLoss: more than ``max_nonfinite`` steps had a loss that is not finite. On every rank.
+            NonFiniteLoss: more than ``max_nonfinite`` steps had a non-finite loss; raised on every rank.
         """
-        # A loss that is not finite has already spoilt the running statistics of batch norm: keep what they were.
+        # A non-finite loss has already corrupted the running statistics of batch norm: keep a copy of the old ones.
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         parts = len(group)
         losses = torch.stack([self._backward(batch, parts, last=i == parts - 1) for i, batch in enumerate(group)])
@@ -80,7 +80,7 @@ class Step:
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
 
         broken = [batch for batch, value in zip(group, losses.tolist()) if not _finite(value)]
-        # With a scaler an infinite gradient is ordinary: the scale was too large, the scaler skips the step by itself.
+        # With a gradient scaler infinite gradients are normal: the scale was too large, and the scaler skips the step itself.
         spoilt = bool(broken) or (not self.precision.scaler.is_enabled() and not _finite(float(grad_norm)))
         any_spoilt, any_stop = distributed.all_sum([float(spoilt), float(stop)], self.precision.device)
         if any_spoilt:
@@ -104,7 +104,7 @@ class Step:
         return Update(losses.mean().item(), float(grad_norm), lr, sum(len(batch.names) for batch in group), any_stop > 0)
 
     def _backward(self, batch: Batch, parts: int, last: bool) -> Tensor:
-        """Adds the gradients of a batch, one of ``parts`` of a group; returns its loss, a scalar."""
+        """Accumulates the gradients of one of the ``parts`` batches of a group; returns its loss, a scalar."""
         device = self.precision.device
         images = batch.images.to(device, non_blocking=True)
         targets = batch.targets.to(device, non_blocking=True)
@@ -131,16 +131,16 @@ def train_one_epoch(
     on_start: Callable[[], None] = lambda: None,
     on_update: Callable[[Update, float], None] = lambda update, seconds: None,
 ) -> None:
-    """Trains from ``progress.step`` to the end of the epoch, one optimizer step per ``accumulation`` batches.
+    """Trains from ``progress.step`` to the end of the epoch, with one optimizer step per ``accumulation`` batches.
 
-    The last group of an epoch may be shorter. With ``streaming`` the ranks may hold different numbers of batches: the epoch
-    ends for all with the first that has none left. ``on_start`` runs when the first batch is being loaded and nothing random has
-    happened yet, ``on_update`` after each optimizer step with its numbers and the seconds that it took, loading included.
+    The last group of an epoch may be shorter. With ``streaming`` the ranks may have different numbers of batches; the epoch ends
+    on all ranks when the first one runs out. ``on_start`` is called once loading has begun but before any random number is drawn,
+    ``on_update`` after each optimizer step with its figures and its duration in seconds, data loading included.
 
     Raises:
         NonFiniteLoss: as ``Step``.
-        StopRequested: a signal arrived at any rank. On every rank.
-        DataError: too many unreadable files.
+        StopRequested: a signal arrived at any rank; raised on every rank.
+        DataError: there are too many unreadable files.
     """
     batches = iter(loader)
     if streaming and distributed.world_size() > 1:
@@ -151,7 +151,7 @@ def train_one_epoch(
         start = time.perf_counter()
         group = _take(batches, min(accumulation, steps - progress.step))
         if not group:
-            break  # a streaming reader may hold fewer images than it announced
+            break  # a streaming reader may yield fewer images than announced
         for batch in group:
             bad_files.add(batch.unreadable)
         update = step(group, progress, stop is not None and stop.received > 0)
@@ -171,14 +171,14 @@ def evaluate(
     log: Callable[[str], None],
     stop: StopSignals | None = None,
 ) -> dict[str, float]:
-    """Exact top-1 and top-5 (percent) and cross-entropy over all processes, each image counted once.
+    """Computes exact top-1 and top-5 (percent) and cross-entropy over all processes, counting each image once.
 
-    Sums and counts are reduced once, at the end, so that shares of any size work. ``expected`` is the size of the data
-    set; images that could not be read are left out and said.
+    Sums and counts are reduced once, at the end, so that ranks may have different numbers of images. ``expected`` is the size of
+    the data set; unreadable images are left out and logged.
 
     Raises:
-        RuntimeError: the images seen are not the expected ones.
-        UserError: there are none.
+        RuntimeError: the number of images differs from the expected one.
+        UserError: there are no images.
     """
     device = precision.device
     model.eval()
@@ -186,7 +186,7 @@ def evaluate(
     unreadable = 0
     for batch in loader:
         if stop is not None and stop.received:
-            raise StopRequested(stop.received)  # latest.pth was written before the evaluation: nothing is lost
+            raise StopRequested(stop.received)  # nothing is lost: latest.pth was written before the evaluation
         bad_files.add(batch.unreadable)
         unreadable += len(batch.unreadable)
         if not len(batch.targets):
@@ -202,16 +202,16 @@ def evaluate(
         sums[3] += F.cross_entropy(logits, targets, reduction="sum").item()
     count, top1, top5, loss, left_out = distributed.all_sum([*sums, float(unreadable)], device)
     if expected is not None and count + left_out != expected:
-        raise RuntimeError(f"evaluation saw {count:.0f} images (+ {left_out:.0f} unreadable), the data set has {expected}")
+        raise RuntimeError(f"evaluation saw {count:.0f} images (+ {left_out:.0f} unreadable), but the data set has {expected}")
     if count == 0:
-        raise UserError("evaluation saw no images: the validation set is empty, or none of it can be read")
+        raise UserError("evaluation saw no images: the validation set is empty or unreadable")
     if left_out:
         log(f"evaluation leaves out {left_out:.0f} unreadable images of {expected}")
     return dict(top1=100 * top1 / count, top5=100 * top5 / count, loss=loss / count, images=int(count))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The plain model inside DDP and torch.compile."""
+    """Returns the plain model inside DDP and torch.compile."""
     model = getattr(model, "module", model)
     return getattr(model, "_orig_mod", model)
 
@@ -224,7 +224,7 @@ def _take(batches: Iterator[Batch], count: int) -> list[Batch]:
 
 
 def _agreeing(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """Ends for all ranks when it ends for one: a rank alone would wait for the others' gradients for ever."""
+    """Stops on all ranks when one runs out: the others would otherwise wait forever for its gradients."""
     while True:
         batch = next(batches, None)
         if distributed.all_sum([float(batch is None)], device)[0] or batch is None:
@@ -241,4 +241,4 @@ def _report(progress: Progress, losses: Tensor, grad_norm: Tensor, files: list[s
     if files is None:
         return f"the loss of another process is not finite ({where})"
     listing = "\n  ".join(files)
-    return f"loss {losses.tolist()}, gradient norm {float(grad_norm):g}: not finite at {where}; the images of it:\n  {listing}"
+    return f"loss {losses.tolist()}, gradient norm {float(grad_norm):g}: not finite at {where}; the images of this step:\n  {listing}"

@@ -1,9 +1,9 @@
-"""The log of a run, in the release's form: lines on rank 0's terminal, and log_rank{N}.txt of every process.
+"""The log of a run in the release's format: lines on rank 0's terminal, and log_rank{N}.txt of every process.
 
     [2022-06-16 12:00:00 litv2_small] (main.py 190): INFO Train: [0/300][10/1251] eta 0:07:02 ...
 
-A terminal shows the time and the name in green, the file and the line in yellow; files and pipes have no colours, nor has a
-terminal where NO_COLOR is set.
+On a terminal the time and the name are green, the file and the line yellow; there are no colours in files and pipes, or if NO_COLOR
+is set.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class _AboveTheBar(logging.Handler):
 
 
 def open_log(name: str, folder: Path, rank: int = 0) -> logging.Logger:
-    """The logger of a run called ``name``; of the other ranks only warnings are shown on the terminal. Close it with ``close_log``."""
+    """Opens the logger of the run ``name``; ranks other than 0 print only warnings to the terminal. Close it with ``close_log``."""
     folder.mkdir(parents=True, exist_ok=True)
     log = logging.getLogger("litv2.classification")
-    close_log(log)  # of a run before this one in the same process
+    close_log(log)  # left by an earlier run in the same process
     log.setLevel(logging.INFO)
     log.propagate = False
 

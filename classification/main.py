@@ -1,14 +1,14 @@
 """Trains, evaluates and times LITv2 on images. From this folder:
 
-    python main.py --cfg configs/litv2-digits.yaml                                  # embedded data set, a few minutes on a CPU
+    python main.py --cfg configs/litv2-digits.yaml                                  # built-in data set, a few minutes on a CPU
     python main.py --cfg configs/litv2-small.yaml --data-path DIR                   # DIR/train/CLASS/IMAGE, DIR/val/CLASS/IMAGE
     torchrun --standalone --nproc-per-node=8 main.py --cfg configs/litv2-small.yaml --data-path DIR --batch-size 128
     python main.py --cfg configs/litv2-small.yaml --data-path DIR --pretrained litv2_small --eval
     python main.py --cfg configs/litv2-small.yaml --data-path DIR --pretrained litv2_small --opts TRAIN.EPOCHS 30
     python main.py --cfg configs/litv2-small.yaml --throughput --batch-size 64
 
-Results go to OUTPUT/MODEL.NAME/TAG; running the same command again goes on from there. ``config.py`` lists every key.
-The commands and the YAML files of the public release work as they are.
+Results go to OUTPUT/MODEL.NAME/TAG; running the same command again resumes from there. ``config.py`` lists every key.
+The commands and YAML files of the public release work unchanged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import cast
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # litv2 and hilo of this checkout, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # litv2 and hilo from this checkout, installed or not
 
 import timm
 import torch
@@ -47,10 +47,10 @@ from training import Training, seed_everything
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs what the command line asks for and returns the exit status: 0, 1 after a loss that is not finite, 128 + N after signal N.
+    """Runs the command line and returns the exit status: 0, 1 after a non-finite loss, 128 + N after signal N.
 
     Raises:
-        UserError, OSError: a mistake of the user, or a file or network that fails.
+        UserError, OSError: a user error, or a file or network failure.
     """
     notes: list[str] = []
     config = parse_args(argv, notes.append)
@@ -102,13 +102,13 @@ def throughput(config: CfgNode, precision: Precision, folder: Path, log: logging
 
 
 def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: logging.Logger) -> int:
-    """Training, or with EVAL_MODE evaluation alone."""
-    # What to start from is read first: a wrong file should not cost the opening of a large data set.
+    """Trains, or with EVAL_MODE only evaluates."""
+    # Read the checkpoint first, so that a wrong file is reported before a large data set is opened.
     resumed = _find_checkpoint(config, folder, log)
     loaders = build_loaders(config)
     num_classes = _check_classes(config, loaders, resumed)
     seed_everything(config.SEED)  # the same weights on every rank
-    # The layout that convolutions compute gradients in, else DDP copies them. Names, shapes and values stay.
+    # Channels-last, the layout of the convolutions' gradients; otherwise DDP would copy them. Names, shapes and values stay the same.
     model = build_model(config, num_classes).to(precision.device).to(memory_format=torch.channels_last)
     if config.MODEL.PRETRAINED and resumed is not None:
         log.info(f"the weights come from the checkpoint, not from MODEL.PRETRAINED={config.MODEL.PRETRAINED}")
@@ -127,7 +127,7 @@ def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: 
             raise UserError("--eval needs the weights to evaluate: --resume FILE or --pretrained FILE_OR_NAME")
         result = engine.evaluate(model, loaders.val, precision, expected=loaders.val_size, bad_files=bad_files, log=log.info)
         log.info(f"Acc@1 {result['top1']:.3f}  Acc@5 {result['top5']:.3f}  loss {result['loss']:.4f}  images {result['images']}")
-        # The release's two lines, for whoever reads its logs with a program.
+        # The release's two lines, for programs that parse its logs.
         log.info(f" * Acc@1 {result['top1']:.3f} Acc@5 {result['top5']:.3f}")
         log.info(f"Accuracy of the network on the {result['images']} test images: {result['top1']:.1f}%")
         return 0
@@ -141,7 +141,7 @@ def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: 
                 draft.write_text(config.dump())
         training.fit()
     except StopRequested as request:
-        log.info(f"{request}: saved at epoch {training.progress.epoch}, step {training.progress.step}; the same command goes on from there")
+        log.info(f"{request}: saved at epoch {training.progress.epoch}, step {training.progress.step}; run the same command to resume")
         return 128 + request.number
     finally:
         training.close()
@@ -153,7 +153,7 @@ def output_folder(config: CfgNode) -> Path:
 
 
 def _find_checkpoint(config: CfgNode, folder: Path, log: logging.Logger) -> dict | None:
-    """What --resume names, else the newest of the output folder (unless only weights or an evaluation are asked for)."""
+    """Reads the checkpoint given by --resume, else the newest one in the output folder (not with --pretrained or --eval)."""
     if config.MODEL.RESUME:
         log.info(f"resuming from {config.MODEL.RESUME}")
         return read_checkpoint(fetch(config.MODEL.RESUME))
@@ -162,7 +162,7 @@ def _find_checkpoint(config: CfgNode, folder: Path, log: logging.Logger) -> dict
     path, state = checkpoint.find_latest(folder, log.warning) or (None, None)
     positions = distributed.gather(None if state is None else state.get("progress"))
     if any(position != positions[0] for position in positions):
-        raise UserError(f"the processes see different checkpoints in {folder}: is it on a disk that all nodes share?")
+        raise UserError(f"the processes see different checkpoints in {folder}; it must be on a disk that all nodes share")
     if path is not None:
         log.info(f"resuming from {path}")
     return state
@@ -174,7 +174,7 @@ def _check_classes(config: CfgNode, loaders: Loaders, resumed: dict | None) -> i
         raise DataError(f"MODEL.NUM_CLASSES={config.MODEL.NUM_CLASSES}, but the training data has {found} classes")
     names = (resumed or {}).get("class_names")
     if names and list(names) != list(loaders.class_names):
-        raise DataError(f"the checkpoint was trained on other classes ({len(names)}: {', '.join(names[:5])} ...) than the data has "
+        raise DataError(f"the classes of the checkpoint ({len(names)}: {', '.join(names[:5])} ...) differ from those of the data "
                         f"({found}: {', '.join(loaders.class_names[:5])} ...)")  # fmt: skip
     return found
 

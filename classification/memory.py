@@ -1,4 +1,4 @@
-"""How much memory a run has needed at most."""
+"""Peak memory of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ except ImportError:  # Windows
 
 
 def peak_memory_mb(device: torch.device) -> float | None:
-    """MiB: of tensors on CUDA, else of the process; None where the operating system does not say (Windows)."""
+    """Returns the peak memory in MiB: of tensors on CUDA, else of the process; None on Windows, which does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if resource is None:

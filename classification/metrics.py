@@ -1,4 +1,4 @@
-"""The numbers of a run, for programs: metrics.jsonl and TensorBoard."""
+"""Machine-readable metrics of a run: metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ METRICS = "metrics.jsonl"
 
 
 class Metrics:
-    """Writes rows into a run's folder; does nothing where it is not ``active``, so that rank 0 alone writes."""
+    """Writes metrics to a run's folder; does nothing unless ``active``, so that only rank 0 writes."""
 
     def __init__(self, folder: Path, active: bool = True):
         self.folder, self.active = folder, active
         self._tensorboard: SummaryWriter | None = None
 
     def write(self, kind: str, update: int, **values: float | None) -> None:
-        """A row of metrics.jsonl and points in TensorBoard. ``kind`` is train or val, ``update`` counts optimizer steps."""
+        """Writes a row of metrics.jsonl and points in TensorBoard. ``kind`` is train or val, ``update`` counts optimizer steps."""
         if not self.active:
             return
         values = {name: value for name, value in values.items() if value is not None}
@@ -36,7 +36,7 @@ class Metrics:
             self._tensorboard.add_scalar(f"{kind}/{name}", value, update)
 
     def forget_after(self, update: int, epoch: int) -> None:
-        """Removes rows that a run resumed after ``update`` steps and ``epoch`` complete epochs will write again."""
+        """Removes the rows that a run resumed after ``update`` steps and ``epoch`` complete epochs will write again."""
 
         def stays(line: str) -> bool:
             row = json.loads(line) if line.endswith("}") else None  # the last line may be cut off

@@ -9,10 +9,10 @@ from litv2.errors import UserError
 
 
 def build_model(config: CfgNode, num_classes: int) -> LITv2:
-    """A LITv2 with random weights.
+    """Builds a LITv2 with random weights.
 
     Raises:
-        UserError: values of MODEL that do not fit together, or images that are too small for it.
+        UserError: the values of MODEL are inconsistent, or the images are too small for the model.
     """
     lit = config.MODEL.LIT
     try:
@@ -31,7 +31,7 @@ def build_model(config: CfgNode, num_classes: int) -> LITv2:
             drop_path_rate=config.MODEL.DROP_PATH_RATE,
         )
     except ValueError as error:
-        raise UserError(f"the section MODEL of the configuration describes no LITv2: {error}") from error
+        raise UserError(f"the section MODEL of the configuration is invalid: {error}") from error
     smallest = model.feature_info[-1]["reduction"]
     for key, side in (("DATA.IMG_SIZE", config.DATA.IMG_SIZE), ("TEST.IMG_SIZE", config.TEST.IMG_SIZE or smallest)):
         if side < smallest:

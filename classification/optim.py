@@ -1,4 +1,4 @@
-"""timm's optimizers and learning-rate schedules over the recipe's parameter groups (the paper's appendix; numbers in ``configs``)."""
+"""timm's optimizers and learning-rate schedules for the recipe's parameter groups (see the paper's appendix; values in ``configs``)."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from yacs.config import CfgNode
 from litv2 import LITv2
 from litv2.errors import MissingPackage, UserError
 
-# timm's "plateau" needs the result of each epoch, where the others are functions of the step, and "none" is "constant" without warm-up.
+# Without timm's "plateau", which needs the result of each epoch, and "none", which is "constant" without warm-up.
 SCHEDULES = ("cosine", "linear", "step", "multistep", "poly", "tanh", "wsd", "rsqrt", "constant")
-LOOKAHEAD = "lookahead_"  # before the name of any optimizer: timm wraps it
+LOOKAHEAD = "lookahead_"  # prefix of any optimizer's name: timm wraps it
 _FUSED = ("adam", "adamw", "momentum", "nesterov", "sgd")  # torch's own, which update all parameters of a group in one pass
 
 
 def optimizer_names() -> list[str]:
-    """timm's, except those that need gradients of gradients."""
+    """Returns timm's optimizers, except those that need second derivatives."""
     return [name for name in map(str, list_optimizers()) if not get_optimizer_info(name).second_order]
 
 
 def build_optimizer(config: CfgNode, model: LITv2, total_batch: int) -> Optimizer:
-    """An optimizer of timm over parameter groups: with decay, without (1-D tensors), and DTM's offset convolutions at a lower rate.
+    """Builds a timm optimizer with parameter groups: with weight decay, without (1-D tensors), and DTM's offset convolutions.
 
-    With TRAIN.LAYER_DECAY below 1 there is such a set of groups per layer, and ``lr_scale`` tells timm's scheduler its
-    factor. ``total_batch`` is the number of images per optimizer step, over all processes.
+    The offset convolutions get a lower learning rate. With TRAIN.LAYER_DECAY below 1 there is such a set of groups per layer, whose
+    ``lr_scale`` is read by timm's scheduler. ``total_batch`` is the number of images per optimizer step over all processes.
 
     Raises:
-        UserError: an optimizer that does not work here or with these settings.
+        UserError: the optimizer does not work on this machine or with these settings.
     """
     train = config.TRAIN
     lr = scaled_lr(train.BASE_LR, total_batch)
@@ -61,13 +61,13 @@ def _create(settings: CfgNode, groups: list[dict], lr: float, fused: bool) -> Op
     name, betas = settings.NAME, tuple(settings.BETAS)
     info = get_optimizer_info(name.removeprefix(LOOKAHEAD))
     if info.has_betas and len(betas) != info.num_betas:
-        raise UserError(f"TRAIN.OPTIMIZER.BETAS={list(betas)}: {name} takes {info.num_betas} of them")
+        raise UserError(f"TRAIN.OPTIMIZER.BETAS={list(betas)}: {name} takes {info.num_betas} betas")
     options: dict[str, Any] = dict(fused=True) if fused and name in _FUSED else {}
     try:
         return create_optimizer_v2(groups, name, lr=lr, momentum=settings.MOMENTUM, eps=settings.EPS, betas=betas, **options)
     except ImportError as error:
         raise MissingPackage(f"TRAIN.OPTIMIZER.NAME={name}: {error}") from error
-    except AssertionError as error:  # timm's way to say that apex and bitsandbytes need a GPU
+    except AssertionError as error:  # timm's error if apex or bitsandbytes have no GPU
         raise UserError(f"TRAIN.OPTIMIZER.NAME={name}: {error}") from error
 
 
@@ -76,7 +76,7 @@ def scaled_lr(lr: float, total_batch: int) -> float:
 
 
 def layer_of(name: str, model: LITv2) -> int:
-    """Depth of a parameter: 0 for the patch embedding, then one per block and per token merging, the head last."""
+    """Returns the depth of a parameter: 0 for the patch embedding, then one per block and per token merging, the head last."""
     depth = 1
     for i, stage in enumerate(model.layers):
         for j in range(len(cast(nn.ModuleList, stage.blocks))):
@@ -90,17 +90,17 @@ def layer_of(name: str, model: LITv2) -> int:
 
 
 def build_scheduler(config: CfgNode, optimizer: Optimizer, steps_per_epoch: int, total_batch: int) -> Scheduler:
-    """Linear warm-up, then a schedule of timm down to an absolute floor, counted in optimizer steps.
+    """Builds a schedule in optimizer steps: linear warm-up, then a timm schedule down to an absolute floor.
 
-    The rate in force at step t is the schedule's value at t - 1 (at 0 for the first step), as the released weights were
-    trained: call ``step_update(t)`` after step t, counting from 0. With cosine the offset group's base rate equals the floor in the
-    default recipe, so that it stays constant after the warm-up.
+    The learning rate of step t is the schedule's value at t - 1 (at 0 for the first step), as in the training of the released weights:
+    call ``step_update(t)`` after step t, counting from 0. In the default recipe the base rate of the offset group equals the floor, so
+    with cosine it stays constant after the warm-up.
 
-    "linear" is timm's "poly" with the power 1: it ends at MIN_LR, where the release's ends at 0.01 of each group's own rate. With the
-    default rates that is the same but for the offset group.
+    "linear" is timm's "poly" with exponent 1. It ends at MIN_LR, while the release's ends at 0.01 of each group's own rate; with the
+    default rates the two differ only for the offset group.
 
     Raises:
-        UserError: a schedule that does not fit the number of epochs.
+        UserError: the schedule does not fit the number of epochs.
     """
     train, schedule = config.TRAIN, config.TRAIN.LR_SCHEDULER
     linear = schedule.NAME == "linear"

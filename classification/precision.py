@@ -1,4 +1,4 @@
-"""Mixed precision: one context for the forward pass, one scaler that does nothing unless float16 needs it."""
+"""Mixed precision: a context for the forward pass, and a gradient scaler that is active only for float16."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Precision:
 
 
 def choose_precision(amp: str, device: torch.device) -> tuple[Precision, str]:
-    """The precision that AMP asks for on a device, and a line that says which it is and why.
+    """Returns the precision for the setting AMP on a device, and a log line that states and explains it.
 
     ``auto`` is float16 on CUDA, as the released weights were trained, and off elsewhere. ``on``, the release's O1 and O2, is float16
     on CUDA and bfloat16 elsewhere.
@@ -32,7 +32,7 @@ def choose_precision(amp: str, device: torch.device) -> tuple[Precision, str]:
     cuda = device.type == "cuda"
     if amp == "auto":
         mode = "fp16" if cuda else "off"
-        why = "AMP is auto: as the release trained on CUDA" if cuda else f"AMP is auto, and the device is {device.type}, not cuda"
+        why = "AMP is auto: as in the release's training on CUDA" if cuda else f"AMP is auto, and the device is {device.type}, not cuda"
     elif amp == "on":
         mode = "fp16" if cuda else "bf16"
         why = f"AMP is on, and the device is {device.type}"

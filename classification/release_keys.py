@@ -1,7 +1,7 @@
-"""What the public release's YAML files and flags say otherwise than this trainer, so that they load as they are.
+"""Differences between the public release's YAML files and flags and this trainer's, so that the release's load unchanged.
 
-A key that has lost its meaning is accepted at the value that describes what is done here anyway, with a note, and refused at any
-other. The remaining keys have the same names here; :func:`translate` knows the few whose values are spelt differently.
+An obsolete key is accepted, with a note, at the value that describes what this trainer does anyway, and is an error at any other. All
+other keys have the same names here; :func:`translate` handles the few whose values are written differently.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ __all__ = ["OBSOLETE", "explain", "translate"]
 
 # key: (values that are accepted, why it has no effect)
 OBSOLETE: dict[str, tuple[list, str]] = {
-    "MODEL.TYPE": (["lit", "litv2"], "this trainer has one type of model"),
+    "MODEL.TYPE": (["lit", "litv2"], "this trainer has only one model type"),
     "MODEL.LIT.WINDOW_SIZE": ([7], "HiLo's windows are set by MODEL.LIT.LOCAL_WS"),
     "MODEL.LIT.QK_SCALE": ([None], "attention is always scaled by head_dim ** -0.5"),
     "MODEL.LIT.APE": ([False], "LITv2 has no absolute position embedding"),
     "MODEL.LIT.PATCH_NORM": ([True], "the patch embedding is always normalised"),
-    "MODEL.LIT.HAS_MSA": ([], "MODEL.LIT.LOCAL_WS says which stages have attention: those whose window is not 0"),
+    "MODEL.LIT.HAS_MSA": ([], "the stages with attention are those whose window in MODEL.LIT.LOCAL_WS is not 0"),
     "TRAIN.START_EPOCH": ([0], "a resumed run takes its epoch from the checkpoint"),
     "LOCAL_RANK": ([0], "torchrun tells every process its rank"),
 }
@@ -30,17 +30,17 @@ _AMP = {"": None, "O0": "off", "O1": "on", "O2": "on"}
 
 
 def translate(key: str, value: Any) -> tuple[str, Any] | None:
-    """The key and value that have the same meaning here; None where the release's say nothing.
+    """Returns the key and value with the same meaning here; None if the release's have no effect.
 
     Raises:
-        UserError: an AMP_OPT_LEVEL that apex does not have either.
+        UserError: the AMP_OPT_LEVEL is invalid.
     """
     if key == "AMP_OPT_LEVEL":
         if value not in _AMP:
-            raise UserError(f"AMP_OPT_LEVEL must be O0, O1 or O2, got {value!r}; AMP is its name here")
+            raise UserError(f"AMP_OPT_LEVEL must be O0, O1 or O2, got {value!r}; this trainer calls it AMP")
         return ("AMP", _AMP[value]) if _AMP[value] else None
     if key == "TRAIN.ACCUMULATION_STEPS" and _plain(value) == 0:
-        return key, 1  # the release's way to say that nothing is accumulated
+        return key, 1  # the release's value for no accumulation
     if key == "AUG.CUTMIX_MINMAX" and _plain(value) is None:
         return key, []
     if key == "TRAIN.OPTIMIZER.NAME":
@@ -49,22 +49,22 @@ def translate(key: str, value: Any) -> tuple[str, Any] | None:
 
 
 def explain(key: str, value: Any, config: CfgNode) -> str:
-    """The line that says why an obsolete key has no effect.
+    """Returns the line that explains why an obsolete key has no effect.
 
     Raises:
-        UserError: the value asks for something else than what is done.
+        UserError: the value asks for something that this trainer does not do.
     """
     accepted, reason = OBSOLETE[key]
     if key == "MODEL.LIT.HAS_MSA":
         accepted = [[int(window > 0) for window in config.MODEL.LIT.LOCAL_WS]]
     if _plain(value) not in accepted:
         expected = " or ".join(map(str, accepted))
-        raise UserError(f"{key}={value} of the release cannot be honoured, only {expected}: {reason}")
-    return f"{key}={value} of the release has no effect: {reason}"
+        raise UserError(f"{key}={value} from the release is not supported, only {expected}: {reason}")
+    return f"{key}={value} from the release has no effect: {reason}"
 
 
 def _plain(value: Any) -> Any:
-    """A value as the release reads it: text from --opts as Python or YAML would."""
+    """Parses a value like the release: text from --opts as Python or YAML."""
     if value == "None":
         return None
     return yaml.safe_load(value) if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as requests that the loops see between steps, when everything can be saved."""
+"""Turns Ctrl-C and SIGTERM into requests that the loops check between steps, when everything can be saved."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class StopRequested(Exception):
-    """A signal asked the run to end; it is raised between steps."""
+    """A signal asked the run to stop; raised between steps."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -16,9 +16,9 @@ class StopRequested(Exception):
 
 
 class StopSignals:
-    """Turns the first SIGINT or SIGTERM into a request; a second one acts at once.
+    """Turns the first SIGINT or SIGTERM into a request; a second one takes effect at once.
 
-    Python lets only the main thread handle signals: elsewhere they keep the meaning that the program gave them.
+    Python handles signals in the main thread only; in other threads this does nothing.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""How fast a model is, by the paper's protocol."""
+"""Measures the throughput of a model by the paper's protocol."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from precision import Precision
 def measure_throughput(
     model: nn.Module, images: Tensor, precision: Precision, warm_up: int = 50, timed: int = 30
 ) -> dict[str, float | None]:
-    """Time of a forward pass over one batch: 50 passes to warm up, then 30 that are timed.
+    """Times the forward pass on one batch: 50 warm-up passes, then 30 timed ones.
 
     Returns:
-        images_per_second and latency_ms (median, p10, p90 of a pass), and peak_memory_mb as :func:`memory.peak_memory_mb` gives it.
+        images_per_second, latency_ms (median, p10, p90 per pass), and peak_memory_mb (see :func:`memory.peak_memory_mb`).
     """
     device = precision.device
     synchronise = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)

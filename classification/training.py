@@ -1,4 +1,4 @@
-"""A training run: what it holds between steps, saves in checkpoints, and does after each epoch."""
+"""A training run: its state between steps, its checkpoints, and the work after each epoch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from signals import StopRequested, StopSignals
 
 
 class Training:
-    """Everything that a run holds between steps: what a checkpoint saves and restores."""
+    """The state of a run between steps, which checkpoints save and restore."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Training:
         scheduler = build_scheduler(config, optimizer, self.updates_per_epoch, self.total_batch)
         ema = ModelEmaV3(model, decay=config.TRAIN.EMA_DECAY, use_warmup=True) if config.TRAIN.EMA_DECAY else None
         mixup = build_mixup(config, model.num_classes)
-        # Rank by rank, so that dropout, mixup and drop path differ between processes.
+        # A different seed per rank, so that dropout, mixup and drop path differ between processes.
         seed_everything(config.SEED + 1000 + distributed.rank())
         self._random_states: list[dict] | None = None
 
@@ -82,13 +82,13 @@ class Training:
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """The one that is evaluated: the moving average where there is one."""
+        """The model to evaluate: the moving average, if there is one."""
         return self.model if self.step.ema is None else self.step.ema.module
 
     def fit(self) -> None:
         config, progress, steps = self.config, self.progress, self.loaders.steps_per_epoch
         if progress.epoch >= config.TRAIN.EPOCHS:
-            self.log.info(f"all {config.TRAIN.EPOCHS} epochs are done already; another --tag starts afresh")
+            self.log.info(f"all {config.TRAIN.EPOCHS} epochs are already done; use another --tag to start a new run")
         else:
             self.log.info(f"{config.TRAIN.EPOCHS} epochs of {steps} steps, {self.updates_per_epoch} updates each; "
                           f"total batch {self.total_batch}")  # fmt: skip
@@ -98,7 +98,7 @@ class Training:
             done = progress.epoch + 1
             result, better = None, False
             if done % config.EVAL_FREQ == 0 or done == config.TRAIN.EPOCHS:
-                self._save_latest()  # the evaluation may be interrupted; written again after it, with its result
+                self._save_latest()  # before the evaluation, which may be interrupted; saved again with its result
                 result = self._evaluate()
                 better = result["top1"] > progress.best or progress.best_epoch < 0
                 if better:
@@ -134,7 +134,7 @@ class Training:
             desc=f"epoch {progress.epoch + 1}/{config.TRAIN.EPOCHS}", total=steps, initial=progress.step, unit="step",
             dynamic_ncols=True, leave=False, disable=distributed.rank() != 0 or not sys.stderr.isatty(),
         )  # fmt: skip
-        since: list[tuple[engine.Update, float]] = []  # the steps since the last line of the log, and their seconds
+        since: list[tuple[engine.Update, float]] = []  # the steps since the last log line, and their durations in seconds
 
         def on_update(update: engine.Update, seconds: float) -> None:
             since.append((update, seconds))
@@ -177,12 +177,12 @@ class Training:
         )  # fmt: skip
 
     def _finish(self) -> None:
-        """The pictures and the last lines."""
+        """Draws the pictures and logs the summary."""
         progress = self.progress
         if distributed.rank() == 0:
             curves, predictions = self.folder / "curves.png", self.folder / "predictions.png"
             plot_curves(read_metrics(self.folder), self.updates_per_epoch, curves)
-            if self.loaders.sampler is not None:  # a streaming reader has no image number 7
+            if self.loaders.sampler is not None:  # a streaming reader cannot be indexed
                 images = cast(ImageDataset, self.loaders.val.dataset)
                 plot_predictions(self.evaluated_model, images, self.loaders.class_names, self.config, self.step.precision, predictions)
             last = [row for row in read_metrics(self.folder) if row["kind"] == "val"][-1]
@@ -199,7 +199,7 @@ class Training:
                 self.log.info(f"{name:>16}  {value}")
 
     def _save_latest(self) -> dict:
-        """All ranks take part; rank 0 writes. Returns the state that was written."""
+        """Saves latest.pth and returns its state. Called on all ranks; rank 0 writes."""
         step, states = self.step, distributed.gather(checkpoint.random_state())
         state = dict(
             model=self.model.state_dict(),
@@ -227,37 +227,37 @@ class Training:
         return state
 
     def load(self, state: dict) -> None:
-        """Goes on from a checkpoint of ours, at the very step where it was written.
+        """Resumes from a checkpoint of this trainer, at the exact step at which it was written.
 
         Raises:
-            UserError: a checkpoint that holds weights alone, or is of another model or optimizer.
+            UserError: the checkpoint holds only weights, or is for another model or optimizer.
         """
         step = self.step
         needed = ("model", "optimizer", "progress", "sampler", "random_states", "config")
         if missing := [key for key in needed if key not in state]:
-            raise UserError(f"the checkpoint has no {', '.join(missing)}: it cannot be resumed; --pretrained FILE takes its weights alone")
+            raise UserError(f"the checkpoint has no {', '.join(missing)} to resume from; use --pretrained FILE to load only its weights")
         load_weights(self.model, state["model"])
         if step.ema is not None:
             load_weights(step.ema.module, state["ema"] or state["model"])
             if state["ema"] is None:
-                self.log.info("the checkpoint has no moving average: it starts from the weights")
+                self.log.info("the checkpoint has no moving average; starting it from the weights")
         before = state["config"]["TRAIN"]["OPTIMIZER"]["NAME"]
         if before != self.config.TRAIN.OPTIMIZER.NAME:
-            raise UserError(f"the checkpoint was trained with TRAIN.OPTIMIZER.NAME={before}, which cannot go on as "
-                            f"{self.config.TRAIN.OPTIMIZER.NAME}; --pretrained FILE takes its weights alone")  # fmt: skip
+            raise UserError(f"the checkpoint was trained with TRAIN.OPTIMIZER.NAME={before} and cannot be resumed with "
+                            f"{self.config.TRAIN.OPTIMIZER.NAME}; use --pretrained FILE to load only its weights")  # fmt: skip
         step.optimizer.load_state_dict(state["optimizer"])
-        if state["scheduler"] != step.scheduler.state_dict():  # a pure function of the step: nothing else to restore
-            self.log.info("the schedule of learning rates is no longer the checkpoint's: from here on the configuration's holds")
+        if state["scheduler"] != step.scheduler.state_dict():  # a pure function of the step, so there is nothing to restore
+            self.log.info("the learning-rate schedule differs from the checkpoint's; continuing with that of the configuration")
         if state["scaler"]:
             step.precision.scaler.load_state_dict(state["scaler"])
         self.progress = engine.Progress(**state["progress"])
         self._random_states = state["random_states"]
         then, now = state["sampler"], dict(batch_size=self.loaders.batch_size, world_size=distributed.world_size())
         if self.progress.step and any(then[key] != now[key] for key in now):
-            self.log.info(f"resumed within an epoch with {now} instead of { {key: then[key] for key in now} }: the epoch starts again")
+            self.log.info(f"resumed within an epoch with {now} instead of { {key: then[key] for key in now} }; restarting the epoch")
             self.progress.step = 0
         if then["steps_per_epoch"] != self.loaders.steps_per_epoch:
-            self.log.info(f"an epoch has {self.loaders.steps_per_epoch} steps, it had {then['steps_per_epoch']}: the schedule shifts")
+            self.log.info(f"steps per epoch: {then['steps_per_epoch']} -> {self.loaders.steps_per_epoch}; this shifts the schedule")
         self.metrics.forget_after(self.progress.updates, self.progress.epoch)
         self.log.info(f"resumed at epoch {self.progress.epoch}, step {self.progress.step}, update {self.progress.updates}")
 
@@ -268,7 +268,7 @@ class Training:
 
 
 def _loss(config: CfgNode, soft_targets: bool) -> nn.Module:
-    if soft_targets:  # mixup's, already smoothed
+    if soft_targets:  # from mixup, already smoothed
         return SoftTargetCrossEntropy()
     if config.MODEL.LABEL_SMOOTHING > 0:
         return LabelSmoothingCrossEntropy(config.MODEL.LABEL_SMOOTHING)

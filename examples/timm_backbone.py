@@ -1,4 +1,4 @@
-"""TIMMBackbone with LITv2 in a detector of mmdet and a segmenter of mmseg: one step of training each, on random images."""
+"""TIMMBackbone with LITv2 in a detector of mmdet and a segmenter of mmseg: one training step each, on random images."""
 
 import torch
 from mmdet.structures import DetDataSample

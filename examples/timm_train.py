@@ -1,4 +1,4 @@
-"""LITv2 trained by timm's parts, as timm's train.py does it; on random images, so that it runs anywhere in seconds."""
+"""Trains LITv2 with timm's components, as in timm's train.py, on random images, so that it runs anywhere in seconds."""
 
 import timm
 import torch

@@ -1,4 +1,4 @@
-"""RetinaNet of torchvision over LITv2's pyramid: one step of training and one prediction, on a random image."""
+"""torchvision's RetinaNet on top of LITv2's pyramid: one training step and one prediction on a random image."""
 
 import timm
 import torch

@@ -11,5 +11,5 @@ from .timm_bridge.hook import register_with_timm
 
 __all__ = ["LITv2", "__version__", "create_model", "fuse", "litv2_base", "litv2_medium", "litv2_small", "optimize"]
 
-check_forced_names()  # all operators have been imported
+check_forced_names()  # by now all operators have been imported
 register_with_timm()

@@ -1,4 +1,4 @@
-"""python -m litv2 COMMAND: the model zoo, checkpoints, predictions and exports. ``python -m litv2 COMMAND --help`` says more."""
+"""python -m litv2 COMMAND: the model zoo, checkpoints, predictions and exports. ``python -m litv2 COMMAND --help`` shows the options."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from importlib import import_module
 from .errors import run_program
 
 # The module of a command has ``add_arguments(parser)`` and ``run(args)``, which returns the exit code or None. It is imported
-# only for its own command, so that no command needs another's packages.
+# only when that command runs, so that no command requires the packages of another.
 COMMANDS = {
-    "list": ("litv2.commands.list", "the model zoo"),
-    "download": ("litv2.commands.download", "fetch files of the model zoo"),
-    "info": ("litv2.commands.info", "what a checkpoint holds"),
+    "list": ("litv2.commands.list", "list the model zoo"),
+    "download": ("litv2.commands.download", "download files of the model zoo"),
+    "info": ("litv2.commands.info", "show what a checkpoint contains"),
     "convert": ("litv2.commands.convert", "write the weights of a checkpoint as .pth or .safetensors"),
     "predict": ("litv2.commands.predict", "classify images"),
-    "build": ("litv2.commands.build", "compile the native operators, which are optional"),
-    "env": ("litv2.commands.env", "this machine, and which backend computes each operator here"),
-    "export": ("litv2.commands.export", "write a model for another runtime, and compare the two"),
+    "build": ("litv2.commands.build", "compile the optional native operators"),
+    "env": ("litv2.commands.env", "describe this machine and which backend computes each operator on it"),
+    "export": ("litv2.commands.export", "export a model to another runtime and check its outputs"),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command and returns the exit status: 2 after a user's mistake (see ``errors.py``), 1 where some of the work failed."""
+    """Runs a command and returns the exit status: 2 after a user error (see ``errors.py``), 1 if part of the work failed."""
     return run_program(partial(_run, sys.argv[1:] if argv is None else argv))
 
 

@@ -1,11 +1,11 @@
-"""One policy of errors for every program of this repository.
+"""The error policy of every program in this repository.
 
-* A user's mistake (a wrong flag, file, value or package) raises :class:`UserError`: one line on stderr, exit status 2.
-* So does an ``OSError``: the disk is full, a folder may not be written, a server does not answer.
-* Anything else is a bug of ours and keeps its traceback.
+* A user error (a wrong flag, file, value or package) raises :class:`UserError`: one line on stderr, exit status 2.
+* An ``OSError`` (full disk, read-only folder, unreachable server) is reported in the same way.
+* Anything else is a bug in this repository and keeps its traceback.
 
-Layers and operators (``hilo.py``, ``layers.py``, ``mm_modules``) raise ``ValueError``, like torch's own: their caller is code. A
-program that passes a user's values on to them turns that into a ``UserError`` where the values came in.
+Layers and operators (``hilo.py``, ``layers.py``, ``mm_modules``) raise ``ValueError``, as torch's do, since they are called by
+code. A program that passes user input on to them converts it to a ``UserError`` where the input enters.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ __all__ = ["MissingPackage", "UserError", "listed", "run_program"]
 
 
 class UserError(ValueError):
-    """What the user gave cannot be used; the message names the value, what was expected and what to do."""
+    """Invalid user input; the message names the value, what was expected and what to do."""
 
 
 class MissingPackage(UserError, ImportError):
-    """A package that this feature needs is not installed; the message names the command that installs it."""
+    """A package required by a feature is not installed; the message names the command that installs it."""
 
 
 def run_program(main: Callable[[], int | None]) -> int:
-    """Runs ``main`` and returns the exit status: its own result, 2 after a user's mistake, 130 after Ctrl-C."""
+    """Runs ``main`` and returns the exit status: that of ``main``, 2 after a user error, 130 after Ctrl-C."""
     try:
         return main() or 0
-    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+    except BrokenPipeError:  # the reader of the pipe, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (UserError, OSError) as error:
@@ -41,7 +41,7 @@ def run_program(main: Callable[[], int | None]) -> int:
 
 
 def listed(names: Iterable, limit: int = 10) -> str:
-    """The first ``limit`` names, separated by commas, and how many more there are."""
+    """Joins the first ``limit`` names with commas and appends how many more there are."""
     names = [str(name) for name in names]
     more = f" ... and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

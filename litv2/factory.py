@@ -1,4 +1,4 @@
-"""Models by name, with their weights, and the model that a file of weights holds.
+"""Creates models by name, with their weights, and loads the model of a checkpoint.
 
     model = create_model("litv2_small", pretrained=True)           # the published weights, downloaded once
     model = create_model("litv2_base", pretrained="best.pth", num_classes=37)
@@ -25,16 +25,16 @@ VARIANTS = {"small": litv2_small, "medium": litv2_medium, "base": litv2_base}
 
 
 def create_model(name: str, pretrained: bool | str | Path | None = None, **kwargs) -> LITv2:
-    """A classifier of the zoo by its name.
+    """Creates a classifier by its name in the zoo.
 
     Args:
-        pretrained: None or False for random weights, True for the published ones, or where to take them from: another name, a path or
-            a URL, of any format that :func:`litv2.weights.state_dict.find_weights` knows.
-        kwargs: arguments of :class:`litv2.LITv2` that differ from the published model's. With another ``num_classes`` than the
-            file's the head keeps its initialisation, which is warned about; with 0 the file's head is left out.
+        pretrained: None or False for random weights, True for the published ones, or the source of others: another name, a path or
+            a URL, in any format that :func:`litv2.weights.state_dict.find_weights` supports.
+        kwargs: arguments of :class:`litv2.LITv2` that override the published model's. If ``num_classes`` differs from the file's,
+            the head keeps its initialisation, with a warning; with 0 the file's head is dropped.
 
     Raises:
-        UserError: an unknown name, or weights that do not fit.
+        UserError: the name is unknown, or the weights do not fit.
         OSError: the weights cannot be found or downloaded.
     """
     entry = lookup(name, task="classification")
@@ -56,14 +56,14 @@ def create_model(name: str, pretrained: bool | str | Path | None = None, **kwarg
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A classifier from a file.
+    """A classifier loaded from a file.
 
     Attributes:
-        model: with the file's weights.
-        content: of the checkpoint.
-        image_size: side of its evaluation images in pixels.
-        crop: whether these are crops of larger images.
-        notes: lines that say what the file does not tell and was assumed.
+        model: the model with the file's weights.
+        content: content of the checkpoint.
+        image_size: side of the evaluation images in pixels.
+        crop: whether the evaluation images are crops of larger ones.
+        notes: what the file does not state and was therefore assumed, one line each.
     """
 
     model: LITv2
@@ -74,14 +74,14 @@ class LoadedModel:
 
 
 def load_model(source: str | Path, name: str | None = None) -> LoadedModel:
-    """The classifier in a file, of the architecture and the classes that the file has.
+    """Loads the classifier in a file, with the architecture and the classes of the file.
 
     Args:
-        source: a path, a URL or a name of the zoo.
-        name: the model's name in the zoo; None for what the weights' shapes and the checkpoint's configuration say.
+        source: a path, a URL or a zoo name.
+        name: the model's name in the zoo; None to infer the model from the shapes of the weights and the checkpoint's configuration.
 
     Raises:
-        UserError: no weights of a classifier, or weights of another model.
+        UserError: the file holds no classifier, or the weights of another model.
         OSError: the weights cannot be found or downloaded.
     """
     release = lookup(name, task="classification") if name else release_of(source)
@@ -89,7 +89,7 @@ def load_model(source: str | Path, name: str | None = None) -> LoadedModel:
     weights, config = find_weights(content), content.get("config")
     classes = len(weights["head.weight"]) if "head.weight" in weights else 0
     if not classes:
-        raise UserError(f"{source} has no classifier: detectors and segmenters are used through their configurations")
+        raise UserError(f"{source} holds no classifier; use detectors and segmenters through their configurations")
     notes = []
     try:
         if name:
@@ -99,12 +99,12 @@ def load_model(source: str | Path, name: str | None = None) -> LoadedModel:
             model = LITv2(**arguments)
             if guessed and (release is None or arguments["local_ws"] != release.window):
                 heads, windows = (" ".join(map(str, arguments[key])) for key in ("num_heads", "local_ws"))
-                notes.append(f"{source} does not say its heads and windows: they are taken to be {heads} and {windows}, as published")
+                notes.append(f"{source} does not state its heads and windows; assuming {heads} and {windows}, as published")
         load_weights(model, weights)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
     known = evaluation_size(config, release)
     if known is None:
-        notes.append(f"{source} does not say the size of its images; the default is 224 x 224")
+        notes.append(f"{source} does not state its image size; assuming 224 x 224")
     image_size, crop = known or (224, True)
     return LoadedModel(model, content, image_size, crop, notes)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and files that several processes share."""
+"""Atomic writes, and files that several processes share."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ __all__ = ["atomic_write", "one_process"]
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yields the path of a draft beside ``path``. When the block ends the draft is flushed to the disk and takes the place of
-    ``path``; when it raises, the draft is removed and ``path`` stays as it was.
+    """Yields the path of a temporary file beside ``path``. When the block ends, that file is flushed to the disk and replaces
+    ``path``; if the block raises, it is removed and ``path`` is left unchanged.
     """
     path = Path(path)
     _remove_drafts_of_the_dead(path)
@@ -29,10 +29,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def flush_folder(folder: Path) -> None:
-    """Makes the names in a folder survive a power cut."""
+    """Flushes the directory entries of a folder, so that they survive a power cut."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folder, and needs no such call
+    except PermissionError:  # Windows cannot open a folder, and does not need to
         return
     try:
         os.fsync(descriptor)
@@ -41,7 +41,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def _remove_drafts_of_the_dead(path: Path) -> None:
-    """Drafts of processes that were killed while they wrote: each may be as large as the file itself."""
+    """Removes the drafts of processes that were killed while writing: each may be as large as the file itself."""
     for draft in path.parent.glob(f"{path.name}.*.tmp"):
         number = draft.name.removeprefix(f"{path.name}.").removesuffix(".tmp")
         if number.isdigit() and not _is_alive(int(number)):
@@ -49,21 +49,21 @@ def _remove_drafts_of_the_dead(path: Path) -> None:
 
 
 def _is_alive(process: int) -> bool:
-    if os.name == "nt":  # there os.kill would end it
+    if os.name == "nt":  # os.kill would end the process there
         return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # somebody else's
+        pass  # it belongs to another user
     return True
 
 
 @contextmanager
 def one_process(path: str | Path) -> Iterator[None]:
-    """Other processes that ask for the same path wait until this one leaves the block."""
-    from filelock import FileLock  # torch needs and brings it
+    """Locks ``path`` for this process: others that ask for it wait until the block ends."""
+    from filelock import FileLock  # installed with torch, which needs it
 
     path = Path(path)
     with FileLock(path.with_name(f".{path.name}.lock")):

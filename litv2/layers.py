@@ -1,8 +1,8 @@
-"""The parts of LITv2, in data-flow order: PatchEmbed -> [Block ...] -> DeformableTokenMerging -> ...
+"""The layers of LITv2, in data-flow order: PatchEmbed -> [Block ...] -> DeformableTokenMerging -> ...
 
-Tokens are channels-last maps (B, H, W, C) throughout. A convolution sees them through a permuted view, which is the
-channels-last memory format of (B, C, H, W), so that nothing is copied between a Linear and a convolution.
-Every module's ``flops(H, W)`` counts the multiply-adds of one H x W map as the public release counts them.
+Tokens are channels-last maps (B, H, W, C) throughout. Convolutions get a permuted view, which is (B, C, H, W) in the
+channels-last memory format, so that nothing is copied between a Linear and a convolution.
+Each module's ``flops(H, W)`` returns the multiply-adds for one H x W map, counted as in the public release.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): drops the branch of whole samples with probability ``rate`` while training."""
+    """Stochastic depth (arXiv 1603.09382): drops the residual branch per sample with probability ``rate`` in training."""
 
     def __init__(self, rate: float = 0.0):
         super().__init__()
@@ -49,7 +49,7 @@ class DropPath(nn.Module):
 class PatchEmbed(nn.Module):
     """Image (B, in_chans, H, W) -> tokens (B, ceil(H / patch), ceil(W / patch), dim), one per patch, normalised.
 
-    An image that patches do not divide is padded with zeros on the right and at the bottom.
+    An image whose sides are not multiples of the patch size is zero-padded on the right and at the bottom.
     """
 
     def __init__(self, in_chans: int, dim: int, patch_size: int):
@@ -64,12 +64,12 @@ class PatchEmbed(nn.Module):
         return self.norm(channels_last(x))
 
     def flops(self, H: int, W: int) -> int:
-        """Here H and W are the patches' numbers."""
+        """Returns the multiply-adds; H and W are the numbers of patches here."""
         return H * W * (self.proj.weight.numel() + self.proj.out_channels)
 
 
 class DepthwiseConv(nn.Module):
-    """3 x 3 depthwise convolution with zero padding, LITv2's only source of position, and GELU. (B, H, W, C) -> (B, H, W, C)."""
+    """3 x 3 depthwise convolution and GELU; its zero padding is LITv2's only positional information. (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -140,9 +140,9 @@ class Block(nn.Module):
 
 
 class DeformableTokenMerging(nn.Module):
-    """DTM (LIT, arXiv 2105.14217): a deformable 2 x 2 convolution with stride 2 merges tokens where it chooses to look.
+    """DTM (LIT, arXiv 2105.14217): merges tokens by a deformable 2 x 2 convolution with stride 2.
 
-    (B, H, W, dim) -> (B, H // 2, W // 2, out_dim): the grid of an odd H or W leaves out the last row or column.
+    (B, H, W, dim) -> (B, H // 2, W // 2, out_dim). If H or W is odd, no patch starts at the last row or column.
     """
 
     def __init__(self, dim: int, out_dim: int):
@@ -155,6 +155,6 @@ class DeformableTokenMerging(nn.Module):
         return channels_last(self.act(self.norm_layer(self.dconv(channels_first(x)))))
 
     def flops(self, H: int, W: int) -> int:
-        """As the release counts: with 12 channels of offsets, where the layer has 8 (2 per tap), and without interpolation."""
+        """Counts as the release does: 12 offset channels, although the layer has 8 (2 per tap), and no interpolation."""
         dim, out_dim = self.dconv.conv_offset.in_channels, self.norm_layer.num_features
         return (H // 2) * (W // 2) * (4 * dim * out_dim + 12 * (4 * dim + 1) + 2 * out_dim)

@@ -1,4 +1,4 @@
-"""Registers the backbone: the name that stands in users' configurations. It lives in :mod:`litv2.openmmlab.backbone`."""
+"""Registers the backbone of :mod:`litv2.openmmlab.backbone`; configurations import it under this name."""
 
 from .openmmlab.backbone import LITv2Backbone
 

@@ -1,4 +1,4 @@
-"""LITv2 (arXiv 2205.13213): one class that is classifier, detection backbone and segmentation backbone."""
+"""LITv2 (arXiv 2205.13213): one class for the classifier and the backbone of detectors and segmenters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["LITv2", "litv2_small", "litv2_medium", "litv2_base"]
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution, then the merging to the next (the last stage has none)."""
+    """Blocks at one resolution and the token merging after them (None in the last stage)."""
 
     def __init__(self, blocks: list[Block], downsample: DeformableTokenMerging | None):
         super().__init__()
@@ -24,7 +24,7 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """The blocks alone, (B, H, W, C) -> (B, H, W, C): dense tasks read the map before it is merged."""
+        """Runs the blocks only, (B, H, W, C) -> (B, H, W, C): dense tasks use the map before token merging."""
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
@@ -34,32 +34,32 @@ class Stage(nn.Module):
 
 
 class LITv2(nn.Module):
-    """Vision transformer of four stages with HiLo attention in the later ones.
+    """Four-stage vision transformer with HiLo attention in the later stages.
 
-    The methods have the names and the meaning of timm's models, whose tools (features_only, layer decay, ...) then work on this class.
+    The methods follow the interface of timm's models, so that timm's tools (features_only, layer decay, ...) work with this class.
 
     Args:
         in_chans: channels of the image.
-        num_classes: outputs of the classifier; 0 for none, ``forward`` then returns the pooled features.
+        num_classes: outputs of the classifier; with 0 there is none and ``forward`` returns the pooled features.
         patch_size: side of a patch in pixels.
         embed_dim: channels of stage 1; each stage doubles them.
         depths: blocks per stage.
         num_heads: attention heads per stage.
-        mlp_ratio: hidden channels of the feed-forward network over the stage's channels.
-        qkv_bias: bias of the query, key and value projections.
-        local_ws: HiLo's window per stage; 0 for blocks without attention, 1 for plain self-attention.
+        mlp_ratio: hidden channels of the feed-forward network relative to the stage's channels.
+        qkv_bias: whether the query, key and value projections have a bias.
+        local_ws: HiLo's window size per stage; 0 for blocks without attention, 1 for plain self-attention.
         alpha: share of HiLo's heads that are Lo-Fi.
-        drop_rate: dropout of the projections, the feed-forward networks and the head's input.
-        attn_drop_rate: dropout of attention weights.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
-        global_pool: "avg" for the mean over positions before the head, "" for a head at each position.
+        drop_rate: dropout rate of the projections, the feed-forward networks and the head's input.
+        attn_drop_rate: dropout rate of the attention weights.
+        drop_path_rate: stochastic depth rate of the last block; it rises linearly from 0 at the first.
+        global_pool: "avg" to average over positions before the head, "" to apply the head at each position.
 
     Shape:
         (B, in_chans, H, W) -> (B, num_classes), for any H and W of at least 32 with the default patch size;
         (B, H / 32, W / 32, num_classes) without pooling.
 
     Raises:
-        ValueError: arguments that do not fit together, or an image that is not 4-D, has other channels or is too small.
+        ValueError: the arguments are inconsistent, or the input is not 4-D, has the wrong number of channels or is too small.
     """
 
     output_fmt = "NHWC"  # timm's name for the layout that forward_features returns
@@ -83,7 +83,7 @@ class LITv2(nn.Module):
     ):
         super().__init__()
         if not len(depths) == len(num_heads) == len(local_ws):
-            raise ValueError(f"LITv2: one entry per stage is needed in {depths=}, {num_heads=} and {local_ws=}")
+            raise ValueError(f"LITv2: {depths=}, {num_heads=} and {local_ws=} must have one entry per stage")
         for name, rate in (("drop_rate", drop_rate), ("attn_drop_rate", attn_drop_rate), ("drop_path_rate", drop_path_rate)):
             if not 0 <= rate < 1:
                 raise ValueError(f"LITv2: {name}={rate} must lie in [0, 1)")
@@ -97,7 +97,7 @@ class LITv2(nn.Module):
         blocks_in_all = sum(depths)
         drop_paths = (drop_path_rate * i / max(1, blocks_in_all - 1) for i in range(blocks_in_all))
         self.layers = nn.ModuleList()
-        self.feature_info: list[dict] = []  # timm's: channels, stride and module of each map of the pyramid
+        self.feature_info: list[dict] = []  # for timm: channels, stride and module of each map of the pyramid
         for i, depth in enumerate(depths):
             dim = embed_dim * 2**i
             blocks = [
@@ -121,12 +121,12 @@ class LITv2(nn.Module):
         return self.norm(self._run_stages(x)[-1])
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens (B, h, w, num_features) -> logits (B, num_classes), or with ``pre_logits`` what the head sees, their mean."""
+        """Tokens (B, h, w, num_features) -> logits (B, num_classes), or with ``pre_logits`` the pooled input of the head."""
         x = self.head_drop(features.mean(dim=(1, 2)) if self.global_pool else features)
         return x if pre_logits else self.head(x)
 
     def forward_pyramid(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Image -> one map (B, C, H, W) per stage, not normalised, taken before its merging; strides 4, 8, 16, 32.
+        """Image -> one map (B, C, H, W) per stage, before its token merging and not normalised; strides 4, 8, 16, 32.
 
         The maps are views in the channels-last memory format.
         """
@@ -141,14 +141,14 @@ class LITv2(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Image -> (what ``forward_features`` returns, the maps of some stages), or the maps alone.
+        """Image -> (output of ``forward_features``, maps of the selected stages), or the maps only.
 
         Args:
-            indices: the stages, negative ones counted from the end; an integer for the last so many; None for all.
+            indices: stages to return, negative ones counted from the end; an integer n for the last n; None for all.
             norm: normalise the map of the last stage; the model has no norm for the others.
-            stop_early: do not run the stages after the last wanted one; the first result is then that stage's tokens.
+            stop_early: skip the stages after the last selected one; the first output is then that stage's tokens.
             output_fmt: "NCHW" for maps (B, C, H, W), views in the channels-last memory format; "NHWC" for (B, H, W, C).
-            intermediates_only: return the list of maps alone.
+            intermediates_only: return only the list of maps.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"LITv2: {output_fmt=} must be 'NCHW' or 'NHWC'")
@@ -163,7 +163,7 @@ class LITv2(nn.Module):
         return maps if intermediates_only else (tokens, maps)
 
     def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
-        """Removes what the maps of these stages do not need, and returns the stages' numbers."""
+        """Removes the layers that the maps of these stages do not need and returns the numbers of the stages."""
         wanted = self._wanted_stages(indices)
         cut = max(wanted) < len(self.layers) - 1
         self.layers = self.layers[: max(wanted) + 1]
@@ -181,11 +181,11 @@ class LITv2(nn.Module):
         return cast("list[Stage]", list(self.layers))
 
     def _wanted_stages(self, indices: int | Sequence[int] | None) -> list[int]:
-        """Stages counted from 0, of what timm calls indices."""
+        """Converts timm's ``indices`` to stage numbers counted from 0."""
         n = len(self.layers)
         chosen = range(-n, 0) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
         if not chosen or not all(-n <= i < n for i in chosen):
-            raise ValueError(f"LITv2: {indices=} must be some of the stages 0 to {n - 1}, or how many of the last, 1 to {n}")
+            raise ValueError(f"LITv2: {indices=} must be some of the stages 0 to {n - 1}, or a number of last stages, 1 to {n}")
         return [i % n for i in chosen]
 
     def _run_stages(self, x: Tensor, last: int | None = None) -> list[Tensor]:
@@ -204,9 +204,9 @@ class LITv2(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the head by a new one for ``num_classes`` classes, on the same device and in the same dtype; 0 removes it.
+        """Replaces the head with a new one for ``num_classes`` classes on the same device and in the same dtype; 0 removes it.
 
-        ``global_pool`` changes the pooling before it: "avg", or "" for none; None keeps it.
+        ``global_pool`` sets the pooling before it: "avg", or "" for none; None keeps the current one.
         """
         if global_pool is not None:
             self.global_pool = _known_pool(global_pool)
@@ -216,28 +216,28 @@ class LITv2(nn.Module):
         self.head.to(device=like.device, dtype=like.dtype).train(self.training).apply(_init_weights)
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Patterns by which timm orders parameters from the image to the head, one group per block, or with ``coarse`` per stage.
+        """Returns timm's patterns that group parameters from the image to the head, by block, or with ``coarse`` by stage.
 
-        A merging belongs to the block before it, the final norm to the last block; 99999 is timm's mark of that.
+        A token merging belongs to the block before it and the final norm to the last block, which timm marks with 99999.
         """
         blocks = [(r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^layers\.(\d+)\.downsample", (99999,)), (r"^norm", (99999,))]
         return dict(stem=r"^patch_embed", blocks=r"^layers\.(\d+)" if coarse else blocks)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that get no weight decay: biases and norms, in the recipe of the paper all 1-D tensors."""
+        """Returns the names of the parameters without weight decay: biases and norms, that is, all 1-D tensors."""
         return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations: less memory, same numbers."""
+        """Enables gradient checkpointing: blocks are recomputed in the backward pass, which saves memory."""
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
     def flops(self, H: int = 224, W: int = 224) -> int:
-        """Multiply-adds of one H x W image as the public release counts them, which gives the published GFLOPs exactly.
+        """Returns the multiply-adds for one H x W image, counted as in the public release; this gives the published GFLOPs exactly.
 
-        It differs from a plain count: DTM's offset convolution is counted with 12 output channels (it has 8), the mean
-        over positions as C4 at 1/16 of the patches (it is 1/64), the final LayerNorm, GELU, softmax, average pooling and
-        bilinear interpolation not at all, and a LayerNorm as one operation per value.
+        The count differs from a plain one: DTM's offset convolution counts with 12 output channels (it has 8), the mean over
+        positions as C4 at 1/16 of the patches (it is 1/64), a LayerNorm as one operation per value, and the final LayerNorm,
+        GELU, softmax, average pooling and bilinear interpolation not at all.
         """
         patch = self.patch_embed.patch_size
         h, w = patches = -(-H // patch), -(-W // patch)
@@ -250,12 +250,12 @@ class LITv2(nn.Module):
         return total + self.num_features * patches[0] * patches[1] // 16 + self.num_features * self.num_classes
 
 
-@torch.fx.wrap  # one node in a traced graph, where sizes are not known
+@torch.fx.wrap  # a single node in a traced graph, where sizes are unknown
 def _check_images(x: Tensor, in_chans: int, smallest: int) -> None:
     if x.dim() != 4 or x.shape[1] != in_chans:
-        raise ValueError(f"LITv2: expected images of the shape (B, {in_chans}, H, W), not {tuple(x.shape)}")
+        raise ValueError(f"LITv2: expected images of shape (B, {in_chans}, H, W), got {tuple(x.shape)}")
     if min(x.shape[2:]) < smallest:
-        raise ValueError(f"LITv2: images of {x.shape[2]} x {x.shape[3]} pixels; each side must be at least {smallest}")
+        raise ValueError(f"LITv2: images of {x.shape[2]} x {x.shape[3]} pixels are too small; each side must be at least {smallest}")
 
 
 def _known_pool(global_pool: str) -> str:
@@ -276,15 +276,15 @@ def _init_weights(module: nn.Module) -> None:
 
 
 def litv2_small(**kwargs) -> LITv2:
-    """LITv2-S: 27.8 M parameters, 3.7 GFLOPs, 82.0 % top-1 on ImageNet-1K. Keyword arguments are LITv2's."""
+    """LITv2-S: 27.8 M parameters, 3.7 GFLOPs, 82.0 % top-1 on ImageNet-1K. Keyword arguments go to :class:`LITv2`."""
     return LITv2(**{**dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)), **kwargs})
 
 
 def litv2_medium(**kwargs) -> LITv2:
-    """LITv2-M: 48.8 M parameters, 7.5 GFLOPs, 83.3 % top-1 on ImageNet-1K. Keyword arguments are LITv2's."""
+    """LITv2-M: 48.8 M parameters, 7.5 GFLOPs, 83.3 % top-1 on ImageNet-1K. Keyword arguments go to :class:`LITv2`."""
     return LITv2(**{**dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)), **kwargs})
 
 
 def litv2_base(**kwargs) -> LITv2:
-    """LITv2-B: 86.5 M parameters, 13.2 GFLOPs, 83.6 % top-1 on ImageNet-1K (84.7 % at 384). Keyword arguments are LITv2's."""
+    """LITv2-B: 86.5 M parameters, 13.2 GFLOPs, 83.6 % top-1 on ImageNet-1K (84.7 % at 384). Keyword arguments go to :class:`LITv2`."""
     return LITv2(**{**dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)), **kwargs})

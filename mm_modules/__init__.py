@@ -1,3 +1,3 @@
-"""Operators that LITv2 uses and that could be of use elsewhere."""
+"""Operators used by LITv2 that are also useful on their own."""
 
-__version__ = "0.1.0"  # of the whole project: this package stands alone, and imports nothing
+__version__ = "0.1.0"  # of the whole project; it is kept here because this package imports nothing

@@ -1,8 +1,8 @@
-"""Compiles the extensions: what ``python -m litv2 build`` and the three ``setup.py`` have in common.
+"""Compiles the extensions: the common part of ``python -m litv2 build`` and the three ``setup.py``.
 
-They are built against the torch of this environment: with their CPU kernels always, and, where there are CUDA sources, with those
-where that torch has CUDA and nvcc is found (no GPU is needed). CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS are respected;
-LITV2_DCN_CUDA=0 leaves the CUDA kernels out. Linux and macOS, GCC or clang. Nothing here imports torch before it is asked to.
+The extensions are built against the torch of this environment. The CUDA kernels, if an extension has any, are included if that torch
+was built with CUDA and nvcc is found (no GPU is needed); LITV2_DCN_CUDA=0 leaves them out. CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST and
+MAX_JOBS are respected. Linux and macOS with GCC or clang are supported. torch is imported only by the functions that need it.
 """
 
 from __future__ import annotations
@@ -21,26 +21,27 @@ from pathlib import Path
 
 __all__ = ["compiler_tag", "folder_of", "identity", "setup_arguments", "sources_digest", "why_no_cuda", "why_not"]
 
-ROOT = Path(__file__).resolve().parents[1]  # of the importable packages, in a checkout or in site-packages
+ROOT = Path(__file__).resolve().parents[1]  # folder of the importable packages, in a checkout or in site-packages
 FLAGS = {
     "mm_modules.DCN._C": ["-O3"],
     "litv2.ops._C": ["-O3", "-ffp-contract=fast", "-Wno-psabi"],
 }
-SAMPLE = "mm_modules/DCN/csrc/sample.h"  # of the one, and included by the other
-# Without debugging symbols, which are most of a library. Compiled with -fopenmp (at::parallel_for is serial without) but linked
-# without: the symbols come from torch's own OpenMP runtime. A second one would bring a second pool of threads.
+SAMPLE = "mm_modules/DCN/csrc/sample.h"  # part of one extension, included by the other
+# No debugging symbols, which are most of a library's size. Compiled with -fopenmp (otherwise at::parallel_for is serial) but linked
+# without it: the symbols come from torch's own OpenMP runtime, and a second runtime would add a second thread pool.
 COMMON_FLAGS = ["-g0"] if sys.platform == "darwin" else ["-g0", "-fopenmp"]
 
 
 def folder_of(name: str) -> Path:
-    """The folder of an extension's package."""
+    """Returns the folder of an extension's package."""
     return ROOT.joinpath(*name.split(".")[:-1])
 
 
 @cache
 def sources_digest(name: str) -> str:
-    """Of what an extension is compiled from: its csrc/, the arithmetic of deformable samples, which both share, and the flags.
-    Empty where the sources are not installed.
+    """Returns a digest of everything an extension is compiled from: its csrc/, the shared sample.h, and the flags.
+
+    Empty if the sources are not installed.
     """
     files = sorted(path for path in folder_of(name).glob("csrc/*") if path.suffix)
     if not files:
@@ -52,52 +53,52 @@ def sources_digest(name: str) -> str:
 
 
 def identity(torch_version: str, digest: str) -> str:
-    """What the documentation of an extension's module ends with, in csrc/ (the one with ``PyInit__C``) as here."""
+    """Returns the end of the docstring of an extension's module; must match the file in csrc/ that has ``PyInit__C``."""
     return f"built for torch {torch_version} from the sources {digest}."
 
 
 def why_not() -> str | None:
-    """What is missing for a build, and how to get it; None if nothing is."""
+    """Returns what is missing for a build and how to install it; None if nothing is."""
     if sys.platform == "win32":
-        return "the extensions are compiled with GCC or clang on Linux and macOS, not on Windows"
+        return "building the extensions is not supported on Windows; it needs Linux or macOS with GCC or clang"
     for package in ("torch", "setuptools"):
         if importlib.util.find_spec(package) is None:
             return f"{package} must be installed first: pip install {package}"
     if shutil.which(_compiler()[0]) is None:
         return (
             f"no C++ compiler: {_compiler()[0]} was not found. Install GCC or clang (Debian, Ubuntu: apt install g++; "
-            "macOS: xcode-select --install), or name yours in CXX"
+            "macOS: xcode-select --install), or set CXX"
         )
     spec = importlib.util.find_spec("torch")
     folders = list(spec.submodule_search_locations or []) if spec else []
     if not any((Path(folder) / "include/torch/csrc/api/include/torch/version.h").is_file() for folder in folders):
-        return f"the torch in {', '.join(folders)} comes without its C++ headers; pip's and conda's have them"
+        return f"the torch in {', '.join(folders)} comes without its C++ headers; install torch with pip or conda"
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         return "Python's C headers are missing (Debian, Ubuntu: apt install python3-dev)"
     return None
 
 
 def compiler_tag(name: str) -> str:
-    """The compilers of an extension, with their versions, as part of a file name."""
+    """Returns the compilers of an extension with their versions, as part of a file name."""
     lines = subprocess.run([*_compiler(), "--version"], capture_output=True, text=True).stdout.splitlines()
     tag = re.sub(r"[^\w.+]+", "-", lines[0] if lines else _compiler()[0])
     return f"{tag}-cuda" if _cuda_sources(name) and why_no_cuda() is None else tag
 
 
 def setup_arguments(*names: str) -> dict:
-    """``ext_modules`` and ``cmdclass`` for setuptools.setup(), which runs in the present folder. Nothing must be missing: ``why_not()``."""
+    """Returns ``ext_modules`` and ``cmdclass`` for setuptools.setup() in the current folder; requires that ``why_not()`` is None."""
     if any(map(_cuda_sources, names)) and why_no_cuda() is None:
         os.environ["CUDA_HOME"] = str(_cuda_home())  # read when torch.utils.cpp_extension is imported
-    os.environ["PATH"] += f"{os.pathsep}{Path(sys.executable).parent}"  # for the ninja of this environment
+    os.environ["PATH"] += f"{os.pathsep}{Path(sys.executable).parent}"  # finds the ninja of this environment
 
     import torch
     from torch.utils import cpp_extension
 
     if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
-        os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;8.6;9.0+PTX"  # Ampere to Hopper, and by PTX what came later
+        os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;8.6;9.0+PTX"  # Ampere to Hopper, and newer GPUs by PTX
 
     def extension(name: str, with_cuda: bool):
-        csrc = Path(os.path.relpath(folder_of(name) / "csrc"))  # setuptools takes no absolute paths
+        csrc = Path(os.path.relpath(folder_of(name) / "csrc"))  # setuptools accepts no absolute paths
         files = [str(path) for path in sorted(csrc.glob("*.cpp"))]
         flags = {"cxx": [*FLAGS[name], *COMMON_FLAGS, f"-DLITV2_SOURCES={sources_digest(name)}"]}
         arguments = dict(
@@ -112,14 +113,14 @@ def setup_arguments(*names: str) -> dict:
         return cpp_extension.CUDAExtension(name, [*files, *(str(csrc / file) for file in _cuda_sources(name))], **arguments)
 
     class BuildExtension(cpp_extension.BuildExtension):
-        """Falls back to the CPU kernels where the CUDA kernels do not build, and says at the end what was built."""
+        """Falls back to the CPU kernels if the CUDA kernels do not build, and reports at the end what was built."""
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **{**kwargs, "use_ninja": cpp_extension.is_ninja_available()})
 
         def run(self) -> None:
             reason = why_no_cuda()
-            before = {name: vars(self)[name] for name in ("compiler", "inplace")}  # changed by the run, and not put back when it fails
+            before = {name: vars(self)[name] for name in ("compiler", "inplace")}  # changed by the run and not restored if it fails
             try:
                 super().run()
             except Exception as error:  # the compiler has printed its own message
@@ -128,7 +129,7 @@ def setup_arguments(*names: str) -> dict:
                 reason = f"they do not compile ({type(error).__name__} above)"
                 self.__dict__.update(before)
                 for each in self.extensions:
-                    vars(each).update(vars(extension(each.name, with_cuda=False)))  # setuptools' own marks on it stay
+                    vars(each).update(vars(extension(each.name, with_cuda=False)))  # keeps the attributes that setuptools has added
                 super().run()
             for name in names:
                 kernels = "CPU kernels" if not _cuda_sources(name) else "CPU and CUDA kernels"
@@ -142,7 +143,7 @@ def setup_arguments(*names: str) -> dict:
 
 @cache
 def why_no_cuda() -> str | None:
-    """The reason not to build the CUDA kernels, or None."""
+    """Returns the reason why the CUDA kernels cannot be built, or None."""
     import torch
 
     home = _cuda_home()
@@ -151,7 +152,7 @@ def why_no_cuda() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
     if home is None or not (home / "bin" / "nvcc").is_file():
-        return f"no nvcc in {home / 'bin'}" if home else "no CUDA toolkit was found; CUDA_HOME names one"
+        return f"no nvcc in {home / 'bin'}" if home else "no CUDA toolkit was found; set CUDA_HOME"
     answer = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)\.\d+", answer)
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
@@ -160,10 +161,10 @@ def why_no_cuda() -> str | None:
 
 
 def _cuda_home() -> Path | None:
-    """The CUDA toolkit: CUDA_HOME, else where the nvcc on PATH says that it lives, else the usual folder."""
+    """Returns the folder of the CUDA toolkit: CUDA_HOME, else the one that the nvcc on PATH reports, else the usual one."""
     if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
         return Path(home)
-    if nvcc := shutil.which("nvcc"):  # possibly a wrapper: its own word counts, not its place
+    if nvcc := shutil.which("nvcc"):  # may be a wrapper, so its output counts, not its location
         dry_run = subprocess.run([nvcc, "--dryrun", "-c", "none.cu"], capture_output=True, text=True)
         if here := re.search(r"_HERE_=(\S+)", dry_run.stderr):
             return Path(here[1]).parent
@@ -172,7 +173,7 @@ def _cuda_home() -> Path | None:
 
 
 def _cuda_sources(name: str) -> list[str]:
-    """Their names in csrc/."""
+    """Returns the names of an extension's CUDA sources in csrc/."""
     return [path.name for path in sorted(folder_of(name).glob("csrc/*.cu"))]
 
 

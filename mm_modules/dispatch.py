@@ -1,11 +1,11 @@
-"""Operators with several backends: one function per operator, one file per backend, and this file, which chooses.
+"""Operators with several backends: one function per operator, one file per backend, and this file, which selects the backend.
 
-    conv = Operator("conv", [fast, reference])     # in order of preference; the last one always can
-    conv(x, weight)                                # computed by the first backend that can
-    conv.explain(x, weight)                        # {"fast": "it is for the CPU, not for cuda", "reference": None}
+    conv = Operator("conv", [fast, reference])     # in order of preference; the last one supports everything
+    conv(x, weight)                                # computed by the first backend that supports the arguments
+    conv.explain(x, weight)                        # {"fast": "it supports the CPU only, got cuda", "reference": None}
 
-One environment variable forces backends, ``LITV2_OPS="conv=reference,block=torch"``, and so does ``with use(conv="reference")``. A forced
-backend that cannot compute what it is given is an error; nothing else takes its place.
+The environment variable ``LITV2_OPS="conv=reference,block=torch"`` forces backends, and so does ``with use(conv="reference")``. If a
+forced backend does not support its arguments, that is an error; there is no fallback.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ def _nothing(*args: Any) -> None:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute an operator. Its functions take the operator's arguments.
+    """One implementation of an operator. Its functions take the operator's arguments.
 
     Args:
-        run: computes it.
-        why_not: the reason why this backend cannot, None if it can. The cheapest questions come first: it runs at each call.
-        why_rather_not: the reason why another one is better although this one can; it does not count where this one is forced.
+        run: computes the operator.
+        why_not: returns the reason why this backend does not support the arguments, or None. It runs in every call, so the cheapest
+            checks come first.
+        why_rather_not: returns the reason why another backend is preferable although this one would work, or None; ignored if this
+            backend is forced.
     """
 
     name: str
@@ -44,10 +46,10 @@ class Backend:
 
 
 class Operator:
-    """A function that the first of its backends computes that can. The last one is the reference, which always can.
+    """A function computed by the first of its backends that supports the arguments. The last one, the reference, always does.
 
     Raises:
-        RuntimeError: the backend that is forced cannot; the message has its reason.
+        RuntimeError: the forced backend does not support the arguments; the message gives the reason.
     """
 
     def __init__(self, name: str, backends: Sequence[Backend]):
@@ -60,7 +62,7 @@ class Operator:
         return self.choose(*args).run(*args)
 
     def choose(self, *args: Any) -> Backend:
-        """The backend that computes these arguments."""
+        """Returns the backend that computes these arguments."""
         forced = _forced.get(self.name)
         if forced is not None:
             backend = self.backends[forced]
@@ -71,27 +73,27 @@ class Operator:
         for backend in self.backends.values():
             if backend.why_not(*args) is None and backend.why_rather_not(*args) is None:
                 return backend
-        raise AssertionError(f"{self.name}: the last backend must always be able to")
+        raise AssertionError(f"{self.name}: the last backend must support all arguments")
 
     def explain(self, *args: Any) -> dict[str, str | None]:
-        """Of each backend the reason why it does not compute these arguments; None for those that could."""
+        """Returns the reason why each backend does not compute these arguments; None for those that could."""
         return {name: backend.why_not(*args) or backend.why_rather_not(*args) for name, backend in self.backends.items()}
 
 
-OPERATORS: dict[str, Operator] = {}  # all that have been imported, by name
+OPERATORS: dict[str, Operator] = {}  # all imported operators, by name
 
 
 @contextmanager
 def use(**choice: str) -> Iterator[None]:
-    """Within it these operators are computed by these backends: ``with use(deform_conv2d="torch", block="torch")``. In all threads.
+    """Forces the backends of operators within the block, in all threads: ``with use(deform_conv2d="torch", block="torch")``.
 
     Raises:
-        ValueError: an unknown operator or backend.
+        ValueError: an operator or backend is unknown.
     """
     before = dict(_forced)
     for operator, backend in choice.items():
         if operator not in OPERATORS:
-            raise ValueError(f"use: there is no operator {operator!r}; there are {', '.join(OPERATORS)}")
+            raise ValueError(f"use: there is no operator {operator!r}; choose from {', '.join(OPERATORS)}")
         _check_forced(operator, backend)
     _forced.update(choice)
     try:
@@ -102,20 +104,20 @@ def use(**choice: str) -> Iterator[None]:
 
 
 def check_forced_names() -> None:
-    """To be called when all operators are there.
+    """Checks the operators named in the environment; to be called once all operators are imported.
 
     Raises:
-        ValueError: the environment forces the backend of an operator that does not exist.
+        ValueError: the environment names an operator that does not exist.
     """
     for operator in _forced:
         if operator not in OPERATORS:
-            raise ValueError(f"{VARIABLE}: there is no operator {operator!r}; there are {', '.join(OPERATORS)}")
+            raise ValueError(f"{VARIABLE}: there is no operator {operator!r}; choose from {', '.join(OPERATORS)}")
 
 
 def _check_forced(operator: str, backend: str | None) -> None:
     known = OPERATORS[operator].backends
     if backend is not None and backend not in known:
-        raise ValueError(f"{VARIABLE}: {operator} has no backend {backend!r}; it has {', '.join(known)}")
+        raise ValueError(f"{VARIABLE}: {operator} has no backend {backend!r}; choose from {', '.join(known)}")
 
 
 def _read_environment() -> dict[str, str]:

@@ -1,9 +1,9 @@
 """Finds and loads the compiled extensions: ``problem = load("mm_modules.DCN._C")``.
 
-An extension is a library ``_C`` that registers torch operators when it is loaded. It lies beside its package (a build in place, by the
-``setup.py`` there) or in the user's cache folder, where ``python -m litv2 build`` puts it. A library fits one torch, one Python, one
-platform and one state of the sources. The path in the cache says all of them; the library itself says torch and the sources.
-Loading needs no compiler; ``mm_modules/build.py`` compiles.
+An extension is a library ``_C`` that registers torch operators when it is loaded. It is either in the folder of its package (an
+in-place build by the ``setup.py`` there) or in the user's cache folder, where ``python -m litv2 build`` puts it. A library works with
+one version of torch, Python, platform and sources. Its path in the cache encodes all of them; the library itself contains those of
+torch and the sources. Loading needs no compiler; ``mm_modules/build.py`` compiles.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .build import folder_of, identity, sources_digest
 
 __all__ = ["SUFFIX", "cache_folder", "cached_library", "load"]
 
-SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")  # names Python's version, its ABI and, on most systems, the platform
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")  # contains Python's version, its ABI and, on most systems, the platform
 
 
 @cache
@@ -32,11 +32,11 @@ def load(name: str) -> str | None:
     """Loads an extension, once per process.
 
     Args:
-        name: of its module, such as ``litv2.ops._C``.
+        name: name of its module, such as ``litv2.ops._C``.
 
     Returns:
-        None if its operators are registered now, otherwise the reason why not and the command that helps. Where there is a library
-        that cannot be used, a warning says so, too; where none was built there is nothing to warn of.
+        None if its operators are now registered, otherwise the reason and the command that fixes it. An unusable library also
+        causes a warning; a library that was never built does not.
     """
     folder = folder_of(name)
     reasons = []
@@ -49,19 +49,19 @@ def load(name: str) -> str | None:
     reasons += [f"{path.name} is for another Python or platform" for path in sorted(folder.glob("_C.*")) if path.suffix in (".so", ".pyd")]
     if not reasons:
         return f"not built; {_advice(name)} compiles it"
-    problem = f"unusable: {reasons[0]}; {_advice(name)} compiles it anew"
-    text = f"{name} is {problem}. Until then slower operators compute the same."
-    warnings.warn_explicit(text, UserWarning, filename=name, lineno=0)  # as one line: there is no line of a source to show
+    problem = f"unusable: {reasons[0]}; {_advice(name)} recompiles it"
+    text = f"{name} is {problem}. Until then, slower operators compute the same results."
+    warnings.warn_explicit(text, UserWarning, filename=name, lineno=0)  # a one-line warning without a source line
     return problem
 
 
 def cached_library(name: str, compiler: str) -> Path:
-    """Where the cache holds the library that ``compiler`` (its name and version) makes of the present sources."""
+    """Returns the cache path of the library that ``compiler`` (name and version) builds from the current sources."""
     return _cache_of_torch() / f"{_stem(name)}-{compiler}" / f"_C{SUFFIX}"
 
 
 def cache_folder() -> Path:
-    """The user's folder for what can be made again."""
+    """Returns the user's cache folder."""
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "litv2/cache"
     if xdg := os.environ.get("XDG_CACHE_HOME"):
@@ -80,34 +80,34 @@ def _stem(name: str) -> str:
 
 
 def _cached(name: str) -> list[Path]:
-    """The libraries in the cache that fit, whatever compiler made them, the newest first."""
+    """Returns the matching libraries in the cache, from any compiler, newest first."""
     try:
         return sorted(_cache_of_torch().glob(f"{_stem(name)}-*/_C{SUFFIX}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    except (OSError, RuntimeError):  # a folder that may not be read, or a user without a home
+    except (OSError, RuntimeError):  # an unreadable folder, or a user without a home directory
         return []
 
 
 def _why_not(name: str, library: Path) -> str | None:
-    """What the library was built for, if that is not what is here. Loaded, it might crash, or compute what the sources once said."""
+    """Returns how the library differs from this environment, or None. A mismatched one might crash or compute outdated results."""
     content = library.read_bytes()
     found = re.search(identity(r"(\d[\d.]*)", "([0-9a-f]+)").encode(), content)
-    here = re.split(r"[^\d.]", torch.__version__)[0].rstrip(".")  # without +cu130, .dev20261126 and the like
+    here = re.split(r"[^\d.]", torch.__version__)[0].rstrip(".")  # without suffixes such as +cu130 or .dev20261126
     if found and found[1].decode() != here:
         return f"is for torch {found[1].decode()}, not {here}"
     if sources_digest(name) and (found is None or found[2].decode() != sources_digest(name)):
-        return "was compiled from other sources"
+        return "was compiled from different sources"
     return None
 
 
 def _import(name: str, library: Path) -> str | None:
-    """Makes the library the module ``name``. Returns the reason if it cannot be loaded."""
+    """Imports the library as the module ``name``. Returns the reason if it cannot be loaded."""
     spec = importlib.util.spec_from_file_location(name, library)
     assert spec is not None and spec.loader is not None
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except ImportError as error:
-        return f"cannot be loaded, it is for another torch, Python or processor ({str(error).splitlines()[0]})"
+        return f"cannot be loaded; it is for another torch, Python or processor ({str(error).splitlines()[0]})"
     sys.modules[name] = module
     return None
 

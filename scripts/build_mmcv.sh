@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Builds mmcv's operators for the installed torch and installs them: scripts/build_mmcv.sh [PYTHON]
 #
-# For machines that no prebuilt wheel exists for (detection/README.md). It takes about a quarter of an hour on two
-# cores, so the wheel is kept in ~/.cache/litv2, under the name of the torch that it was built for, and the next call only installs it.
+# For machines without a prebuilt wheel (detection/README.md). Building takes about a quarter of an hour on two cores, so the wheel is
+# cached in ~/.cache/litv2 under the version of torch that it was built for, and the next call only installs it.
 # CUDA operators are built where torch sees a GPU, or with FORCE_CUDA=1.
 set -euo pipefail
 
@@ -23,7 +23,7 @@ trap 'rm -rf "$work"' EXIT
 # No build isolation: the operators must be compiled against the torch that will load them.
 pip download --quiet --no-deps --no-build-isolation --no-binary onedl-mmcv --dest "$work" "onedl-mmcv==$version"
 tar -xzf "$work"/*.tar.gz -C "$work"
-# mmcv asks its compilers for C++17, but the headers of torch 2.10 and newer need C++20, and its flag comes last: no setting beats it.
+# mmcv compiles as C++17, but the headers of torch 2.10 and newer need C++20. Its flag comes last and cannot be overridden.
 if "$python" -c 'import torch; raise SystemExit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10))'; then
     sed -i 's/-std=c++1[47]/-std=c++20/' "$work/onedl_mmcv-$version/setup.py"
 fi

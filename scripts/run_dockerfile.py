@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Runs the steps of the Dockerfile without Docker, in a folder that stands for its WORKDIR.
+"""Runs the steps of the Dockerfile without Docker, in a folder that takes the place of its WORKDIR.
 
     scripts/run_dockerfile.py FOLDER [NAME=VALUE of an ARG ...]
 
-COPY takes the files that git knows. RUN is run by a shell with its ARG and ENV; what belongs to the system of an image (apt-get,
-useradd, --mount) is left out, so the host must have a compiler and python3. All stages share the folder. A step that fails ends the run.
+COPY copies the files that git tracks. RUN runs in a shell with the ARG and ENV values; commands for the system of an image (apt-get,
+useradd, --mount) are skipped, so the host must have a compiler and python3. All stages share the folder. A failed step ends the run.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ SYSTEM = ("apt-get ", "useradd ", "rm -rf /var/lib/apt/lists")
 
 
 def instructions(text: str) -> list[tuple[str, str]]:
-    """(instruction, its words), with continued lines joined and comments left out."""
+    """Returns pairs (instruction, arguments), with continued lines joined and comments removed."""
     lines = re.sub(r"^\s*#.*\n", "", text, flags=re.M)
     joined = re.sub(r"\\\n\s*", "", lines)
     return [(word.upper(), rest.strip()) for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line.strip())]
 
 
 def shell_command(words: str) -> str:
-    """A RUN without what only an image has; empty if nothing is left."""
+    """Returns a RUN command without the parts that only work in an image; empty if nothing is left."""
     words = re.sub(r"--mount=\S+\s+", "", words)
     return " && ".join(part for part in (part.strip() for part in words.split("&&")) if not part.startswith(SYSTEM))
 
@@ -51,7 +51,7 @@ def main(folder: Path, given: dict[str, str]) -> None:
             variables[name] = given.get(name, string.Template(default).safe_substitute(variables) if default else variables.get(name, ""))
         elif word == "ENV":
             for name, value in re.findall(r"(\w+)=(\S+)", rest):
-                if workdir is not None:  # the only absolute path of the file
+                if workdir is not None:  # the only absolute path in the file
                     value = value.replace(workdir, str(folder))
                 variables[name] = string.Template(value).safe_substitute({**os.environ, **variables})
         elif word == "WORKDIR":
@@ -71,4 +71,4 @@ if __name__ == "__main__":
     try:
         main(Path(sys.argv[1]).resolve(), dict(word.split("=", 1) for word in sys.argv[2:]))
     except subprocess.CalledProcessError as error:
-        sys.exit(f"a step failed with the status {error.returncode}")
+        sys.exit(f"a step failed with status {error.returncode}")

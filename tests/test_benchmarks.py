@@ -172,14 +172,14 @@ def test_wrong_flags(flags, words, tmp_path, capsys):
 @pytest.mark.extra
 def test_compiling_is_not_timed():
     done = subprocess.run([sys.executable, ROOT / "benchmarks/training.py", "--warm-up", "0"], capture_output=True, text=True)
-    assert done.returncode == 2 and "--warm-up 0 would count the first round" in done.stderr
+    assert done.returncode == 2 and "--warm-up 0 would time the first round" in done.stderr
 
 
 @pytest.mark.parametrize(
     "script, flags, words",
     [
         ("attention.py", "--over window --heads 7", "num_heads=7"),
-        ("models.py", "--models litv2_small --img-size 16", "--img-size 16: LITv2-S does not take it"),
+        ("models.py", "--models litv2_small --img-size 16", "--img-size 16: LITv2-S does not support it"),
     ],
 )
 def test_what_a_model_refuses_is_one_line(script, flags, words, tmp_path):

@@ -179,7 +179,7 @@ def test_a_compiler_that_fails(installed, tmp_path):
     done = installed.python("-m", "litv2", "build", "dcn", CXX=str(compiler))
     assert done.returncode == 2
     assert "no space left" in done.stderr
-    assert done.stderr.splitlines()[-1] == "error: mm_modules.DCN._C was not built: the compiler's messages stand above"
+    assert done.stderr.splitlines()[-1] == "error: mm_modules.DCN._C could not be built; see the compiler's messages above"
     assert not libraries(installed)
 
 
@@ -187,7 +187,7 @@ def test_a_compiler_that_fails(installed, tmp_path):
     "words, environment, message",
     [
         (["dcn"], {"CXX": "no-such-compiler -O3"}, "no C++ compiler: no-such-compiler was not found. Install GCC or clang"),
-        (["operators"], {}, "there is no extension 'operators'; there are dcn and native"),
+        (["operators"], {}, "unknown extension 'operators'; expected dcn or native"),
     ],
 )
 def test_errors_of_build(installed, words, environment, message):

@@ -1,4 +1,4 @@
-"""Samples: decode any kind of image, augment it with random numbers of its own, say which files could not be read."""
+"""Samples: decodes any kind of image, augments it with its own random seed, and reports files that cannot be read."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .sources import DataError, ListSource
 
 
 class Sample(NamedTuple):
-    image: Tensor | None  # (C, H, W), None where it could not be read
+    image: Tensor | None  # (C, H, W), None if it could not be read
     target: int
     name: str
-    unreadable: tuple[str, ...]  # "path: reason" of files that were met and skipped
+    unreadable: tuple[str, ...]  # "path: reason" of each file that was skipped
 
 
 class Batch(NamedTuple):
@@ -35,7 +35,7 @@ class ImageDataset(Dataset):
     """Map-style data set over a source.
 
     ``dataset[index, seed]`` is a training sample: augmented with ``seed``, and replaced by the next readable one if its
-    file is damaged, so that batches stay whole. ``dataset[index]`` is an evaluation sample: a damaged one stays out.
+    file is damaged, so that batches keep their size. ``dataset[index]`` is an evaluation sample; a damaged one is left out.
     """
 
     def __init__(self, source: ListSource, transform: Callable, mode: str = "RGB"):
@@ -52,7 +52,7 @@ class ImageDataset(Dataset):
             try:
                 file, target = self.source[index]
                 image = decode(file, self.mode)
-            except Exception as error:  # decoders of damaged files raise anything: OSError, SyntaxError, struct.error ...
+            except Exception as error:  # for damaged files, decoders raise anything: OSError, SyntaxError, struct.error ...
                 unreadable.append(f"{name}: {error}")
                 if seed is None:
                     return Sample(None, -1, name, tuple(unreadable))
@@ -60,11 +60,11 @@ class ImageDataset(Dataset):
                 continue
             with seeded(seed):
                 return Sample(self.transform(image), target, name, tuple(unreadable))
-        raise DataError(f"none of the {len(self.source)} images can be read; the first: {unreadable[0]}")
+        raise DataError(f"none of the {len(self.source)} images can be read; the first one: {unreadable[0]}")
 
 
 class StreamingDataset(IterableDataset):
-    """One of timm's streaming readers as samples. It shuffles and shares between processes by itself."""
+    """Samples of a timm streaming reader, which itself shuffles and splits the data between processes."""
 
     def __init__(self, dataset: Any, transform: Callable, name: str):
         self.dataset, self.transform, self.name = dataset, transform, name
@@ -79,7 +79,7 @@ class StreamingDataset(IterableDataset):
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Random numbers of python, numpy and torch from ``seed`` inside, as they were before outside. None: untouched."""
+    """Seeds the random numbers of python, numpy and torch within the block and restores them afterwards; None does nothing."""
     if seed is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Loaders of batches for training and evaluation, and the count of files that could not be read."""
+"""Data loaders for training and evaluation, and the limit on unreadable files."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Loaders:
     train: DataLoader
     val: DataLoader
     class_names: list[str]
-    val_size: int | None  # images over all processes; None where a streaming reader cannot tell
+    val_size: int | None  # images over all processes; None if a streaming reader does not know
     steps_per_epoch: int  # batches of this process
-    batch_size: int  # of training, per process
-    sampler: TrainSampler | None  # None for a streaming reader: it orders its images itself
+    batch_size: int  # training batch size per process
+    sampler: TrainSampler | None  # None for a streaming reader, which orders its images itself
 
 
 class BadFiles:
-    """Unreadable files met so far by this process; one more than the limit stops the run with the list of them."""
+    """Collects the unreadable files of this process; more than the limit stop the run with a list of them."""
 
     def __init__(self, limit: int, log: Callable[[str], None]):
         self.limit, self.log = limit, log
@@ -48,7 +48,7 @@ class BadFiles:
 
 
 def build_loaders(config: CfgNode) -> Loaders:
-    """Both loaders of this process. Raises DataError as ``sources.open_sources`` does."""
+    """Builds both loaders of this process. Raises DataError as ``sources.open_sources`` does."""
     rank, world_size = distributed.rank(), distributed.world_size()
     data = config.DATA
     mode = "RGB" if config.MODEL.LIT.IN_CHANS == 3 else "L"
@@ -82,7 +82,7 @@ def build_loaders(config: CfgNode) -> Loaders:
     shares = EvalSampler(len(val_source), rank, world_size)
     train_set = ImageDataset(train_source, transforms[0], mode)
     val_set = ImageDataset(val_source, transforms[1], mode)
-    # A generator of their own: without one, every pass would draw from the global state that dropout and mixup use.
+    # A separate generator: without one, every pass would draw from the global state that dropout and mixup use.
     return Loaders(
         train=DataLoader(train_set, sampler.batch_size, sampler=sampler, generator=torch.Generator(), **common),
         val=DataLoader(val_set, data.BATCH_SIZE, sampler=shares, generator=torch.Generator(), **common),
@@ -114,12 +114,12 @@ def _stream(config: CfgNode, training: bool, transform: Callable, workers: int) 
 
 def _class_count(config: CfgNode) -> int:
     if config.MODEL.NUM_CLASSES < 1:
-        raise DataError(f"DATA.DATASET={config.DATA.DATASET!r} does not say how many classes it has; set MODEL.NUM_CLASSES")
+        raise DataError(f"DATA.DATASET={config.DATA.DATASET!r} does not state its number of classes; set MODEL.NUM_CLASSES")
     return config.MODEL.NUM_CLASSES
 
 
 def _own_process_group(worker: int) -> None:
-    # Ctrl-C and torchrun's SIGTERM go to the whole process group of the trainer. It finishes its step and saves; a worker
-    # that died meanwhile would interrupt that step in its middle.
+    # Ctrl-C and torchrun's SIGTERM go to the whole process group of the trainer, which finishes its step and saves. A worker
+    # in that group would die and interrupt the step.
     if hasattr(os, "setpgrp"):
         os.setpgrp()

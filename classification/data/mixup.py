@@ -10,10 +10,10 @@ from yacs.config import CfgNode
 
 
 class AnyBatchMixup(Mixup):
-    """timm's Mixup refuses odd batches: here the last image of one is left as it is."""
+    """timm's Mixup, which rejects odd batch sizes, extended to them: the last image is left unchanged."""
 
     def __call__(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, C, H, W), changed in place; target (B,) of class numbers -> x and soft targets (B, num_classes)."""
+        """x (B, C, H, W), modified in place, and class numbers (B,) -> x and soft targets (B, num_classes)."""
         if len(x) % 2 == 0:
             return super().__call__(x, target)
         off = self.label_smoothing / self.num_classes
@@ -25,7 +25,7 @@ class AnyBatchMixup(Mixup):
 
 
 def build_mixup(config: CfgNode, num_classes: int) -> AnyBatchMixup | None:
-    """None where both mixup and cutmix are off."""
+    """Returns None if both mixup and cutmix are off."""
     aug = config.AUG
     if aug.MIXUP == 0 and aug.CUTMIX == 0 and not aug.CUTMIX_MINMAX:
         return None

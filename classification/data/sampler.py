@@ -1,4 +1,4 @@
-"""Which images a process sees, in which order, and with which random numbers: a function of seed, epoch and position."""
+"""Samplers: which images a process sees, in which order and with which seeds is a function of seed, epoch and position."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from litv2.errors import UserError
 
 
 class TrainSampler(Sampler):
-    """Yields (index, seed) pairs: every process gets equally many, in whole batches, and each image its own augmentation seed.
+    """Yields (index, augmentation seed) pairs, equally many and in whole batches for every process.
 
-    Neither the number of loader workers nor an interruption changes what is drawn: set ``epoch``, and ``skip`` to the
-    number of images that this process has already trained on in it.
+    The order depends neither on the number of loader workers nor on interruptions: set ``epoch``, and set ``skip`` to the
+    number of images that this process has already trained on in that epoch.
 
     Args:
         size: images in the data set.
-        batch_size: images per process and step. A remainder smaller than a batch is left out, unless the process's whole
-            share is smaller than one batch.
-        fixed_share: the process keeps the same images in all epochs (for a cache of its own).
+        batch_size: images per process and step. A last incomplete batch is dropped, unless it is the only one.
+        fixed_share: keep the same images on this process in all epochs, for a per-process cache.
 
     Raises:
-        UserError: fewer images than processes.
+        UserError: there are fewer images than processes.
     """
 
     def __init__(self, size: int, batch_size: int, rank: int, world_size: int, seed: int, fixed_share: bool = False):
@@ -52,7 +51,7 @@ class TrainSampler(Sampler):
 
 
 class EvalSampler(Sampler):
-    """Each image once over all processes: this one takes every world_size-th, so that shares may differ by one."""
+    """Yields each image once over all processes: every world_size-th image here, so shares may differ by one."""
 
     def __init__(self, size: int, rank: int, world_size: int):
         self.indices = range(rank, size, world_size)

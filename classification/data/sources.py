@@ -1,8 +1,8 @@
-"""Where images come from. A source is a sequence of (encoded file or PIL image, class number) with names for both.
+"""Image sources. A source is a sequence of (encoded file or PIL image, class number) with names for both.
 
-``source[i]``, ``len(source)``, ``source.filename(i)`` and ``source.class_names`` are all that the pipeline asks of one. Sources can be
-pickled: on macOS and Windows, where processes are not forked, each worker of the loader gets a copy.
-timm's streaming readers (WebDataset, streamed Hugging Face data sets, TFDS) have no positions; ``loader.py`` reads them directly.
+The pipeline uses only ``source[i]``, ``len(source)``, ``source.filename(i)`` and ``source.class_names``. Sources can be pickled: on
+macOS and Windows, where processes are not forked, each loader worker gets a copy. timm's streaming readers (WebDataset, streamed
+Hugging Face data sets, TFDS) have no indices; ``loader.py`` reads them directly.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ CIFAR = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "cifar": "CIFAR100"}  # t
 
 
 class DataError(UserError):
-    """A data set that cannot be used as it is; the message says what was found and what was expected."""
+    """Unusable data set; the message says what was found and what was expected."""
 
 
 class ListSource:
-    """Samples named by a list, read by a function."""
+    """A list of named samples and a function that reads them."""
 
     def __init__(self, samples: Sequence[tuple[str, int]], class_names: list[str], read: Callable):
         if not samples:
@@ -51,17 +51,17 @@ class ListSource:
 
 
 def open_sources(config: CfgNode) -> tuple[ListSource, ListSource]:
-    """The training and the validation source that DATA asks for.
+    """Opens the training and the validation source that DATA specifies.
 
     Raises:
-        DataError: a missing folder or file, no images, or classes that differ between the two; the message names them.
+        DataError: a folder or file is missing, there are no images, or the classes of the two differ; the message names them.
     """
     data = config.DATA
     if data.ZIP_MODE:
         train, val = (_zip(config, split) for split in (data.TRAIN_SPLIT, data.VAL_SPLIT))
     elif data.DATASET == "digits":
         if data.DATA_PATH:
-            raise DataError("DATA.DATASET is digits, which is not read from --data-path; for your own images set it to folder")
+            raise DataError("DATA.DATASET is digits, which is not read from --data-path; set it to folder for your own images")
         train, val = _digits()
     elif data.DATASET in FOLDERS:
         train = _folder(config, data.TRAIN_SPLIT)
@@ -75,16 +75,16 @@ def open_sources(config: CfgNode) -> tuple[ListSource, ListSource]:
         train, val = (_hugging_face(config, split) for split in (data.TRAIN_SPLIT, data.VAL_SPLIT))
     else:
         raise DataError(
-            f"DATA.DATASET={data.DATASET!r} is not known: it is digits, tar, {', '.join(FOLDERS)}, {', '.join(CIFAR)}, "
-            f"or a reader of timm: hfds/, {', '.join(STREAMING)}"
+            f"DATA.DATASET={data.DATASET!r} is unknown; use digits, tar, {', '.join(FOLDERS)}, {', '.join(CIFAR)}, "
+            f"or a timm reader: hfds/, {', '.join(STREAMING)}"
         )
     if max(target for _, target in val.samples) >= len(train.class_names):
-        raise DataError(f"validation has class numbers of {len(train.class_names)} or more, training has only so many classes")
+        raise DataError(f"validation has class numbers of {len(train.class_names)} or more, but training has fewer classes")
     return train, val
 
 
 def _digits() -> tuple[ListSource, ListSource]:
-    """scikit-learn's 1797 handwritten digits of 8 x 8 pixels; a stratified fifth, always the same, is held out."""
+    """scikit-learn's 1797 handwritten digits of 8 x 8 pixels; a fixed, stratified fifth is held out."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -97,15 +97,15 @@ def _digits() -> tuple[ListSource, ListSource]:
 
 
 def _folder(config: CfgNode, split: str, class_names: list[str] | None = None) -> ListSource:
-    """DATA_PATH/split/CLASS/IMAGE. ``class_names`` are those of the training part, which validation may not exceed."""
+    """Opens DATA_PATH/split/CLASS/IMAGE. ``class_names`` are the training classes, to which validation is limited."""
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
     root = _data_path(config) / split
     if not root.is_dir():
-        raise DataError(f"there is no folder {root}; --data-path must hold {split}/CLASS/IMAGE for each class")
+        raise DataError(f"there is no folder {root}; --data-path must contain {split}/CLASS/IMAGE for each class")
     found = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
     if not found:
-        raise DataError(f"{root} holds no class folders; expected {root}/CLASS/IMAGE")
+        raise DataError(f"{root} contains no class folders; expected {root}/CLASS/IMAGE")
     numbers = _number_classes(found, class_names, root)
     samples = make_dataset(str(root), numbers, extensions=IMG_EXTENSIONS, allow_empty=class_names is not None)
     return ListSource(samples, class_names or found, partial(open, mode="rb"))
@@ -114,7 +114,7 @@ def _folder(config: CfgNode, split: str, class_names: list[str] | None = None) -
 def _number_classes(found: list[str], class_names: list[str] | None, where: Path) -> dict[str, int]:
     unknown = sorted(set(found) - set(class_names or found))
     if unknown:
-        raise DataError(f"{where} has {len(unknown)} classes that training lacks: {', '.join(unknown[:20])}")
+        raise DataError(f"{where} has {len(unknown)} classes that are missing from training: {', '.join(unknown[:20])}")
     return {name: number for number, name in enumerate(class_names or found)}
 
 
@@ -127,20 +127,20 @@ def _cifar(config: CfgNode, training: bool) -> ListSource:
             cls(config.DATA.DATA_PATH or "data", train=training, download=True)
         distributed.barrier()
         dataset = cls(config.DATA.DATA_PATH or "data", train=training)
-    except Exception as error:  # urllib, ssl and torchvision each raise their own
+    except Exception as error:  # urllib, ssl and torchvision each raise their own types
         raise DataError(f"{cls.__name__} is not in {config.DATA.DATA_PATH or 'data'} and cannot be downloaded: {error}") from error
     samples = [(f"cifar-{i}", target) for i, target in enumerate(dataset.targets)]
     return ListSource(samples, list(dataset.classes), partial(_array_row, dataset.data))
 
 
 def _tar(config: CfgNode, split: str, class_names: list[str] | None = None) -> ListSource:
-    """DATA_PATH/split.tar with CLASS/IMAGE inside (or a tar of tars), by timm's reader."""
+    """Opens DATA_PATH/split.tar with CLASS/IMAGE inside (or a tar of tars) through timm's reader."""
     from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
     path = _data_path(config) / f"{split}.tar"
     if not path.is_file():
         raise DataError(f"there is no archive {path}")
-    reader = ReaderImageInTar(str(path), class_map="", cache_tarinfo=False)  # which would write a pickle beside the archive
+    reader = ReaderImageInTar(str(path), class_map="", cache_tarinfo=False)  # caching would write a pickle beside the archive
     found = [reader.class_idx_to_name[i] for i in range(len(reader.class_idx_to_name))]
     numbers = _number_classes(found, class_names, path)
     renumber = [numbers[name] for name in found]
@@ -150,12 +150,12 @@ def _tar(config: CfgNode, split: str, class_names: list[str] | None = None) -> L
 
 
 def _hugging_face(config: CfgNode, split: str) -> ListSource:
-    """DATASET is hfds/NAME, of the hub or a local folder; DATA_PATH is the cache. By timm's reader, without decoding."""
+    """Opens hfds/NAME, from the hub or a local folder, through timm's reader without decoding; DATA_PATH is the cache."""
     from timm.data.readers import create_reader
 
     try:
         reader = create_reader(config.DATA.DATASET, root=config.DATA.DATA_PATH or None, split=split)
-    except Exception as error:  # ImportError, and whatever the hub's client raises
+    except Exception as error:  # ImportError, or anything that the hub's client raises
         raise DataError(f"DATA.DATASET={config.DATA.DATASET!r}, split {split!r} cannot be opened: {error}") from error
     class_names = [name for name, _ in sorted(reader.class_to_idx.items(), key=lambda item: item[1])]
     samples = [(f"{split}-{i}", target) for i, target in enumerate(reader.iter_targets())]
@@ -180,7 +180,7 @@ def _number(name: str) -> int:
 
 
 def _zip(config: CfgNode, split: str) -> ListSource:
-    """The release's archives: split.zip, and split_map.txt with a line "path<TAB>class number" per image."""
+    """Opens the release's archives: split.zip, and split_map.txt with a line "path<TAB>class number" per image."""
     archive = _data_path(config) / f"{split}.zip"
     listing = _data_path(config) / f"{split}_map.txt"
     for path in (archive, listing):
@@ -194,7 +194,7 @@ def _zip(config: CfgNode, split: str) -> ListSource:
         samples.append((name, int(target)))
     if not samples:
         raise DataError(f"{listing} lists no images")
-    # The map has numbers alone; the folders that images lie in give names where each class has one of its own.
+    # The map contains only class numbers; if each class has its own folder, the folders give the names.
     classes = 1 + max(target for _, target in samples)
     folders: dict[int, set[str]] = {}
     for name, number in samples:
@@ -205,7 +205,7 @@ def _zip(config: CfgNode, split: str) -> ListSource:
 
 
 class _ZipReader:
-    """Reads files of an archive; each process opens it for itself, since a shared file position would mix their reads."""
+    """Reads files from an archive. Each process opens its own handle, since a shared file position would mix up their reads."""
 
     def __init__(self, archive: Path, names: list[str], cache_mode: str):
         self.archive = archive

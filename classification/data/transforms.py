@@ -1,4 +1,4 @@
-"""Training augmentation and evaluation preprocessing, by timm."""
+"""Training augmentation and evaluation preprocessing with timm."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from litv2.preprocess import evaluation_transform, normalisation
 
 
 def build_transform(config: CfgNode, training: bool) -> Callable:
-    """PIL image -> normalised tensor (IN_CHANS, size, size).
+    """Returns a function: PIL image -> normalised tensor (IN_CHANS, size, size).
 
     Raises:
-        UserError: an AUTO_AUGMENT that timm does not know.
+        UserError: timm does not know the policy AUTO_AUGMENT.
     """
     channels, interpolation = config.MODEL.LIT.IN_CHANS, config.DATA.INTERPOLATION
     if training:
@@ -29,7 +29,7 @@ def build_transform(config: CfgNode, training: bool) -> Callable:
                 scale=tuple(aug.SCALE),
                 ratio=tuple(aug.RATIO),
                 hflip=aug.HFLIP,
-                color_jitter=aug.COLOR_JITTER or None,  # type: ignore[arg-type] # timm takes None, for none
+                color_jitter=aug.COLOR_JITTER or None,  # type: ignore[arg-type] # timm accepts None for no jitter
                 auto_augment=None if aug.AUTO_AUGMENT == "none" else aug.AUTO_AUGMENT,
                 re_prob=aug.REPROB,
                 re_mode=aug.REMODE,
@@ -38,13 +38,13 @@ def build_transform(config: CfgNode, training: bool) -> Callable:
                 std=std,
                 interpolation=interpolation,
             )
-        except AssertionError as error:  # how timm refuses a policy
-            raise UserError(f"AUG.AUTO_AUGMENT={aug.AUTO_AUGMENT!r} is no policy of timm: {error}") from error
+        except AssertionError as error:  # timm's error for an invalid policy
+            raise UserError(f"AUG.AUTO_AUGMENT={aug.AUTO_AUGMENT!r} is not a timm policy: {error}") from error
     size = config.TEST.IMG_SIZE or config.DATA.IMG_SIZE
     return evaluation_transform(size, config.TEST.CROP, channels, "bicubic" if interpolation == "random" else interpolation)
 
 
 def denormalise(images: torch.Tensor, config: CfgNode) -> torch.Tensor:
-    """(B, C, H, W) as the model sees them -> the same in [0, 1], to be looked at."""
+    """Maps normalised images (B, C, H, W) back to [0, 1] for display."""
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in normalisation(config.MODEL.LIT.IN_CHANS))
     return (images.cpu() * std + mean).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""LITv2-S: image, patch embedding, four stages with deformable token merging between them, head; below, the blocks of the stages."""
+"""Draws LITv2-S: image, patch embedding, four stages with deformable token merging in between, head; below, the blocks of the stages."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ HEIGHT = 492
 # Of LITv2-S at 224 x 224 pixels; tests/docs compares them with the model.
 CHANNELS, DEPTHS, WINDOWS = (96, 192, 384, 768), (2, 2, 6, 2), (0, 0, 2, 1)
 STRIDES, SIDES = (4, 8, 16, 32), (56, 28, 14, 7)
-MIDDLE = 124  # y of the row of maps
-STAGES = (246, 396, 546, 692)  # x of their middles
+MIDDLE = 124  # y coordinate of the row of maps
+STAGES = (246, 396, 546, 692)  # x coordinates of their centres
 SIZES = (96, 72, 52, 36)  # sides of the drawn maps
 DEPTH = (10, 16, 24, 34)  # of the drawn maps: channels
 FACES = (("conv", "conv"), ("conv", "conv"), ("hifi", "lofi"), ("lofi", "lofi"))  # window 1: all heads are Lo-Fi
@@ -51,7 +51,7 @@ def _image(canvas: Canvas, x: float) -> None:
 
 
 def _stage(canvas: Canvas, number: int, x: float) -> None:
-    """A map as a box: its side falls, its depth grows. Orange and blue are the shares of the Hi-Fi and of the Lo-Fi heads."""
+    """Draws a map as a box whose side shrinks and whose depth grows; orange and blue are the shares of the Hi-Fi and Lo-Fi heads."""
     size, depth = SIZES[number], DEPTH[number]
     left, top = x - (size + depth) / 2, MIDDLE - (size - depth) / 2
     right, bottom = left + size, top + size
@@ -70,7 +70,7 @@ def _stage(canvas: Canvas, number: int, x: float) -> None:
 
 
 def _block(canvas: Canvas, x: float, colour: str, title: str, attention: bool) -> None:
-    """Residual branches from left to right, the connection that passes each of them above it."""
+    """Draws the residual branches from left to right, with the skip connection above each."""
     y = 374
     canvas.text(x, 316, title, 15, colour, "start", bold=True)
     for name, width, fill in ([("HiLo", 54, "lofi")] if attention else []) + [("ConvFFN", 74, "conv")]:

@@ -1,4 +1,4 @@
-"""A small SVG canvas: shapes in colours of a theme's palette. Text stays text: files are small, and browsers set it in their own font."""
+"""A small SVG canvas: shapes in the colours of a theme. Text stays text, so files are small and browsers use their own font."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from xml.sax.saxutils import escape
 
 FONT = "-apple-system, 'Segoe UI', 'Noto Sans', Helvetica, Arial, sans-serif"  # GitHub's own
-WIDTH = 880  # pixels of a README on GitHub
+WIDTH = 880  # width of a README on GitHub in pixels
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, lighter on dark pages. `paper` is the page: pictures are transparent.
+# Okabe and Ito's colour-blind safe palette, lighter on dark pages. `paper` is the colour of the page, since pictures are transparent.
 THEMES = {
     "light": dict(
         ink="#1f2328", muted="#59636e", line="#818b98", faint="#d1d9e0", panel="#f6f8fa", paper="#ffffff",
@@ -22,7 +22,7 @@ THEMES = {
 
 
 class Canvas:
-    """Coordinates are pixels from the top left corner; colours are names of the palette."""
+    """A canvas with coordinates in pixels from the top left corner and colours named as in the palette."""
 
     def __init__(self, theme: str, height: int, title: str):
         self.palette = THEMES[theme]
@@ -42,7 +42,7 @@ class Canvas:
         self._add("polygon", points=_points(points), fill=self._colour(fill), fill_opacity=opacity, stroke=self._colour(stroke))
 
     def line(self, *points: tuple[float, float], colour="line", width=1.5, opacity=1.0, dashes="", arrow=False) -> None:
-        """Straight from point to point, with the tip of an arrow at the last one."""
+        """Draws straight segments through the points, with ``arrow`` an arrowhead at the last one."""
         optional = dict(stroke_dasharray=dashes) if dashes else {}
         self._add(
             "polyline", points=_points(points), fill="none", stroke=self._colour(colour), stroke_width=width, stroke_opacity=opacity,
@@ -56,7 +56,7 @@ class Canvas:
             self.polygon([(x + dx, y + dy), (base[0] - 4 * dy, base[1] + 4 * dx), (base[0] + 4 * dy, base[1] - 4 * dx)], fill=colour)
 
     def text(self, x, y, words: str, size=14, colour="ink", anchor="middle", bold=False) -> None:
-        """``y`` is the base line; ``anchor`` is start, middle or end."""
+        """Draws text with the baseline at ``y``; ``anchor`` is start, middle or end."""
         optional = dict(font_weight=600) if bold else {}
         self._add("text", escape(words), x=x, y=y, font_size=size, fill=self._colour(colour), text_anchor=anchor, **optional)
 

@@ -1,4 +1,4 @@
-"""Draws the pictures of the documents, each for light and for dark pages, beside this file:
+"""Draws the figures of the documents, each for light and dark pages, into the folder of this file:
 
     python docs/figures/draw.py
 """
@@ -19,7 +19,7 @@ FIGURES = {"hilo": hilo_layer.draw, "architecture": architecture.draw, "models":
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE, metavar="DIR", help="default: beside the program")
+    parser.add_argument("--out", type=Path, default=HERE, metavar="DIR", help="output folder; default: the folder of this program")
     folder = parser.parse_args().out
     for name, draw in FIGURES.items():
         for theme in THEMES:

@@ -1,4 +1,4 @@
-"""HiLo: the map of tokens, heads that attend inside windows, heads that attend to the pooled map, and their concatenation."""
+"""Draws HiLo: the token map, heads that attend inside windows, heads that attend to the pooled map, and their concatenation."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import math
 from canvas import Canvas
 
 HEIGHT = 452
-SIDE, S = 8, 2  # of the map in tokens, of a window and of the pooling
-HEADS, ALPHA = 12, 0.9  # of stage 3 of LITv2-S
+SIDE, S = 8, 2  # side of the map in tokens; side of a window and of the pooling
+HEADS, ALPHA = 12, 0.9  # stage 3 of LITv2-S
 LOFI = int(HEADS * ALPHA)
 SHADES = [[0.1 + 0.9 * math.exp(-((math.hypot(y - 3.5, x - 3.5) - 3.0) ** 2) / 0.8) for x in range(SIDE)] for y in range(SIDE)]
 POOLED = [
     [sum(SHADES[y * S + i][x * S + j] for i in range(S) for j in range(S)) / S**2 for x in range(SIDE // S)] for y in range(SIDE // S)
 ]
-WINDOW, QUERY = (1, 3), (2, 6)  # (row, column) of the enlarged window and of the position that asks
+WINDOW, QUERY = (1, 3), (2, 6)  # (row, column) of the enlarged window and of the query position
 HIGH, LOW = 24, 232  # top of the two lanes
 LANE = 200  # height
 LEFT, RIGHT = 272, 724  # of the lanes
@@ -46,7 +46,7 @@ def _tokens(canvas: Canvas) -> None:
 
 
 def _heads(canvas: Canvas, x: float) -> None:
-    """One bar per head; from each group an arrow to its lane."""
+    """Draws a bar per head and an arrow from each group of heads to its lane."""
     top = HEIGHT / 2 - HEADS * 15 / 2
     for head in range(HEADS):
         canvas.rect(x, top + 15 * head, 26, 12, "hifi" if head < HEADS - LOFI else "lofi", radius=2)

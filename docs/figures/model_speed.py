@@ -1,4 +1,4 @@
-"""Published accuracy against measured speed, from the two tables of docs/speed.md that `benchmarks/models.py` printed."""
+"""Plots the published accuracy against the measured speed, from the two tables of `benchmarks/models.py` in docs/speed.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PANELS = (  # left and right ends; ranges of images/s and of top-1; the title
     (40, 424, (2, 22), (79.9, 84.2), "Models of the paper"),
     (484, 868, (8, 32), (81.4, 84.2), "Newer models"),
 )
-PLACES = dict(  # of a name beside its point: shift in pixels and anchor
+PLACES = dict(  # position of a name relative to its point: shift in pixels, and anchor
     right=(9, 4, "start"),
     left=(-9, 4, "end"),
     above=(0, -10, "middle"),
@@ -22,14 +22,14 @@ PLACES = dict(  # of a name beside its point: shift in pixels and anchor
     upper=(8, -7, "start"),
     corner=(-4, -9, "end"),
 )
-PLACE = {  # right, if not said
+PLACE = {  # default: to the right
     "LITv2-S": "below", "LITv2-M": "upper", "LITv2-B": "upper", "ResNet-50": "below", "PVTv2-B2": "corner", "ConvNeXt-T": "above",
     "CoAtNet-0": "left", "CaiT-XS24": "left", "Swin-T": "left", "XCiT-S12/16": "below", "Hiera-T": "left", "RepViT-M1.5": "below",
 }  # fmt: skip
 
 
 def tables() -> list[list[tuple[str, float, float]]]:
-    """(model, top-1 in percent, images/s) of each table of the document that has these columns."""
+    """Returns (model, top-1 in percent, images/s) for each table of the document that has these columns."""
     found = []
     for block in re.findall(r"(?:^\|.*\n)+", SPEED.read_text(encoding="utf-8"), re.M):
         header, _, *rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in block.splitlines()]

@@ -14,7 +14,7 @@ __all__ = ["print_notes", "print_table", "read", "which_weights"]
 
 
 def read(source: str) -> tuple[Path, dict]:
-    """Path and content of a checkpoint given as a file, a URL or a name of the zoo; also one of mmengine's training runs."""
+    """Reads a checkpoint given as a file, a URL or a zoo name, also of an mmengine training run; returns its path and content."""
     path = fetch(source)
     try:
         return path, read_checkpoint(path)
@@ -22,14 +22,14 @@ def read(source: str) -> tuple[Path, dict]:
         if "mmengine." not in str(error):
             raise
         try:
-            from ..openmmlab.runner import MMENGINE_CLASSES  # its history of losses
+            from ..openmmlab.runner import MMENGINE_CLASSES  # such a file also holds the history of losses
         except ImportError as missing:
-            raise MissingPackage(f"{path} is of a training run of mmengine: reading it needs that package (make mm): {missing}") from error
+            raise MissingPackage(f"{path} was written by mmengine, which is needed to read it: run `make mm` ({missing})") from error
         return path, read_checkpoint(path, also=MMENGINE_CLASSES)
 
 
 def which_weights(content: dict) -> str:
-    """In words, which weights :func:`find_weights` takes of a checkpoint that may have two kinds."""
+    """Describes which weights :func:`find_weights` takes from a checkpoint that may hold two kinds."""
     found = []
     for which in ("ema", "model"):
         try:
@@ -37,17 +37,17 @@ def which_weights(content: dict) -> str:
             found.append(which)
         except UserError:
             pass
-    return {"ema": "the moving average alone", "model": "plain"}.get("".join(found), "the moving average (--weights model: the plain ones)")
+    return {"ema": "the moving average only", "model": "plain"}.get("".join(found), "the moving average (--weights model: the plain ones)")
 
 
 def print_notes(notes: list[str]) -> None:
-    """On stderr: stdout has the results alone."""
+    """Prints notes to stderr: stdout is reserved for the results."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
 
 
 def print_table(rows: list[tuple]) -> None:
-    """Columns as wide as they need to be."""
+    """Prints rows as a table with aligned columns."""
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(f"{str(cell):{width}}" for cell, width in zip(row, widths)).rstrip())

@@ -20,14 +20,14 @@ EXTENSIONS = {"dcn": "mm_modules.DCN._C", "native": "litv2.ops._C"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("extension", nargs="*", metavar="EXTENSION", help=f"of {' and '.join(EXTENSIONS)}; both if none is named")
-    parser.add_argument("--force", action="store_true", help="compile again what is there already")
+    parser.add_argument("extension", nargs="*", metavar="EXTENSION", help=f"{' or '.join(EXTENSIONS)}; default: both")
+    parser.add_argument("--force", action="store_true", help="recompile even if already built")
 
 
 def run(args: argparse.Namespace) -> None:
     for word in args.extension:
         if word not in EXTENSIONS:
-            raise UserError(f"there is no extension {word!r}; there are {' and '.join(EXTENSIONS)}")
+            raise UserError(f"unknown extension {word!r}; expected {' or '.join(EXTENSIONS)}")
     if (problem := why_not()) is not None:
         raise UserError(problem)
     for word in args.extension or EXTENSIONS:
@@ -40,20 +40,20 @@ def run(args: argparse.Namespace) -> None:
         print(library)
         in_place = folder_of(name) / f"_C{SUFFIX}"
         if in_place.is_file():
-            print(f"where it fits, {in_place} takes precedence: it was built in place")
+            print(f"the in-place build {in_place} takes precedence where it can be used")
 
 
 def _compile(name: str, library: Path) -> None:
-    """By the setup.py of the package, in a process and a folder of their own."""
+    """Runs the package's setup.py in a separate process and a temporary folder."""
     folder = folder_of(name)
     with tempfile.TemporaryDirectory(prefix="litv2-build-") as work:
-        print(f"compiling {name}: a minute, more or less", file=sys.stderr, flush=True)
+        print(f"compiling {name}, which takes about a minute", file=sys.stderr, flush=True)
         command = [sys.executable, str(folder / "setup.py"), "build_ext", "--build-lib", f"{work}/lib", "--build-temp", f"{work}/temp"]
-        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # the packages' folder may be another user's
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # the package folder may belong to another user
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
         if done.returncode != 0:
             print(done.stdout, file=sys.stderr)
-            raise UserError(f"{name} was not built: the compiler's messages stand above")
+            raise UserError(f"{name} could not be built; see the compiler's messages above")
         print(done.stdout.splitlines()[-1], file=sys.stderr)
         (built,) = Path(work).glob(f"lib/**/_C{SUFFIX}")
         with atomic_write(library) as draft:

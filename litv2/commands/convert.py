@@ -1,4 +1,4 @@
-"""python -m litv2 convert IN OUT: the weights alone, between .pth and .safetensors."""
+"""python -m litv2 convert IN OUT: writes the weights of a checkpoint as .pth or .safetensors."""
 
 from __future__ import annotations
 
@@ -15,26 +15,30 @@ from ..weights.reading import read_checkpoint
 from ..weights.state_dict import find_weights
 from . import read, which_weights
 
-KEPT = ("class_names", "epoch", "max_accuracy", "config")  # entries beside the weights
-LARGEST_ENTRY = 1 << 20  # characters; a hostile file's may be endless when written out
+KEPT = ("class_names", "epoch", "max_accuracy", "config")  # entries that are kept along with the weights
+LARGEST_ENTRY = 1 << 20  # characters; an entry of a hostile file may expand without end when it is written
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="IN", help="checkpoint of any format: a file, a URL or a name of the zoo")
+    parser.add_argument("source", metavar="IN", help="checkpoint in any supported format: a file, a URL or a zoo name")
     parser.add_argument("target", metavar="OUT", type=Path, help="NAME.pth or NAME.safetensors")
-    parser.add_argument("--weights", choices=("ema", "model"), help="the moving average or the plain weights; default: the former, if any")
-    parser.add_argument("--head", choices=("keep", "drop"), default="keep", help="drop: without the classifier; of a detector the backbone")
+    parser.add_argument(
+        "--weights", choices=("ema", "model"), help="moving average (ema) or plain weights (model); default: ema if the checkpoint has one"
+    )
+    parser.add_argument(
+        "--head", choices=("keep", "drop"), default="keep", help="drop: leave out the classifier; for a detector, keep only the backbone"
+    )
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
 
 
 def run(args: argparse.Namespace) -> None:
     target = args.target
     if target.suffix not in (".pth", ".pt", ".safetensors"):
-        raise UserError(f"{target} must end in .pth, .pt or .safetensors, which is the format it gets")
+        raise UserError(f"{target} must end in .pth, .pt or .safetensors, which selects the format")
     if target.exists() and not args.force:
-        raise UserError(f"{target} exists already; --force overwrites it")
+        raise UserError(f"{target} already exists; use --force to overwrite it")
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {target.parent}")
+        raise FileNotFoundError(f"the folder {target.parent} does not exist")
     path, content = read(args.source)
     weights = find_weights(content, args.weights, backbone_only=args.head == "drop")
     if args.head == "drop":
@@ -52,13 +56,13 @@ def run(args: argparse.Namespace) -> None:
         _compare(find_weights(read_checkpoint(draft), backbone_only=False), weights)
     values = sum(value.numel() for value in weights.values())
     print(f"{path} -> {target}: {len(weights)} tensors, {values / 1e6:.3f} M values, {target.stat().st_size / 1e6:.1f} MB")
-    print(f"weights: {which_weights(content) if args.weights is None else args.weights}; beside them: {', '.join(entries) or 'nothing'}")
+    print(f"weights: {which_weights(content) if args.weights is None else args.weights}; other entries: {', '.join(entries) or 'none'}")
     for note in notes:
         print(note)
 
 
 def _entries(content: dict) -> tuple[dict, list[str]]:
-    """The entries to keep, and what to say of those that cannot be."""
+    """Returns the entries to keep, and a note on each one that cannot be kept."""
     meta = content.get("meta")
     meta = meta if isinstance(meta, dict) else {}
     described = meta.get("dataset_meta")
@@ -95,18 +99,18 @@ def _write_safetensors(path: Path, weights: dict[str, Tensor], entries: dict) ->
     metadata = {"format": "pt", **{key: json.dumps(value) for key, value in entries.items()}}
     try:
         save_file(weights, path, metadata=metadata)
-    except (SafetensorError, KeyError) as error:  # KeyError: of a dtype that it does not know
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that it does not know
         kinds = ", ".join(sorted({str(value.dtype) for value in weights.values()}))
-        raise UserError(f"safetensors cannot hold these weights, of {kinds}: {error}") from error
+        raise UserError(f"safetensors cannot store weights of dtype {kinds}: {error}") from error
 
 
 def _compare(written: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
     for key, value in weights.items():
         again = written.get(key)
         if again is None or (again.shape, again.dtype) != (value.shape, value.dtype) or not torch.equal(_bytes(again), _bytes(value)):
-            raise OSError(f"{key} is not the same when it is read back from the disk")
+            raise OSError(f"{key} differs when it is read back from the disk")
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """NaN is equal to itself in these."""
+    """Returns a tensor as bytes, in which NaN equals itself."""
     return tensor.flatten().view(torch.uint8)

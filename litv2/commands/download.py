@@ -1,4 +1,4 @@
-"""python -m litv2 download NAME...: files of the zoo into torch.hub's folder."""
+"""python -m litv2 download NAME...: downloads files of the model zoo into torch.hub's folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..weights.download import fetch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("names", nargs="+", metavar="NAME", help="a name of `python -m litv2 list`, or a URL")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="a name from `python -m litv2 list`, or a URL")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""python -m litv2 env: this machine, and which backend computes each operator here, and why not the others."""
+"""python -m litv2 env: describes this machine, which backend computes each operator on it, and why the others do not."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def run(args: argparse.Namespace) -> None:
         with context:
             try:
                 chosen = OPERATORS[operator].choose(*arguments).name
-            except RuntimeError as error:  # it is forced and cannot
+            except RuntimeError as error:  # a forced backend that cannot compute this
                 chosen = f"none: {error}"
             reasons = OPERATORS[operator].explain(*arguments)
         print(f"\n{operator}, {case}: {chosen}")
         for name, reason in reasons.items():
             if name != chosen:
-                print(f"  not {name}: {reason or f'it could, but {chosen} is taken'}")
+                print(f"  not {name}: {reason or f'it could, but {chosen} is preferred'}")
 
 
 def _machine() -> Iterator[tuple[str, str]]:
@@ -43,8 +43,8 @@ def _machine() -> Iterator[tuple[str, str]]:
     yield "torch", f"{torch.__version__}, {torch.get_num_threads()} threads, CPU instructions {torch.backends.cpu.get_cpu_capability()}"
     yield "native kernels", native.problem or torch.ops.litv2.native_kernels()
     if native.problem is None:
-        yield "bfloat16 products", torch.ops.litv2.native_bfloat16_kernels() or "no instructions for them"
-        yield "int8 products", torch.ops.litv2.native_int8_kernels() or "no instructions for them"
+        yield "bfloat16 products", torch.ops.litv2.native_bfloat16_kernels() or "not supported by this processor"
+        yield "int8 products", torch.ops.litv2.native_int8_kernels() or "not supported by this processor"
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
@@ -60,7 +60,7 @@ def _machine() -> Iterator[tuple[str, str]]:
 
 
 def _cases() -> Iterator[tuple[str, str, tuple, AbstractContextManager]]:
-    """(operator, words, arguments, context): one image through the third stage of LITv2-S, as people run it."""
+    """Yields (operator, description, arguments, context) for typical calls: eight images in the third stage of LITv2-S."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:
         for dtype in (torch.float32, torch.bfloat16):

@@ -1,4 +1,4 @@
-"""python -m litv2 export MODEL --format FORMAT: a model for another runtime, with the proof of its numbers."""
+"""python -m litv2 export MODEL --format FORMAT: exports a model to another runtime and checks its outputs against the model's."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a name of `python -m litv2 list`, a classifier's checkpoint, or a configuration of detection/ or segmentation/",
+        help="a name from `python -m litv2 list`, a classifier's checkpoint, or a configuration of detection/ or segmentation/",
     )
     parser.add_argument("--format", required=True, choices=FORMATS)
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights: a file, a URL or a name of the zoo; default: MODEL's own")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: MODEL's name, with the format's suffix, in this folder")
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights: a file, a URL or a zoo name; default: those of MODEL")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: MODEL's name with the format's suffix, in the current folder")
     parser.add_argument(
-        "--img-size", type=int, nargs="+", metavar="N", help="side, or height and width, in pixels; default: the published one"
+        "--img-size", type=int, nargs="+", metavar="N", help="image side, or height and width, in pixels; default: as published"
     )
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="where the batch is not dynamic; default: 1")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="batch size, unless it is dynamic; default: 1")
     parser.add_argument(
         "--dynamic",
         nargs="*",
         choices=DYNAMIC,
         metavar="WHAT",
-        help="what is left open: batch, size, both, or nothing; default: all that the format can",
+        help="dimensions left dynamic: batch, size, both or none; default: all that the format supports",
     )
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16", "int8"))
-    parser.add_argument("--images", type=Path, metavar="DIR", help="real images: to compare on, and to calibrate int8 with")
-    parser.add_argument("--backbone", action="store_true", help="only the maps of the pyramid, at the strides 4 to 32")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of real images for the comparison and for int8 calibration")
+    parser.add_argument("--backbone", action="store_true", help="export only the backbone's feature maps, at strides 4 to 32")
 
 
 def run(args: argparse.Namespace) -> None:
     network, size = _network(args.model, args.checkpoint, args.backbone)
     if args.img_size is not None:
         if len(args.img_size) > 2:
-            raise UserError(f"--img-size {args.img_size}: one number, or height and width")
+            raise UserError(f"--img-size {args.img_size}: expected one number, or height and width")
         size = (args.img_size[0], args.img_size[-1])
     settings = Settings(size, args.batch_size, args.dynamic, args.dtype, args.images)
     out = args.out or Path(Path(args.model).stem + ("_backbone" if args.backbone else "") + suffix(args.format))
@@ -51,14 +51,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _network(model: str, checkpoint: str | None, backbone: bool) -> tuple[Network, tuple[int, int]]:
-    """The network, and the size of its published images."""
+    """Returns the network and its published image size."""
     entry = ZOO.get(model)
     if model.endswith(".py") or (entry is not None and entry.config is not None):
         from ..export.dense import from_config
 
         return from_config(model, checkpoint, backbone)
     if entry is None and checkpoint is not None:
-        raise UserError(f"--checkpoint goes with a name of the zoo or a configuration; {model!r} is neither (python -m litv2 list)")
+        raise UserError(f"--checkpoint needs a zoo name or a configuration as MODEL, and {model!r} is neither (see python -m litv2 list)")
     loaded = load_model(checkpoint or model, name=model if entry else None)
     print_notes(loaded.notes)
     return (pyramid if backbone else classifier)(loaded.model), (loaded.image_size, loaded.image_size)

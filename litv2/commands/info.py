@@ -1,4 +1,4 @@
-"""python -m litv2 info FILE: what a checkpoint holds, from its content alone."""
+"""python -m litv2 info FILE: describes a checkpoint from its content alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from . import print_table, read, which_weights
 
 FORMATS = {"zip": "torch.save", "legacy": "torch.save, before torch 1.6", "safetensors": "safetensors"}
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-HEADS = {  # a weight that only this model has
+HEADS = {  # a weight that only this kind of model has
     "bbox_head.retina_cls.weight": "RetinaNet",
     "roi_head.mask_head.conv_logits.weight": "Mask R-CNN",
     "decode_head.conv_seg.weight": "Semantic FPN",
@@ -25,7 +25,7 @@ HEADS = {  # a weight that only this model has
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="FILE", help="a file, a URL or a name of the zoo")
+    parser.add_argument("source", metavar="FILE", help="a file, a URL or a zoo name")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -64,13 +64,13 @@ def _model(path: Path, content: dict, everything: dict[str, Tensor], weights: di
     shape = f"{arguments['embed_dim']} channels, blocks {' '.join(map(str, arguments['depths']))}"
     entries = [entry for entry in ZOO.values() if _fits(entry, arguments, variant, everything)]
     named = [entry for entry in entries if entry.file == path.name]
-    windows, told = arguments["local_ws"], "the default: shapes do not tell" if guessed else "by the file's configuration"
+    windows, source = arguments["local_ws"], "assumed: the shapes do not determine them" if guessed else "from the file's configuration"
     if named:
-        windows, told = named[0].window, "of the published file"
+        windows, source = named[0].window, "as published"
     rows = [
-        ("model", f"LITv2-{variant[0].upper()} ({shape})" if variant else f"a LITv2 of its own ({shape})"),
+        ("model", f"LITv2-{variant[0].upper()} ({shape})" if variant else f"a custom LITv2 ({shape})"),
         ("heads", f"{' '.join(map(str, arguments['num_heads']))}; alpha {arguments['alpha']:.3g}"),
-        ("windows", f"{' '.join(map(str, windows))} ({told})"),
+        ("windows", f"{' '.join(map(str, windows))} ({source})"),
         ("image", "RGB" if arguments["in_chans"] == 3 else f"{arguments['in_chans']} channels"),
         ("classifier", f"{arguments['num_classes']} classes" if arguments["num_classes"] else head or "none"),
     ]
@@ -81,7 +81,7 @@ def _model(path: Path, content: dict, everything: dict[str, Tensor], weights: di
 
 
 def _variant(arguments: dict) -> str | None:
-    with torch.device("meta"):  # shapes alone
+    with torch.device("meta"):  # only shapes are needed
         shapes = {name: infer_arguments(make().state_dict())[0] for name, make in VARIANTS.items()}
     same = ("embed_dim", "depths", "num_heads")
     return next((name for name, shape in shapes.items() if all(shape[key] == arguments[key] for key in same)), None)

@@ -1,4 +1,4 @@
-"""python -m litv2 list: the model zoo as a table."""
+"""python -m litv2 list: prints the model zoo as a table."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from . import print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--task", choices=("classification", "detection", "segmentation"), help="only these")
-    parser.add_argument("--urls", action="store_true", help="with the address of each file")
+    parser.add_argument("--task", choices=("classification", "detection", "segmentation"), help="list only the models of this task")
+    parser.add_argument("--urls", action="store_true", help="also show the URL of each file")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -24,5 +24,5 @@ def run(args: argparse.Namespace) -> None:
         address = entry.url if args.urls else entry.file
         rows.append((entry.name, entry.task, entry.variant, str(entry.alpha), windows, image, figures, here, address))
     print_table(rows)
-    print(f"\n{len(entries)} files. Names stand for files in every command, in --pretrained and in init_cfg; they are downloaded to")
+    print(f"\n{len(entries)} files. Every command, --pretrained and init_cfg accept these names and download the files to")
     print(f"{cache_folder()}. alpha: share of Lo-Fi heads; windows: side per stage, 0 = no attention; image: height x width.")

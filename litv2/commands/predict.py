@@ -1,4 +1,4 @@
-"""python -m litv2 predict IMAGE... --checkpoint FILE: the five likeliest classes of each image, printed and drawn."""
+"""python -m litv2 predict IMAGE... --checkpoint FILE: prints and draws the five most likely classes of each image."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ TOP = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path)
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="weights: a file, a URL or a name of the zoo")
-    parser.add_argument("--model", metavar="NAME", help="name in the zoo; default: what the weights' shapes say")
-    parser.add_argument("--img-size", type=int, metavar="N", help="side in pixels; default: the checkpoint's, else 224")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="weights: a file, a URL or a zoo name")
+    parser.add_argument("--model", metavar="NAME", help="model name in the zoo; default: inferred from the shapes of the weights")
+    parser.add_argument("--img-size", type=int, metavar="N", help="image side in pixels; default: the checkpoint's, else 224")
     parser.add_argument(
-        "--out", default=Path("predictions"), type=Path, metavar="DIR", help="of the annotated pictures; default: predictions"
+        "--out", default=Path("predictions"), type=Path, metavar="DIR", help="folder for the annotated pictures; default: predictions"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     size = loaded.image_size if args.img_size is None else args.img_size
     smallest = model.feature_info[-1]["reduction"]
     if size < smallest:
-        raise UserError(f"images of {size} pixels: at least {smallest} are needed; give another size with --img-size")
+        raise UserError(f"an image size of {size} pixels is too small: this model needs at least {smallest}; set --img-size")
     print_notes(loaded.notes)
     transform = evaluation_transform(size, loaded.crop, model.in_chans)
     try:
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             with open(path, "rb") as file:
                 image = decode(file, "RGB" if model.in_chans == 3 else "L")
-        except Exception as error:  # decoders of damaged files raise anything
+        except Exception as error:  # for damaged files, decoders raise all kinds of exceptions
             reason = getattr(error, "strerror", None) or re.sub(r" <.*>", "", str(error))  # PIL names the object that it read from
             print(f"error: {path} cannot be read as an image: {reason}", file=sys.stderr)
             failed = True
@@ -72,11 +72,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _class_names(content: dict, classes: int) -> list[str]:
-    """Of the checkpoint, else ImageNet's where there are 1000, else numbers. WordNet's identifiers are made readable."""
+    """Returns the checkpoint's class names, else ImageNet's if there are 1000, else numbers. WordNet IDs are replaced by words."""
     names = content.get("class_names")
     if names is not None and (not isinstance(names, list) or len(names) != classes):
         raise UserError(
-            f"the checkpoint names {len(names) if isinstance(names, list) else 'no list of'} classes, its classifier has {classes}"
+            f"the checkpoint lists {len(names) if isinstance(names, list) else 'no valid'} class names, but its classifier has {classes}"
         )
     if names is None and classes != 1000:
         return [f"class {i}" for i in range(classes)]
@@ -86,7 +86,7 @@ def _class_names(content: dict, classes: int) -> list[str]:
     try:
         from timm.data import ImageNetInfo
     except ImportError as error:
-        raise MissingPackage(f"{error}; the names of ImageNet's classes need timm: pip install timm") from error
+        raise MissingPackage(f"{error}; ImageNet's class names need timm: pip install timm") from error
 
     imagenet = ImageNetInfo()
     descriptions = {imagenet.index_to_label_name(i): str(imagenet.index_to_description(i)) for i in range(1000)}
@@ -94,7 +94,7 @@ def _class_names(content: dict, classes: int) -> list[str]:
 
 
 def _free_name(folder: Path, stem: str, used: set[Path]) -> Path:
-    """One picture per image, also for images of one name from several folders."""
+    """Returns a file name not used yet, since images from several folders may share a name."""
     target, number = folder / f"{stem}.png", 2
     while target in used:
         target, number = folder / f"{stem}-{number}.png", number + 1
@@ -103,7 +103,7 @@ def _free_name(folder: Path, stem: str, used: set[Path]) -> Path:
 
 
 def _annotated(image: Image.Image, best: list[tuple[str, float]]) -> Image.Image:
-    """The image, and to its right a bar per class with name and confidence."""
+    """Draws the image and, to its right, a bar per class with its name and confidence."""
     from PIL import Image, ImageDraw, ImageFont
 
     height, panel, margin, row = 360, 420, 16, 64

@@ -1,4 +1,4 @@
-"""LITv2 in other programs: one function per format, and a proof of the numbers with each file.
+"""Exports LITv2 to other runtimes and compares the outputs of every file with the model's.
 
 from litv2 import create_model
 from litv2.export import Settings, classifier, export
@@ -21,7 +21,7 @@ from .settings import Network, Settings
 
 __all__ = ["FORMATS", "Network", "ParityError", "Settings", "classifier", "export", "load", "pyramid", "suffix"]
 
-# The module of each format, and its name there. Imported when asked for: each needs packages of its own.
+# The module of each format and its name there. Modules are imported on demand, since each needs its own packages.
 FORMATS = {
     "torch-export": ("torch_program", "FORMAT"),
     "onnx": ("onnx_graph", "FORMAT"),
@@ -33,14 +33,14 @@ FORMATS = {
 
 
 def export(network: Network, format: str, path: str | Path, settings: Settings | None = None) -> dict:
-    """Writes a file that other programs run, after its results were compared with the model's; returns the report.
+    """Exports a network to ``path``, compares its outputs with the model's and returns the report of the comparison.
 
-    The report is printed and written to ``path`` + ``.parity.json``. Files appear whole or, when anything fails, not at all.
+    The report is printed and written to ``path`` + ``.parity.json``. The exported file appears only if everything succeeds.
 
     Raises:
-        UserError: a format, dtype, size or suffix that is not supported, or a graph that does not use the image.
-        ParityError: results beyond the tolerance; the message says which and by how much, and the report stays.
-        MissingPackage: a package is missing; the message names the extra.
+        UserError: a format, dtype, size or suffix is not supported, or the graph does not use the image.
+        ParityError: an output exceeds the tolerance; the message says which one and by how much, and the report is kept.
+        MissingPackage: a package is missing; the message names the extra to install.
     """
     settings = settings or Settings()
     known = _format(format)
@@ -48,18 +48,18 @@ def export(network: Network, format: str, path: str | Path, settings: Settings |
     settings = dataclasses.replace(settings, dynamic=dynamic)
     path = Path(path)
     if settings.dtype not in known.dtypes:
-        raise UserError(f"export: {format} has {', '.join(known.dtypes)}, not dtype={settings.dtype!r}")
+        raise UserError(f"export: dtype={settings.dtype!r} is not supported by {format}; use {', '.join(known.dtypes)}")
     if not set(dynamic) <= set(known.dynamic):
-        raise UserError(f"export: {format} fixes its sizes: dynamic={dynamic} must be left out, or be empty")
+        raise UserError(f"export: {format} supports fixed sizes only, got dynamic={dynamic}; leave it out or empty")
     smallest = network.smallest * (known.min_cells if settings.leaves_open("size") else 1)
     if min(settings.image_size) < smallest:
-        raise UserError(f"export: image_size={settings.image_size}: each side must be at least {smallest}")
+        raise UserError(f"export: image_size={settings.image_size} is too small: each side must be at least {smallest}")
     if settings.images is not None and not Path(settings.images).is_dir():
-        raise UserError(f"export: --images {settings.images}: there is no such folder")
+        raise UserError(f"export: --images {settings.images}: the folder does not exist")
     if settings.dtype == "int8" and settings.images is None:
-        raise UserError("export: int8 needs real images to find the ranges of activations: give a folder with --images")
+        raise UserError("export: int8 needs real images to calibrate the activation ranges; pass a folder with --images")
     if path.suffix != known.suffix:
-        raise UserError(f"export: {path}: files of {format} end in {known.suffix}")
+        raise UserError(f"export: {path}: the file name must end in {known.suffix} for {format}")
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
@@ -75,12 +75,12 @@ def export(network: Network, format: str, path: str | Path, settings: Settings |
 
 
 def suffix(format: str) -> str:
-    """What files of a format end in."""
+    """Returns the file suffix of a format."""
     return _format(format).suffix
 
 
 def load(format: str, path: str | Path) -> Run:
-    """The exported file in its runtime on the CPU, as a function: images (B, C, H, W) -> tuple of tensors."""
+    """Loads an exported file in its runtime on the CPU, as a function: images (B, C, H, W) -> tuple of tensors."""
     return _format(format).load(Path(path))
 
 

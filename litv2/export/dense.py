@@ -1,6 +1,6 @@
-"""Detectors and segmenters for export, from their configurations: mmdet's and mmseg's packages are needed to trace them.
+"""Builds detectors and segmenters for export from their configurations; tracing them needs mmdet or mmseg.
 
-Images are the network's: normalised, RGB, as the configuration's data preprocessor leaves them.
+The exported graphs take images as the configuration's data preprocessor returns them: normalised RGB.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ __all__ = ["from_config", "network_of"]
 
 
 def from_config(name: str, checkpoint: str | None, backbone: bool) -> tuple[Network, tuple[int, int]]:
-    """The network of a configuration (its path, or its name in the zoo) and the size of its published images.
+    """Returns the network of a configuration (a path or a zoo name) and its published image size.
 
     Args:
-        checkpoint: a file, a URL or a name of the zoo; None for the published weights.
-        backbone: the maps of the backbone alone.
+        checkpoint: a file, a URL or a zoo name; None for the published weights.
+        backbone: export only the feature maps of the backbone.
 
     Raises:
         MissingPackage: OpenMMLab's packages are not installed.
-        UserError: a model of another kind, or weights that do not fit.
+        UserError: the model cannot be exported, or the weights do not fit.
     """
     from ..openmmlab.build import build_model, config_of
     from ..openmmlab.config import load_config
@@ -39,14 +39,14 @@ def from_config(name: str, checkpoint: str | None, backbone: bool) -> tuple[Netw
     path = name if name.endswith(".py") else config_of(name)
     stem = Path(path).stem
     if checkpoint is None and stem not in ZOO:
-        raise UserError(f"{path} has no published weights: say which with --checkpoint")
+        raise UserError(f"{path} has no published weights; pass others with --checkpoint")
     model = build_model(load_config(path), str(fetch(checkpoint or stem)))
     height, width = ZOO[stem].image_size if stem in ZOO else (512, 512)
     return (pyramid(model.backbone) if backbone else network_of(model)), (height - height % 32, width - width % 32)
 
 
 def network_of(model: Any) -> Network:
-    """What of a model of mmdet or mmseg can be exported.
+    """Returns the part of an mmdet or mmseg model that can be exported.
 
     A segmenter gives ``logits`` (B, classes, H, W), scaled to the image; a one-stage detector the raw ``class{i}``
     (B, anchors * classes, h, w) and ``box{i}`` (B, anchors * 4, h, w) of each level, before boxes are decoded.
@@ -70,7 +70,7 @@ def network_of(model: Any) -> Network:
     for parent in list(inference.modules()):
         for name, child in parent.named_children():
             if type(child).__name__ == "Upsample" and not isinstance(child, nn.Upsample):
-                # mmseg's computes its size with int(), which a traced graph would keep as a number.
+                # mmseg's own computes its size with int(), which tracing would turn into a constant.
                 parent.add_module(name, nn.Upsample(scale_factor=child.scale_factor, mode=child.mode, align_corners=child.align_corners))
     return Network(module(inference), module(model), outputs, model.backbone.in_chans, 32, classes)
 

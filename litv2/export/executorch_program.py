@@ -1,4 +1,4 @@
-"""ExecuTorch's programs (.pte) for phones and small devices, with XNNPACK on the CPU. Their memory is planned ahead: sizes are fixed."""
+"""ExecuTorch programs (.pte) for phones and small devices, with XNNPACK on the CPU. Sizes are fixed: memory is planned ahead of time."""
 
 from __future__ import annotations
 

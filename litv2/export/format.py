@@ -1,4 +1,4 @@
-"""What the export needs to know of a format; each format's module ends in one of these."""
+"""What the exporter needs to know about a format; each format's module defines one of these."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Format:
     """How files of a format are written and run.
 
     Attributes:
-        write: writes a network to a path; other files may appear beside it.
-        load: the file in its runtime.
-        suffix: what its files end in.
-        dtypes: those that it can compute in.
-        dynamic: what it can leave open until it runs.
-        min_cells: the least side of the last map where sizes are dynamic.
+        write: writes a network to a path, possibly with further files beside it.
+        load: loads a file in its runtime.
+        suffix: suffix of its files.
+        dtypes: dtypes that it can compute in.
+        dynamic: dimensions that it can leave open until run time.
+        min_cells: smallest side of the last map if the image size is dynamic.
     """
 
     write: Callable[[Network, Path, Settings], None]

@@ -14,7 +14,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
 def photographs() -> Path | None:
-    """The folder of the two photographs that scikit-learn brings, None where it is not installed."""
+    """Returns the folder of scikit-learn's two sample photographs, or None if it is not installed."""
     try:
         from sklearn.datasets import _base
     except ImportError:
@@ -23,20 +23,20 @@ def photographs() -> Path | None:
 
 
 def read_images(folder: str | Path, size: tuple[int, int], count: int, shift: float = 0.0) -> Tensor:
-    """Up to ``count`` images of a folder, evenly spread over it and its subfolders, as (N, 3, H, W), normalised.
+    """Reads up to ``count`` images, evenly spread over a folder and its subfolders, as a normalised tensor (N, 3, H, W).
 
-    Each is scaled until it covers ``size`` (H, W) and cropped at the centre. ``shift``, in [0, 1), moves the choice by that
-    part of the distance between two images chosen: other images, where the folder has twice as many.
+    Each is resized to cover ``size`` (H, W) and cropped at the centre. ``shift``, in [0, 1), offsets the selection by that
+    fraction of its spacing, which selects other images if the folder has at least twice as many.
 
     Raises:
-        UserError: the folder has no images, or one of them cannot be read.
+        UserError: the folder contains no images, or one of them cannot be read.
         MissingPackage: Pillow is not installed.
     """
     try:
         import numpy as np
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise MissingPackage(f"{error}; reading images needs: pip install pillow") from error
+        raise MissingPackage(f"{error}; reading images needs Pillow: pip install pillow") from error
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise UserError(f"--images {folder}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
@@ -47,7 +47,7 @@ def read_images(folder: str | Path, size: tuple[int, int], count: int, shift: fl
         try:
             with open(path, "rb") as file:
                 image = ImageOps.fit(decode(file, "RGB"), (W, H), Image.Resampling.BICUBIC)
-        except Exception as error:  # decoders of damaged files raise anything
+        except Exception as error:  # for damaged files, decoders raise all kinds of exceptions
             raise UserError(f"--images {folder}: {path} cannot be read as an image: {error}") from error
         images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255)
     return (torch.stack(images) - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)

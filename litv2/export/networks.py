@@ -1,4 +1,4 @@
-"""What can be exported of a LITv2: its logits or its pyramid."""
+"""The two networks of a LITv2 that can be exported: the classifier and the feature pyramid."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["classifier", "pyramid"]
 
 
 def classifier(model: LITv2) -> Network:
-    """Images -> ``logits`` (B, classes); of a model without classes the pooled ``features``."""
+    """Images -> ``logits`` (B, classes), or the pooled ``features`` of a model without a classifier."""
     output = "logits" if model.num_classes else "features"
     return Network(fuse(model), model, (output,), model.in_chans, _smallest(model), (output,) if model.num_classes else ())
 
 
 def pyramid(backbone: LITv2) -> Network:
-    """Images -> one map (B, C, H / s, W / s) per stride s, ``stride4`` to ``stride32``; a detector's backbone has its own maps."""
+    """Images -> one map (B, C, H / s, W / s) per stride s, ``stride4`` to ``stride32``; a detector's backbone returns its own maps."""
     indices = getattr(backbone, "out_indices", range(len(backbone.layers)))
     outputs = tuple(f"stride{backbone.feature_info[i]['reduction']}" for i in indices)
     fused = fuse(backbone)

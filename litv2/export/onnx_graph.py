@@ -1,4 +1,4 @@
-"""ONNX graphs: with the deformable convolution as one node, or of operators that every runtime has."""
+"""ONNX graphs, with the deformable convolution as one node or made of operators that every runtime has."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ except ImportError as error:
     raise MissingPackage(f"{error}; exports to ONNX need: pip install 'litv2[onnx]'") from error
 
 INPUT = "images"
-NODE_OPSET, TRACED_OPSET, STANDARD_OPSET = 19, 18, 17  # DeformConv is of 19, torch's exporter writes no less than 18
+NODE_OPSET, TRACED_OPSET, STANDARD_OPSET = 19, 18, 17  # DeformConv needs 19; torch's exporter writes at least 18
 
 
 def write(network: Network, path: Path, settings: Settings) -> None:
-    """With ``DeformConv`` nodes, opset 19."""
+    """Writes the graph with ``DeformConv`` nodes, opset 19."""
     with deform_conv_nodes():
         model = _trace(network, settings, NODE_OPSET)
     _save(model, path, settings)
 
 
 def write_standard(network: Network, path: Path, settings: Settings) -> None:
-    """The deformable convolution as Gather and MatMul, opset 17."""
+    """Writes the graph with the deformable convolution as Gather and MatMul, opset 17."""
     _save(lower_opset(_trace(network, settings, TRACED_OPSET)), path, settings)
 
 
@@ -60,13 +60,13 @@ def _trace(network: Network, settings: Settings, opset: int) -> onnx.ModelProto:
             output_names=list(network.outputs),
             verbose=False,
         )
-    assert program is not None  # as with dynamo=True
+    assert program is not None  # always returned with dynamo=True
     return program.model_proto
 
 
 @contextlib.contextmanager
 def _quiet():
-    """The exporter logs what it does at the level of warnings."""
+    """Silences the exporter, which logs its progress as warnings."""
     import logging
     import warnings
 
@@ -93,7 +93,7 @@ def _save(model: onnx.ModelProto, path: Path, settings: Settings) -> None:
 
 
 def check_inputs_used(model: onnx.ModelProto) -> None:
-    """Raises UserError where an input does not reach any result: the release's graph lost its image so."""
+    """Raises UserError if an input does not reach any output, which is how the release's graph lost its image."""
     producers = {output: node for node in model.graph.node for output in node.output}
     seen, front = set(), [output.name for output in model.graph.output]
     while front:
@@ -103,14 +103,14 @@ def check_inputs_used(model: onnx.ModelProto) -> None:
             front += producers[name].input if name in producers else []
     unused = [value.name for value in model.graph.input if value.name not in seen]
     if unused:
-        raise UserError(f"export: the graph does not use its inputs {unused}: its results would not depend on the image")
+        raise UserError(f"export: the graph does not use its inputs {unused}, so its outputs would not depend on the image")
 
 
 def lower_opset(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Opset 18 -> 17, for the operators of a LITv2: onnx's own converter has no way down for Pad and ReduceMean.
+    """Converts opset 18 to 17 for the operators of a LITv2; onnx's own converter cannot downgrade Pad and ReduceMean.
 
     Raises:
-        UserError: an operator that opset 18 changed in another way than is known here.
+        UserError: an operator uses a feature of opset 18 that is not handled here.
     """
     model = onnx.ModelProto.FromString(model.SerializeToString())
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -118,16 +118,16 @@ def lower_opset(model: onnx.ModelProto) -> onnx.ModelProto:
         now = onnx.defs.get_schema(node.op_type, TRACED_OPSET, node.domain)
         if now.since_version < TRACED_OPSET:
             continue
-        if node.op_type.startswith("Reduce") and len(node.input) > 1:  # axes were an attribute
+        if node.op_type.startswith("Reduce") and len(node.input) > 1:  # axes were an attribute in opset 17
             axes = numpy_helper.to_array(constants[node.input.pop()]).tolist()
             node.attribute.append(helper.make_attribute("axes", axes))
         before = onnx.defs.get_schema(node.op_type, STANDARD_OPSET, node.domain)
         for attribute in [a for a in node.attribute if a.name not in before.attributes]:
             default = now.attributes[attribute.name].default_value
             if node.op_type == "Split" or helper.get_attribute_value(attribute) == helper.get_attribute_value(default):
-                node.attribute.remove(attribute)  # what it says is what opset 17 does: Split's parts are equal without num_outputs
+                node.attribute.remove(attribute)  # it states the default of opset 17: without num_outputs, Split's parts are equal
         if len(node.input) > len(before.inputs) or not {a.name for a in node.attribute} <= before.attributes.keys():
-            raise UserError(f"export: {node.op_type} of opset {TRACED_OPSET}, as used here, has no form in opset {STANDARD_OPSET}")
+            raise UserError(f"export: {node.op_type} of opset {TRACED_OPSET}, as used here, cannot be converted to opset {STANDARD_OPSET}")
     used = {name for node in model.graph.node for name in node.input}
     kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
     del model.graph.initializer[:]
@@ -135,12 +135,12 @@ def lower_opset(model: onnx.ModelProto) -> onnx.ModelProto:
     for opset in model.opset_import:
         if opset.domain == "":
             opset.version = STANDARD_OPSET
-    model.ir_version = 8  # of opset 17's time, for runtimes of that age
+    model.ir_version = 8  # the IR version of opset 17, for runtimes of that age
     return model
 
 
 def load(path: Path, threads: int | None = None) -> Run:
-    """The graph in onnxruntime, on the CPU."""
+    """Loads the graph in onnxruntime on the CPU."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3

@@ -1,4 +1,4 @@
-"""OpenVINO's intermediate representation (.xml and .bin), by way of the ONNX graph of standard operators."""
+"""OpenVINO's intermediate representation (.xml and .bin), converted from the ONNX graph of standard operators."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write(network: Network, path: Path, settings: Settings) -> None:
 
 
 def load(path: Path, threads: int | None = None, precision: str = "f32") -> Run:
-    """The model on the CPU. Without ``precision`` OpenVINO would choose bfloat16 where the processor has it."""
+    """Loads the model on the CPU. Without an explicit ``precision``, OpenVINO would use bfloat16 where the processor supports it."""
     options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads or torch.get_num_threads()}
     compiled = openvino.Core().compile_model(path, "CPU", options)
 
@@ -39,4 +39,4 @@ def load(path: Path, threads: int | None = None, precision: str = "f32") -> Run:
     return run
 
 
-FORMAT = Format(write, load, ".xml", ("float32", "float16", "int8"))  # float16: of the weights in the file
+FORMAT = Format(write, load, ".xml", ("float32", "float16", "int8"))  # float16 is the dtype of the weights in the file

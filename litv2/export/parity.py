@@ -1,4 +1,4 @@
-"""The proof of an export: its results against the model's own, on random and on real images, as a report."""
+"""Compares the outputs of an export with the model's, on random and on real images, and reports the errors."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from .settings import Network, Settings
 
 __all__ = ["TOLERANCES", "ParityError", "compare", "print_report", "write_report"]
 
-# What is allowed: of floats for the largest error, in units of the largest absolute value (and at least of 1); of int8 for
-# the mean error in units of the mean absolute value, since single values may be far off in eight bits.
+# Tolerances. Floats: largest error, relative to the largest absolute value (or to 1 if that is larger). int8: mean error, relative
+# to the mean absolute value, since single values may be far off in eight bits.
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, "int8": 0.15}
 REAL_IMAGES = 32
 
 
 class ParityError(UserError):
-    """An export whose results differ from the model's by more than its tolerance."""
+    """The outputs of an export differ from the model's by more than the tolerance."""
 
 
 def compare(network: Network, run: Run, settings: Settings, smallest: int) -> dict:
-    """The report: for each batch and output its errors, and the share of equal decisions where the output has classes.
+    """Returns the report: the errors of each output on each batch, and the top-1 agreement of outputs with classes.
 
-    ``smallest`` is the least side that the export takes, in pixels.
+    ``smallest`` is the smallest image side that the export accepts, in pixels.
 
     Raises:
-        ParityError: another number of outputs, or another shape.
+        ParityError: the number or the shapes of the outputs differ.
     """
     rows = []
     for name, batches in _inputs(network, settings, smallest):
@@ -42,7 +42,7 @@ def compare(network: Network, run: Run, settings: Settings, smallest: int) -> di
             expected, actual = network.reference(images), run(images)
             if [out.shape for out in actual] != [out.shape for out in expected]:
                 shapes = [[tuple(out.shape) for out in outs] for outs in (actual, expected)]
-                raise ParityError(f"export: on {name} images the results have the shapes {shapes[0]}, the model's {shapes[1]}")
+                raise ParityError(f"export: on {name} images the outputs have shapes {shapes[0]}, but the model's have {shapes[1]}")
             pairs.append((expected, actual))
         for i, output in enumerate(network.outputs):
             exact, other = (torch.cat([pair[side][i].float() for pair in pairs]) for side in (0, 1))
@@ -59,17 +59,17 @@ def compare(network: Network, run: Run, settings: Settings, smallest: int) -> di
 
 
 def _inputs(network: Network, settings: Settings, smallest: int) -> list[tuple[str, list[Tensor]]]:
-    """Random batches of 1, 3 and 5, and real images, of the size asked for and of an odd one, as far as the graph is open for them."""
+    """Random batches of 1, 3 and 5 and real images, at the requested size and an odd one, as far as the dynamic dimensions allow."""
     H, W = settings.image_size
     sizes = [(H, W)]
-    if settings.leaves_open("size"):  # odd, and another aspect
+    if settings.leaves_open("size"):  # odd, with another aspect ratio
         sizes += [(max(smallest, H // 2) | 1, max(smallest, 3 * W // 4) | 1)]
     sizes_of_batches = (1, 3, 5) if settings.leaves_open("batch") else (settings.batch_size,)
     inputs = []
     generator = torch.Generator().manual_seed(0)
     for size in sizes:
         large = size[0] * size[1] > 400 * 400  # a detector's image: fewer are tried
-        # What int8 knows of its ranges comes from real images: noise lies outside of them.
+        # int8 ranges are calibrated on real images; noise lies outside them.
         for batch in () if settings.dtype == "int8" else sizes_of_batches[:1] if large else sizes_of_batches:
             images = torch.randn(batch, network.channels, *size, generator=generator)
             inputs.append((f"{batch} random {size[0]} x {size[1]}", [images]))
@@ -80,12 +80,12 @@ def _inputs(network: Network, settings: Settings, smallest: int) -> list[tuple[s
         if count := sum(map(len, batches)):
             inputs.append((f"{count} real {size[0]} x {size[1]}", list(batches)))
     if not inputs:
-        raise UserError(f"export: {settings.images} has too few images to compare on: a batch of {settings.batch_size} is needed")
+        raise UserError(f"export: {settings.images} has too few images for the comparison, which needs a batch of {settings.batch_size}")
     return inputs
 
 
 def _real_images(settings: Settings, size: tuple[int, int], count: int) -> Tensor:
-    """Of the folder in the settings; without one, the two photographs that scikit-learn has, where it is installed."""
+    """Reads images from the folder in the settings, else scikit-learn's two sample photographs if it is installed."""
     folder = settings.images or photographs()
     return torch.empty(0) if folder is None else read_images(folder, size, count, shift=0.5)
 
@@ -116,11 +116,11 @@ def print_report(report: dict) -> None:
             f"{row['largest']:8.3g}  {row['relative_error']:8.1e}  {agreement}{'' if row['passed'] else '  <- too large'}"
         )
     if not any("real" in row["inputs"] for row in report["rows"]):
-        print("no real images were compared: give a folder with --images")
+        print("no real images were compared; pass a folder with --images")
 
 
 def write_report(report: dict, path: Path) -> None:
-    """Writes the report as JSON, and raises ParityError where it has not passed."""
+    """Writes the report as JSON and raises ParityError if the comparison failed."""
     with atomic_write(path) as draft:
         draft.write_text(json.dumps(report, indent=2) + "\n")
     failed = [row for row in report["rows"] if not row["passed"]]
@@ -128,5 +128,5 @@ def write_report(report: dict, path: Path) -> None:
         worst = max(failed, key=lambda row: row["relative_error"] if row["relative_error"] == row["relative_error"] else float("inf"))
         raise ParityError(
             f"export: output {worst['output']!r} on {worst['inputs']} images differs from the model's by {worst['relative_error']:.1e} "
-            f"(largest error {worst['max_error']:.1e}), allowed are {report['tolerance']:.0e} for {report['dtype']}; the report is {path}"
+            f"(largest error {worst['max_error']:.1e}), above the tolerance of {report['tolerance']:.0e} for {report['dtype']}; see {path}"
         )

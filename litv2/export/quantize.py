@@ -1,9 +1,8 @@
 """Static int8 of an ONNX graph: QuantizeLinear and DequantizeLinear nodes, with ranges from real images.
 
-Products with weights (linear layers and convolutions) are quantized, weights per channel, everything symmetric as TensorRT
-wants it. In float stay attention with its softmax, norms, and two kinds of modules: the deformable convolutions, whose
-offsets are positions in pixels, and the patch embedding, since the norm after it enlarges the error: eight bits there cost
-five times as much as in all the rest.
+Linear layers and convolutions are quantized, weights per channel, everything symmetrically as TensorRT requires. Attention with
+its softmax and the norms stay in float, and so do two kinds of modules: the deformable convolutions, whose offsets are positions
+in pixels, and the patch embedding, whose quantization error is amplified by the norm after it to five times that of all the rest.
 """
 
 from __future__ import annotations
@@ -27,18 +26,18 @@ from .settings import Settings
 
 CALIBRATION_IMAGES = 32
 IN_FLOAT = {"dconv", "patch_embed"}  # names of modules
-SCOPES = "pkg.torch.onnx.name_scopes"  # the exporter's note at each node: the modules that it comes from
+SCOPES = "pkg.torch.onnx.name_scopes"  # metadata that the exporter adds to each node: the modules it comes from
 
 
 class _Images(CalibrationDataReader):
-    """The calibration images one by one, or two by two where the graph is for batches of two, and so on."""
+    """Yields the calibration images in batches of the size that the graph takes; one by one if that is dynamic."""
 
     def __init__(self, model: onnx.ModelProto, settings: Settings):
         assert settings.images is not None  # checked by export()
         images = read_images(settings.images, settings.image_size, CALIBRATION_IMAGES)
         size = 1 if settings.leaves_open("batch") else settings.batch_size
         if len(images) < size:
-            raise UserError(f"export: {settings.images} has {len(images)} images, a batch of {size} needs more to calibrate int8")
+            raise UserError(f"export: {settings.images} has {len(images)} images, but int8 calibration needs at least one batch of {size}")
         name = model.graph.input[0].name
         self.batches = ({name: batch.numpy()} for batch in images.split(size) if len(batch) == size)
 
@@ -50,7 +49,7 @@ def quantize(model: onnx.ModelProto, path: Path, settings: Settings) -> None:
     """Writes the quantized form of ``model``.
 
     Raises:
-        UserError: too few images to calibrate with.
+        UserError: there are too few images for the calibration.
     """
     products = ["Conv", "Gemm", "MatMul"]
     weights = {tensor.name for tensor in model.graph.initializer}
@@ -65,7 +64,7 @@ def quantize(model: onnx.ModelProto, path: Path, settings: Settings) -> None:
         per_channel=True,
         activation_type=QuantType.QInt8,
         weight_type=QuantType.QInt8,
-        # Only what enters a product is rounded: a result that attention, a norm or a residual sum reads is float.
+        # Only the inputs of products are rounded: outputs read by attention, a norm or a residual sum stay in float.
         extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "OpTypesToExcludeOutputQuantization": products},
     )
 
@@ -76,7 +75,7 @@ def _modules(node: onnx.NodeProto) -> set[str]:
 
 
 def activation_ranges(graph: Path, settings: Settings) -> dict[str, float]:
-    """The largest absolute value of each float activation of a graph on the calibration images, by its name."""
+    """Returns the largest absolute value of each float activation on the calibration images, by its name in the graph."""
     augmented = graph.with_suffix(".augmented.onnx")
     try:
         calibrator = create_calibrator(

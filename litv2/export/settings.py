@@ -1,4 +1,4 @@
-"""What an export is asked for, and the network that is exported."""
+"""The settings of an export and the network that is exported."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ DYNAMIC = ("batch", "size")
 
 @dataclass(frozen=True)
 class Settings:
-    """How to export.
+    """Settings of an export.
 
     Args:
-        image_size: (H, W) of the image, in pixels; of a dynamic size the one that is traced and checked first.
-        batch_size: images of a batch, where it is not dynamic.
-        dynamic: what is left open until the graph runs: any of "batch" and "size"; None for all that the format can.
-        dtype: of the computation: float32, float16, bfloat16 or int8; not every format has each.
-        images: folder of real images, for the comparison and for int8's calibration; None for those that scikit-learn brings.
+        image_size: (H, W) of the image in pixels; if the size is dynamic, the one that is traced and checked first.
+        batch_size: images per batch, unless the batch is dynamic.
+        dynamic: dimensions left open until run time, any of "batch" and "size"; None for all that the format supports.
+        dtype: dtype of the computation: float32, float16, bfloat16 or int8; not every format supports each.
+        images: folder of real images for the comparison and for int8 calibration; None compares on scikit-learn's sample photographs.
 
     Raises:
-        UserError: a value that is not one of these.
+        UserError: a value is invalid.
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -44,20 +44,20 @@ class Settings:
             raise UserError(f"export: image_size={self.image_size} and batch_size={self.batch_size} must be positive")
 
     def leaves_open(self, what: str) -> bool:
-        """Whether "batch" or "size" may change from run to run."""
+        """Whether "batch" or "size" is dynamic."""
         return what in (self.dynamic or ())
 
 
 class Network(nn.Module):
-    """What is exported: images (B, channels, H, W) -> a tuple of tensors, with a name each.
+    """The network that is exported: images (B, channels, H, W) -> a tuple of named tensors.
 
     Args:
-        module: the inference form; returns a tensor or a tuple of them.
-        reference: the model itself, which the export is compared with; returns the same.
-        outputs: names of the results.
-        channels: of the image.
-        smallest: the least side of an image in pixels.
-        classes: names of those outputs whose axis 1 is the class, for the agreement of decisions.
+        module: the inference form; returns a tensor or a tuple of tensors.
+        reference: the original model, which the export is compared with; returns the same.
+        outputs: names of the outputs.
+        channels: channels of the image.
+        smallest: smallest side of an image in pixels.
+        classes: names of the outputs whose axis 1 is the class, for the top-1 agreement.
     """
 
     def __init__(
@@ -72,13 +72,13 @@ class Network(nn.Module):
         super().__init__()
         self.module = module.eval()
         self.outputs, self.channels, self.smallest, self.classes = outputs, channels, smallest, classes
-        self._reference = [reference.eval()]  # in a list: not a part of what is exported
+        self._reference = [reference.eval()]  # in a list, so that it is not a submodule and not exported
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         return as_tuple(self.module(images))
 
     def in_dtype(self, dtype: torch.dtype) -> Network:
-        """The same with its module in another dtype; this one stays as it is."""
+        """Returns a copy whose module has another dtype; this one is left unchanged."""
         if dtype == torch.float32:
             return self
         module = copy.deepcopy(self.module).to(dtype)
@@ -94,7 +94,7 @@ def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def example_input(network: Network, settings: Settings, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The image batch that is traced. What is dynamic is larger than 1, down to the last map: a size of 1 is taken for a constant."""
+    """Returns the batch to trace. Dynamic dimensions are larger than 1, down to the last map: tracing treats a size of 1 as a constant."""
     batch = 2 if settings.leaves_open("batch") else settings.batch_size
     least = 2 * network.smallest if settings.leaves_open("size") else 1
     return torch.zeros(batch, network.channels, *(max(side, least) for side in settings.image_size), dtype=dtype)

@@ -1,8 +1,8 @@
-"""For TensorRT: the ONNX graph of standard operators, a trtexec script that builds the engine, and a calibration cache.
+"""Export for TensorRT: the ONNX graph of standard operators, a trtexec script that builds the engine, and a calibration cache.
 
-TensorRT itself needs a GPU and is not run here: the graph is checked against its published operators and compared with the
-model in onnxruntime. Up to TensorRT 10 the script takes ``fp16`` and ``int8`` (with the cache); TensorRT 11 builds what the
-graph says, so export with ``float16`` or ``int8`` for it.
+TensorRT itself needs a GPU and is not run here: the graph is checked against its list of supported operators and compared with
+the model in onnxruntime. Up to TensorRT 10 the script takes ``fp16`` and ``int8`` (with the cache); TensorRT 11 uses the dtypes
+of the graph, so export with ``float16`` or ``int8`` for it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMAT", "unsupported_operators", "write", "write_calibration_cache"]
 
-# Of the operators that github.com/onnx/onnx-tensorrt lists as supported (docs/operators.md of 8.5, LayerNormalization since
-# 8.6), those that a graph of LITv2 can come to have.
+# The operators that github.com/onnx/onnx-tensorrt lists as supported (docs/operators.md of 8.5, LayerNormalization since 8.6)
+# and that may occur in a graph of LITv2.
 OPERATORS = set(
     """
     Abs Add And AveragePool BatchNormalization Cast Ceil Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos
@@ -39,11 +39,11 @@ LARGEST_BATCH = 64
 
 
 def write(network: Network, path: Path, settings: Settings) -> None:
-    """``path``; beside it ``build_engine.sh`` and, with images and a float32 graph, ``calibration.cache``."""
+    """Writes ``path`` and, beside it, ``build_engine.sh`` and (given images and a float32 graph) ``calibration.cache``."""
     onnx_graph.write_standard(network, path, settings)
     missing = unsupported_operators(onnx_graph.onnx.load(path))
     if missing:
-        raise UserError(f"export: TensorRT does not list these operators of the graph as supported: {', '.join(missing)}")
+        raise UserError(f"export: the graph has operators that TensorRT does not list as supported: {', '.join(missing)}")
     script = path.with_name(f"{path.stem}.build_engine.sh")
     script.write_text(_script(network, path.name, settings))
     script.chmod(0o755)
@@ -56,10 +56,10 @@ def unsupported_operators(model: onnx.ModelProto) -> list[str]:
 
 
 def write_calibration_cache(graph: Path, cache: Path, settings: Settings, version: str = "8601") -> None:
-    """The ranges of all activations on real images, in the text format of TensorRT's calibrators.
+    """Writes the ranges of all activations on real images in the text format of TensorRT's calibrators.
 
-    A header with TensorRT's version and the algorithm that trtexec's calibrator is of (it refuses others), then a line per tensor:
-    its name and its scale, largest absolute value / 127, as the hexadecimal digits of a big-endian float32.
+    The header has TensorRT's version and the algorithm of trtexec's calibrator, which rejects others. Then follows a line per
+    tensor: its name and its scale, largest absolute value / 127, as the hexadecimal digits of a big-endian float32.
     ``trtexec --int8 --calib=FILE`` and IInt8EntropyCalibrator2.read_calibration_cache read it.
     """
     ranges = activation_ranges(graph, settings)
@@ -81,11 +81,11 @@ def _script(network: Network, graph: str, settings: Settings) -> str:
     onnx, engine, cache = (shlex.quote(name) for name in (graph, f"{stem}.engine", f"{stem}.calibration.cache"))
     to_int8 = "flags+=(--int8 --fp16)"  # the graph's own ranges
     if settings.dtype != "int8":
-        to_int8 = f"""[ -f {cache} ] || {{ echo "there is no "{cache}": export float32 with --images DIR" >&2; exit 1; }}
+        to_int8 = f"""[ -f {cache} ] || {{ echo "no "{cache}": export float32 with --images DIR" >&2; exit 1; }}
         flags+=(--int8 --fp16 --calib={cache})"""
     return f"""#!/usr/bin/env bash
 # Builds an engine of {onnx} with TensorRT's trtexec (8.6 or newer), on the GPU that will run it.
-# The graph is in {settings.dtype}. Up to TensorRT 10 the words fp16 and int8 allow these; TensorRT 11 builds what the graph says.
+# The graph is in {settings.dtype}. Up to TensorRT 10 the arguments fp16 and int8 allow lower precision; TensorRT 11 uses the graph's.
 set -euo pipefail
 cd "$(dirname "$0")"
 flags=({flags})

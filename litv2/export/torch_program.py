@@ -1,4 +1,4 @@
-"""torch.export's programs (.pt2): for torch itself, AOTInductor and ExecuTorch."""
+"""torch.export programs (.pt2) for torch itself, AOTInductor and ExecuTorch."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def write(network: Network, path: Path, settings: Settings) -> None:
 
 
 def program(network: Network, settings: Settings) -> ExportedProgram:
-    """The traced network, made of plain tensor operations only.
+    """Traces the network into plain tensor operations.
 
     Raises:
-        UserError: the image is not used.
+        UserError: the graph does not use the image.
     """
     dtype = getattr(torch, settings.dtype)
     dynamic = {}
@@ -38,7 +38,7 @@ def program(network: Network, settings: Settings) -> ExportedProgram:
             used.update(node.all_input_nodes)
     for name in traced.graph_signature.user_inputs:
         if not any(node.name == name for node in used):
-            raise UserError(f"export: the graph does not use its input {name!r}: its results would not depend on the image")
+            raise UserError(f"export: the graph does not use its input {name!r}, so its outputs would not depend on the image")
     return traced
 
 
@@ -53,5 +53,5 @@ def load(path: Path) -> Run:
     return run
 
 
-# A program is not open for maps of one row.
+# With dynamic sizes, torch.export rules out maps of a single row.
 FORMAT = Format(write, load, ".pt2", ("float32", "bfloat16", "float16"), min_cells=2)

@@ -1,1 +1,1 @@
-"""Models that only infer: folded, packed for the CPU, or whichever is fastest here."""
+"""Inference-only forms of the models: folded, packed for the CPU, or whichever is fastest on this machine."""

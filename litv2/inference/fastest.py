@@ -1,6 +1,6 @@
-"""One line to the fastest inference: ``fast = litv2.optimize(model, images)``.
+"""Fastest inference in one line: ``fast = litv2.optimize(model, images)``.
 
-Several forms of the model are made, proven against it on the example, and timed; the fastest is returned.
+Several forms of the model are built, checked against it on the example, and timed; the fastest is returned.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ ROUNDS = 5
 
 
 class Optimized(nn.Module):
-    """A model for inference: images of ``dtype`` -> what the model gives, of ``dtype``, without gradients.
+    """A model for inference: takes images of ``dtype`` and returns the model's outputs in ``dtype``, without gradients.
 
     Attributes:
-        form: of ``FORMS``.
-        dtype: of images and results.
-        compute_dtype: dtype of the weights and of what is computed.
-        seconds: of the example, by form; of the plain model too.
-        errors: largest error over the largest value of the plain float32 model's results, by form; of those left out too.
+        form: one of ``FORMS``.
+        dtype: dtype of the images and the outputs.
+        compute_dtype: dtype of the weights and of the computation.
+        seconds: time for the example by form, the plain model included.
+        errors: largest error by form, relative to the largest output of the plain float32 model; rejected forms included.
     """
 
     def __init__(self, module: Callable[[Tensor], Any], form: str, dtype: torch.dtype, compute_dtype: torch.dtype):
@@ -68,35 +68,35 @@ def optimize(
     forms: Sequence[str] | None = None,
     report: Callable[[str], None] | None = print,
 ) -> Optimized:
-    """The fastest form of a model for inference on images like ``example``, whose numbers are the model's own.
+    """Returns the fastest form of a model for inference on images like ``example``, with the same outputs.
 
-    The result takes other sizes too; it was chosen and timed for the example's shape, device and number of threads.
+    The result accepts other sizes too, but was chosen for the shape, device and number of threads of the example.
 
     Args:
-        model: a classifier or backbone; it is left as it is. Later changes of its weights do not reach the result.
-        example: images (B, in_chans, H, W) on the device that will be used, as many as in earnest.
-        dtype: of the images and the results, None for the model's. With bfloat16 on a processor that has no instructions
-            for it, the native form computes in float32: faster there, and more exact. On one that has them there is
-            also "native-bfloat16", whose products alone are rounded. With int8 images and results have the model's
-            dtype, and the form is "native-int8" (see ``packed_model``). It needs no calibration: each token is scaled by
-            its own largest and smallest value.
-        forms: those to try, of ``FORMS``; None for all that this machine has. Compiling takes about a minute.
-        report: what gets the lines that say what was done; None for nobody.
+        model: a classifier or backbone; it is not modified. Later changes to its weights do not affect the result.
+        example: images (B, in_chans, H, W) on the target device, with the batch size that will be used.
+        dtype: dtype of the images and the outputs; None for the model's. With bfloat16 on a processor without bfloat16
+            instructions, the native form computes in float32, which is faster there and more accurate. On a processor that
+            has them there is also "native-bfloat16", which rounds only the factors of its matrix products. With int8
+            ("int8" or ``torch.int8``) images and outputs keep the model's dtype, and the form is "native-int8": see
+            ``packed_model``. It needs no calibration, since each token is scaled by its own largest and smallest value.
+        forms: names from ``FORMS`` to try; None for all that this machine supports. Compiling takes about a minute.
+        report: function that is called with each line of progress; None for no output.
 
     Raises:
         TypeError: the model is not a LITv2.
-        ValueError: an unknown form, or none that can be had here.
-        RuntimeError: of every form the results are further from the plain float32 model's than 1e-4 of their largest value, in
-            lower precision than twice the plain model's in that precision, in int8 than 0.1 of their largest value. One of
-            several is left out, which is said.
+        ValueError: the dtype or a form is unknown, or none of the forms is available here.
+        RuntimeError: no form is accurate enough. The error relative to the plain float32 model may be 1e-4 of the largest output,
+            or in lower precision twice the error of the plain model in that precision, with int8 0.1 of the largest output. If
+            some forms are accurate enough, the others are reported and left out.
     """
     if not isinstance(model, LITv2):
-        raise TypeError(f"optimize: expected a LITv2, not {type(model).__name__}; of a detector or segmenter optimize the backbone")
+        raise TypeError(f"optimize: expected a LITv2, got {type(model).__name__}; for a detector or segmenter, optimize its backbone")
     if forms is not None and not forms:
-        raise ValueError(f"optimize: no forms to try; there are {', '.join(FORMS)}")
+        raise ValueError(f"optimize: forms is empty; choose from {', '.join(FORMS)}")
     unknown = set(forms or ()) - FORMS.keys()
     if unknown:
-        raise ValueError(f"optimize: unknown forms {sorted(unknown)}; there are {', '.join(FORMS)}")
+        raise ValueError(f"optimize: unknown forms {sorted(unknown)}; choose from {', '.join(FORMS)}")
     log = report or (lambda line: None)
     int8 = dtype in (torch.int8, "int8")
     if isinstance(dtype, str) and not int8:
@@ -111,7 +111,7 @@ def optimize(
                 log(f"{form}: left out, {reason}")
     forms = [form for form, reason in missing.items() if not reason]
     if not forms:
-        raise ValueError(f"optimize: none of these forms can be had: {missing}")
+        raise ValueError(f"optimize: none of these forms is available: {missing}")
 
     plain = Optimized(inference_copy(model).to(dtype), "plain", dtype, dtype)
     exact = _tensors(Optimized(inference_copy(model).to(torch.float32), "plain", torch.float32, torch.float32)(example))
@@ -124,9 +124,9 @@ def optimize(
     errors = {form: _error(_tensors(candidate(example)), exact) for form, candidate in candidates.items()}
     for form in tuple(forms):
         if not errors[form] <= allowed:
-            refused = f"{errors[form]:.1e} from the plain model, {allowed:.1e} are allowed"
+            refused = f"its error against the plain model is {errors[form]:.1e}, more than {allowed:.1e}"
             if forms == [form]:
-                raise RuntimeError(f"optimize: the {form} form is {refused}")
+                raise RuntimeError(f"optimize: the {form} form is not accurate enough: {refused}")
             log(f"{form}: left out, {refused}")
             forms.remove(form)
             del candidates[form]
@@ -142,22 +142,22 @@ def optimize(
 
 
 def why_not(form: str, example: Tensor) -> str | None:
-    """The reason why a form cannot be had for these images, or None."""
+    """Returns the reason why a form is not available for these images, or None."""
     if not form.startswith("native"):
         return None
     if native.problem is not None:
         return native.problem
     if example.device.type != "cpu":
-        return f"it is for the CPU, not for {example.device.type}"
+        return f"it supports the CPU only, got {example.device.type}"
     if form == "native-bfloat16" and not (example.dtype == torch.bfloat16 and torch.ops.litv2.native_bfloat16_kernels()):
-        return f"it is for bfloat16 images, not for {example.dtype}, on processors with bfloat16 products"
+        return f"it needs bfloat16 images, got {example.dtype}, and a processor with bfloat16 instructions"
     if form == "native-int8" and not torch.ops.litv2.native_int8_kernels():
-        return "this processor has no instructions for int8 products (AVX-512 VNNI or AMX)"
+        return "it needs a processor with instructions for int8 products (AVX-512 VNNI or AMX)"
     return None
 
 
 def make_form(model: LITv2, form: str, dtype: torch.dtype) -> Optimized:
-    """One of ``FORMS``, neither proven nor timed."""
+    """Builds one of ``FORMS``, neither checked nor timed."""
     if form.startswith("native"):
         packed = packed_model(inference_copy(model).to(torch.float32), PRODUCTS[form])
         return Optimized(packed, form, dtype, torch.float32)
@@ -172,13 +172,13 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def _error(results: list[Tensor], exact: list[Tensor]) -> float:
-    """Largest error over largest value, of the worst result."""
+    """Returns the largest error relative to the largest value, for the worst output."""
     errors = [(a.float() - b).abs().max() / b.abs().max() for a, b in zip(results, exact)]
-    return torch.stack(errors).max().item()  # NaN where one is
+    return torch.stack(errors).max().item()  # NaN if any is NaN
 
 
 def _times(candidates: dict[str, Optimized], example: Tensor) -> dict[str, float]:
-    """Median seconds of each; they take turns."""
+    """Returns the median seconds of each candidate, timed in turns."""
 
     def once(candidate: Optimized) -> float:
         start = time.perf_counter()

@@ -1,13 +1,13 @@
-"""The inference form of LITv2: the same numbers from fewer operations. Exports and ``torch.compile`` start from it.
+"""The inference form of LITv2: the same outputs from fewer operations. Exports and ``torch.compile`` start from it.
 
-What is folded, each exactly (up to rounding):
+These are folded, each exactly up to rounding:
 
 * the batch norm of each token merging into its deformable convolution;
 * the scale and shift of ``norm1`` into HiLo's projections, those of ``norm2`` into ``fc1``;
-* HiLo's products of the same tokens into one: Hi-Fi's q, k, v and Lo-Fi's q, and with a window of 1 Lo-Fi's k, v too;
-* the factor on attention logits into the queries' weights.
+* HiLo's projections of the same tokens into one: Hi-Fi's q, k, v and Lo-Fi's q, and with a window of 1 Lo-Fi's k, v too;
+* the scale of the attention logits into the weights of the queries.
 
-Norms whose output is itself a result (of the patch embedding, the final one, those of a pyramid) stay as they are.
+Norms whose output is used as it is (in the patch embedding, before the head, in a pyramid) are kept.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ __all__ = ["FusedHiLo", "fuse"]
 
 @torch.no_grad()
 def fuse(model: LITv2) -> LITv2:
-    """A copy of the model (classifier or backbone) for inference: evaluation mode, no gradients, numbers within 1e-4.
+    """Returns a copy of the model (classifier or backbone) for inference: evaluation mode, no gradients, outputs within 1e-4.
 
-    The copy has other parameters: save, load and train the model itself.
+    The parameters of the copy differ, so save, load and train the original model.
 
     Raises:
         TypeError: the model is not a LITv2.
-        ValueError: it has been fused already.
+        ValueError: the model is already fused.
     """
     if not isinstance(model, LITv2):
-        raise TypeError(f"fuse: expected a LITv2, not {type(model).__name__}; of a detector or segmenter fuse the backbone")
+        raise TypeError(f"fuse: expected a LITv2, got {type(model).__name__}; for a detector or segmenter, fuse its backbone")
     model = inference_copy(model)
     for stage in model.layers:
         for block in stage.blocks:
@@ -48,7 +48,7 @@ def fuse(model: LITv2) -> LITv2:
 
 def _fuse_block(block: Block) -> None:
     if isinstance(block.attn, FusedHiLo) or not block.norm2.elementwise_affine:
-        raise ValueError("fuse: the model is fused already")
+        raise ValueError("fuse: the model is already fused")
     if block.attn is not None:
         block.attn = FusedHiLo(block.attn, block.norm1)
         block.norm1 = _without_affine(block.norm1)
@@ -63,7 +63,7 @@ def _fuse_merging(merging: DeformableTokenMerging) -> None:
 
 
 def _after_norm(linear: nn.Linear, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """W, b, t with ``linear(norm(x)) = W n + b + t``, where n is x normalised without scale and shift."""
+    """Returns W, b, t such that ``linear(norm(x)) = W n + b + t``, where n is x normalised without scale and shift."""
     weight, bias = weight_and_bias(linear)
     return weight * norm.weight, bias, weight @ norm.bias
 
@@ -81,16 +81,16 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 class FusedHiLo(nn.Module):
     """HiLo with the LayerNorm before it folded in: normalised tokens without scale and shift (B, H * W, dim) -> (B, H * W, dim).
 
-    HiLo pads its map with zeros *after* the norm's shift. Here a padded cell is 0 before it, so it gets what a zero gives
-    in HiLo in another way: Hi-Fi's projections are padded with their biases, and the shift of Lo-Fi's keys and values is
-    weighted with the share of each pooled cell that lies inside the map.
+    HiLo zero-pads its map *after* the norm's shift, which is folded into the projections here. To match it in the padded
+    cells, Hi-Fi's projections are padded with their biases, and the shift of Lo-Fi's keys and values is weighted by the
+    share of each pooled cell that lies inside the map.
     """
 
     def __init__(self, attn: HiLo, norm: nn.LayerNorm):
         super().__init__()
         self.window_size, self.head_dim = attn.window_size, attn.head_dim
         self.h_heads, self.l_heads = attn.h_heads, attn.l_heads
-        parts = token_projections(attn, lambda linear: _after_norm(linear, norm))  # of the one product: (weight, bias, shift) each
+        parts = token_projections(attn, lambda linear: _after_norm(linear, norm))  # the projections to merge, as (weight, bias, shift)
         if attn.h_heads:
             self.register_buffer("h_bias", parts[0][1])
             self.h_proj = attn.h_proj
@@ -121,13 +121,13 @@ class FusedHiLo(nn.Module):
         nh, nw, padded = _windows(H, W, s)
         if padded:
             qkv = F.pad(qkv - self.h_bias, (0, 0, 0, nw * s - W, 0, nh * s - H)) + self.h_bias
-        # Into windows and back in steps of at most five dimensions: mobile runtimes have no more.
+        # Split into windows and merged back with at most five dimensions, the limit of mobile runtimes.
         qkv = qkv.reshape(B * nh, s, nw, s * 3 * heads * d).transpose(1, 2).reshape(B * nh * nw, s * s, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         y = F.scaled_dot_product_attention(q, k, v, scale=1.0)  # (B * nh * nw, heads, s * s, d)
         y = y.transpose(1, 2).reshape(B * nh, nw, s, s * heads * d).transpose(1, 2).reshape(B, nh * s, nw * s, heads * d)
         if padded:
-            y = F.pad(y, (0, 0, 0, W - nw * s, 0, H - nh * s))  # a negative pad crops, and leaves no strides that a traced graph would fix
+            y = F.pad(y, (0, 0, 0, W - nw * s, 0, H - nh * s))  # a negative pad crops, and leaves no strides for tracing to fix
         return self.h_proj(y)
 
     def _lofi(self, q: Tensor, kv: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class FusedHiLo(nn.Module):
 
 
 def _windows(H: int, W: int, s: int) -> tuple[int, int, bool]:
-    """Windows in a column and in a row, and whether the map must be padded to them: always where its size is a symbol."""
+    """Returns the windows per column and per row, and whether the map must be padded: always if its size is symbolic."""
     nh, nw = (H + s - 1) // s, (W + s - 1) // s
     symbolic = isinstance(H, torch.SymInt) or isinstance(W, torch.SymInt)
     return nh, nw, s > 1 and (symbolic or (nh * s, nw * s) != (H, W))

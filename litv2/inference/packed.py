@@ -1,4 +1,4 @@
-"""LITv2 for inference on the CPU, made of native operators that keep their weights packed."""
+"""LITv2 for inference on the CPU, built from native operators that keep their weights packed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["PackedOperator", "PackedPatchEmbed", "packed_block", "packed_model"]
 
 
 class PackedOperator(nn.Module):
-    """A native operator with its arguments, the tensors among them as buffers that are not saved."""
+    """A native operator with its arguments; tensors among them are non-persistent buffers."""
 
     def __init__(self, name: str, **arguments):
         super().__init__()
@@ -54,11 +54,12 @@ def packed_block(block: Block, products: torch.dtype = torch.float32) -> nn.Sequ
 
 @torch.no_grad()
 def packed_model(model: LITv2, products: torch.dtype = torch.float32) -> LITv2:
-    """A copy of the model (classifier or backbone) for inference on the CPU in float32, of native operators.
+    """Returns a copy of the model (classifier or backbone) for inference on the CPU in float32, built from native operators.
 
-    With ``products=torch.bfloat16`` the factors of the products with weights are rounded to bfloat16, with ``torch.int8`` to steps of a
-    255th of the largest weight of each row, and of a 255th of the range of each token; GELU between them is exact to 5e-5. All else,
-    and the sums, stay float32: so do the patch embedding, the offsets of token merging, the products inside attention, and the classifier.
+    With ``products=torch.bfloat16`` the factors of the products with weights are rounded to bfloat16 and accumulated in float32. With
+    ``torch.int8`` the weights are rounded to 127 steps of the largest of each output channel, and each token to 255 steps of its range;
+    sums are exact. GELU between the products has an error of up to 5e-5 then. Everything else stays in float32: the patch embedding,
+    the offsets of token merging, the products in attention, the classifier.
     """
     model = inference_copy(model)
     model.patch_embed = PackedPatchEmbed(model.patch_embed)

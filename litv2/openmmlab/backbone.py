@@ -1,7 +1,7 @@
 """LITv2 as the backbone of OpenMMLab's detectors and segmenters.
 
-Importing this file registers it, under the name LITv2, in mmengine's root registry, where mmdet, mmseg and their like
-all find it. In a configuration:
+Importing this file registers it under the name LITv2 in mmengine's root registry, where mmdet, mmseg and OpenMMLab's other
+libraries find it. In a configuration:
 
     custom_imports = dict(imports=["litv2.mm_backbone"], allow_failed_imports=False)
     model = dict(backbone=dict(_delete_=True, type="LITv2", drop_path_rate=0.2, out_norms=(1, 2, 3)))
@@ -31,28 +31,28 @@ MODEL_DEFAULTS = {name: p.default for name, p in inspect.signature(LITv2).parame
 
 @MODELS.register_module(name="LITv2")
 class LITv2Backbone(LITv2, BaseModule):
-    """The pyramid of LITv2: image (B, in_chans, H, W) -> maps (B, C, H / s, W / s) at the strides s = 4, 8, 16, 32.
+    """LITv2 as a feature pyramid: image (B, in_chans, H, W) -> maps (B, C, H / s, W / s) at strides s = 4, 8, 16, 32.
 
-    The maps are taken after each stage, before its merging, and are views in the channels-last memory format, which
+    The maps are taken after each stage, before token merging, and are views in the channels-last memory format, which
     convolutions read without a copy.
 
     Args:
         out_indices: the stages, 0 to 3, whose maps are returned.
-        out_norms: those of them that are normalised by a LayerNorm ``norm{i}`` first. The published detectors have
-            (1, 2, 3), the segmenters (0, 1, 2, 3).
-        frozen_stages: -1 to train everything, 0 to freeze the patch embedding, n for the first n stages too, with their
-            mergings and norms. What is frozen gets no gradients and stays in evaluation mode.
+        out_norms: the returned stages whose maps are first normalised by a LayerNorm ``norm{i}``: (1, 2, 3) in the published
+            detectors, (0, 1, 2, 3) in the segmenters.
+        frozen_stages: -1 to train everything, 0 to freeze the patch embedding, n to also freeze the first n stages with their
+            token mergings and norms. Frozen layers get no gradients and stay in evaluation mode.
         norm_eval: keep all batch norms in evaluation mode.
-        with_cp: recompute blocks in the backward pass to save memory (gradient checkpointing).
-        init_cfg: ``dict(type="Pretrained", checkpoint=SOURCE)``: weights of a classifier, detector or segmenter, the release's
-            files or ours: a path, a URL or a name of the model zoo (:mod:`litv2.weights.releases`). They are read without running the
-            file's code and must fit: only the ``out_norms`` may be missing from the file and only the classifier's ``norm`` and
-            ``head`` may be left over.
-        model: the arguments of :class:`litv2.LITv2`, without ``num_classes``. The defaults are those of LITv2-S. Keys of the public
-            release's configurations are translated (:mod:`litv2.openmmlab.old_keys`), any other is an error.
+        with_cp: gradient checkpointing: recompute blocks in the backward pass to save memory.
+        init_cfg: ``dict(type="Pretrained", checkpoint=SOURCE)`` to load the weights of a classifier, detector or segmenter, from the
+            release or from this repository. SOURCE is a path, a URL or a zoo name (:mod:`litv2.weights.releases`). The file is read
+            without running its code, and its weights must fit: only the ``out_norms`` may be missing and only the classifier's
+            ``norm`` and ``head`` may be unused.
+        model: arguments of :class:`litv2.LITv2` except ``num_classes``, with the defaults of LITv2-S. Keys from the public release's
+            configurations are translated (:mod:`litv2.openmmlab.old_keys`); any other key is an error.
 
     Raises:
-        UserError: unknown arguments or such as do not fit together, or weights that do not fit the model.
+        UserError: the arguments are unknown or inconsistent, or the weights do not fit the model.
         FileNotFoundError: there is no checkpoint at the path.
     """
 
@@ -71,7 +71,7 @@ class LITv2Backbone(LITv2, BaseModule):
             print_log(note, logger="current")
         with_cp, init_cfg = today.get("with_cp", with_cp), today.get("init_cfg", init_cfg)
         if unknown := sorted(model.keys() - MODEL_DEFAULTS.keys()):
-            raise UserError(f"LITv2: unknown arguments {listed(unknown)}; a model has {listed(MODEL_DEFAULTS, len(MODEL_DEFAULTS))}")
+            raise UserError(f"LITv2: unknown arguments {listed(unknown)}; the model takes {listed(MODEL_DEFAULTS, len(MODEL_DEFAULTS))}")
         try:
             super().__init__(num_classes=0, **model)
         except ValueError as error:  # the values come from a configuration
@@ -81,7 +81,7 @@ class LITv2Backbone(LITv2, BaseModule):
         if not out_indices or list(out_indices) != sorted(set(out_indices) & set(range(stages))):
             raise UserError(f"LITv2: {out_indices=} must be some of the stages 0 to {stages - 1}, each once, in order")
         if not set(out_norms) <= set(out_indices):
-            raise UserError(f"LITv2: {out_norms=} must be among {out_indices=}: other maps are not returned")
+            raise UserError(f"LITv2: {out_norms=} must be a subset of {out_indices=}, the maps that are returned")
         if not -1 <= frozen_stages <= stages:
             raise UserError(f"LITv2: {frozen_stages=} must be -1 (none), 0 (the patch embedding) or a number of stages up to {stages}")
         if init_cfg is not None and (init_cfg.get("type") != "Pretrained" or init_cfg.keys() != {"type", "checkpoint"}):
@@ -118,7 +118,7 @@ class LITv2Backbone(LITv2, BaseModule):
         return self
 
     def init_weights(self) -> None:
-        """Called by mmengine before training: takes the weights of ``init_cfg``; without one, those of the constructor stay."""
+        """Loads the weights of ``init_cfg``, if there is one; mmengine calls this before training."""
         self._is_init = True
         if self.init_cfg is None:
             return

@@ -1,4 +1,4 @@
-"""Models of detection and segmentation, for programs that run them without mmengine's Runner."""
+"""Builds detectors and segmenters for programs that run them without mmengine's Runner."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def build_model(config: Config, checkpoint: str | Path | None = None) -> Any:
-    """The module of a configuration in evaluation mode, in one process on the CPU, with ``dataset_meta``.
+    """Builds the model of a configuration on the CPU, in evaluation mode and with ``dataset_meta``.
 
-    Without a checkpoint its weights are random.
+    Without a checkpoint the weights are random.
     """
     init_default_scope(config.default_scope)
     revert_sync_bn(config.model)
@@ -30,15 +30,15 @@ def build_model(config: Config, checkpoint: str | Path | None = None) -> Any:
     dataset = config.test_dataloader.dataset
     with DATASETS.switch_scope_and_registry(config.default_scope) as registry:
         model.dataset_meta = {**registry.get(dataset.type).METAINFO, **dataset.get("metainfo", {})}
-    for source in (meta, meta.get("dataset_meta") or {}):  # the release's files, ours
+    for source in (meta, meta.get("dataset_meta") or {}):  # as in the release's files, then as in ours
         model.dataset_meta |= {key.lower(): value for key, value in source.items() if key.lower() in ("classes", "palette")}
     return model
 
 
 def config_of(checkpoint: str) -> str:
-    """The configuration of this checkout that a checkpoint's path names: ``.../NAME.pth`` or ``.../NAME/epoch_12.pth``."""
+    """Returns the configuration named in a checkpoint's path: ``.../NAME.pth`` or ``.../NAME/epoch_12.pth``."""
     configs = [path for task in ("detection", "segmentation") for path in (ROOT / task / "configs/litv2").glob("*.py")]
     named = [path for path in configs if path.stem in checkpoint]
     if not named:
-        raise UserError(f"no configuration is named like {checkpoint}; say which with --config")
+        raise UserError(f"{checkpoint} contains no configuration's name; pass the configuration with --config")
     return str(max(named, key=lambda path: len(path.stem)))

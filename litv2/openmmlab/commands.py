@@ -1,4 +1,4 @@
-"""The commands of detection/ and segmentation/, thin over mmengine's Runner: train, test, get_flops, benchmark and demo."""
+"""The commands of detection/ and segmentation/, thin layers over mmengine's Runner: train, test, get_flops, benchmark and demo."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from .speed import frames_per_second, random_images
 __all__ = ["arguments", "benchmark", "demo", "get_flops", "test", "train"]
 
 
-WORK_DIR = "folder of logs and checkpoints; default: work_dirs/NAME_OF_CONFIG"
+WORK_DIR = "folder for logs and checkpoints; default: work_dirs/NAME_OF_CONFIG"
 
 
 def arguments(description: str, launcher: bool = False) -> argparse.ArgumentParser:
-    """The flags that the commands share; ``launcher`` adds those of commands that several processes may run."""
+    """Returns a parser with the flags that the commands share; ``launcher`` adds those for multi-process runs."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument(
         "--cfg-options",
@@ -38,7 +38,7 @@ def arguments(description: str, launcher: bool = False) -> argparse.ArgumentPars
         nargs="+",
         action=DictAction,
         metavar="KEY=VALUE",
-        help="changes to the configuration, such as train_dataloader.batch_size=4; data_root=DIR moves all data sets",
+        help="override keys of the configuration, such as train_dataloader.batch_size=4; data_root=DIR moves all data sets",
     )
     if launcher:
         parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], help="default: pytorch under torchrun, else none")
@@ -47,7 +47,7 @@ def arguments(description: str, launcher: bool = False) -> argparse.ArgumentPars
 
 
 def prepare(args: argparse.Namespace) -> Config:
-    """The configuration that the command line asks for, for this machine."""
+    """Returns the configuration that the command line asks for, adapted to this machine."""
     launcher = args.launcher or ("pytorch" if "RANK" in os.environ and "WORLD_SIZE" in os.environ else "none")
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     config = load_config(args.config, args.cfg_options)
@@ -64,13 +64,13 @@ def train() -> None:
     parser.add_argument("config")
     parser.add_argument("--work-dir", help=WORK_DIR)
     parser.add_argument("--amp", action="store_true", help="mixed precision (the detectors' configurations have it on)")
-    parser.add_argument("--resume", nargs="?", const="auto", metavar="FILE", help="go on from FILE, or from the latest in the work folder")
+    parser.add_argument("--resume", nargs="?", const="auto", metavar="FILE", help="resume from FILE, default: the latest checkpoint")
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the total batch size")
     args = parser.parse_args()
     config = prepare(args)
     if args.auto_scale_lr:
         if "auto_scale_lr" not in config:
-            raise UserError("--auto-scale-lr: the configuration has no auto_scale_lr, which says what batch size its learning rate is for")
+            raise UserError("--auto-scale-lr: the configuration has no auto_scale_lr, the batch size that its learning rate is tuned for")
         config.auto_scale_lr.enable = True
     if args.resume:
         config.resume = True
@@ -90,14 +90,14 @@ def test() -> None:
     parser.add_argument("--out", metavar="FILE.pkl", help="write the predictions")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--eval", nargs="+", metavar="METRIC", help="bbox, segm, ... or mIoU, mDice, ...; default: the configuration's")
-    what.add_argument("--format-only", action="store_true", help="write the predictions as test servers take them, without evaluation")
+    what.add_argument("--format-only", action="store_true", help="write the predictions in the format of test servers, without evaluation")
     parser.add_argument("--tta", "--aug-test", action="store_true", help="merge the predictions of several views of each image")
     parser.add_argument("--show-dir", metavar="DIR", help="draw predictions beside the ground truth")
     parser.add_argument("--show", action="store_true", help="the same, on the display")
     parser.add_argument("--wait-time", type=float, default=2.0, metavar="SECONDS", help="how long --show shows each; default: %(default)s")
     args = parser.parse_args()
     if args.out and not args.out.endswith((".pkl", ".pickle")):
-        raise UserError(f"--out {args.out}: predictions are written as .pkl")
+        raise UserError(f"--out {args.out}: the file name must end in .pkl")
     config = prepare(args)
     config.load_from = args.checkpoint
     if args.show or args.show_dir:
@@ -132,10 +132,10 @@ def get_flops() -> None:
 
 
 def benchmark() -> None:
-    parser = arguments("Images per second, one at a time.", launcher=True)
+    parser = arguments("Measures images per second, one image at a time.", launcher=True)
     parser.add_argument("config")
     parser.add_argument("weights", nargs="?", metavar="checkpoint", help="default: random weights")
-    parser.add_argument("--checkpoint", help="the same as a flag")
+    parser.add_argument("--checkpoint", help="the checkpoint, as a flag")
     parser.add_argument("--max-iter", type=int, metavar="IMAGES", help="default: 2000 for detectors, 200 for segmenters")
     parser.add_argument("--log-interval", type=int, default=50, metavar="IMAGES", help="default: %(default)s")
     parser.add_argument("--synthetic", action="store_true", help="random images of --shape instead of the test set")
@@ -143,7 +143,7 @@ def benchmark() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("the benchmark is of one process: start it with --nproc_per_node=1")
+        raise UserError("the benchmark runs in one process; start it with --nproc_per_node=1")
     config = load_config(args.config, args.cfg_options)
     detector = config.default_scope == "mmdet"
     images = args.max_iter or (2000 if detector else 200)
@@ -160,9 +160,9 @@ def demo() -> None:
     parser = arguments("Draws what a model finds in an image.")
     parser.add_argument("image")
     parser.add_argument("--checkpoint", required=True, help="a file or URL")
-    parser.add_argument("--config", help="default: the one of ours whose name is in the checkpoint's path")
+    parser.add_argument("--config", help="default: the configuration whose name is in the checkpoint's path")
     parser.add_argument("--out", required=True, metavar="PICTURE")
-    parser.add_argument("--score", type=float, default=0.3, help="boxes of a lower score are not drawn")
+    parser.add_argument("--score", type=float, default=0.3, help="do not draw boxes with a lower score; default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if not Path(args.image).is_file():

@@ -1,4 +1,4 @@
-"""Configurations of detection and segmentation, read with the options of the command line and fitted to the machine."""
+"""Loads configurations of detection and segmentation, applies command-line options and adapts them to the machine."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .old_keys import move_pretrained
 
 __all__ = ["adapt_to_device", "load_config", "revert_sync_bn"]
 
-# What mmengine's Runner reads and a configuration need not have.
+# Keys that mmengine's Runner reads but a configuration need not have.
 OPTIONAL_KEYS = {"custom_hooks", "experiment_name", "find_unused_parameters", "model_wrapper_cfg", "randomness", "sync_bn", "work_dir"}
 
 
 def load_config(path: str | Path, options: dict | None = None) -> Config:
-    """The configuration in a file, with ``options`` (those of --cfg-options) merged into it.
+    """Loads a configuration file and merges ``options`` (those of --cfg-options) into it.
 
-    An option ``data_root`` moves every data set and annotation file below the configuration's own ``data_root``.
+    The option ``data_root`` replaces the configuration's own ``data_root`` in the paths of all data sets and annotation files.
 
     Raises:
         FileNotFoundError: there is no such file.
-        MissingPackage: the configuration's base belongs to a package that is not installed.
+        MissingPackage: the base configuration belongs to a package that is not installed.
         UserError: an option does not fit the configuration.
     """
     if not Path(path).is_file():
@@ -47,14 +47,14 @@ def load_config(path: str | Path, options: dict | None = None) -> Config:
         config.merge_from_dict(_moved(config.to_dict(), str(old_root).rstrip("/"), str(config.data_root).rstrip("/")))
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         if config.get(name) and config[name].get("num_workers") == 0:
-            config[name].persistent_workers = False  # torch refuses it then
+            config[name].persistent_workers = False  # torch rejects it without workers
     move_pretrained(config.get("model", {}))
     config.setdefault("work_dir", f"work_dirs/{Path(path).stem}")
     return config
 
 
 def _moved(value, old: str, new: str):
-    """``value`` with the path ``old`` at the beginning of its strings replaced by ``new``."""
+    """Returns ``value`` with the leading path ``old`` of its strings replaced by ``new``."""
     if isinstance(value, dict):
         return {key: _moved(item, old, new) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -65,12 +65,12 @@ def _moved(value, old: str, new: str):
 
 
 def adapt_to_device(config: Config, launcher: str) -> None:
-    """Makes a configuration for GPUs run where there is none, and joins the other processes over gloo there."""
+    """Sets the launcher; without a GPU, also replaces mixed precision and synchronised batch norms and joins the processes over gloo."""
     config.launcher = launcher
     if torch.cuda.is_available():
         return
     if config.get("optim_wrapper", {}).get("type") == "AmpOptimWrapper":
-        print_log("no GPU: training in float32, without the mixed precision of the configuration", logger="current")
+        print_log("no GPU: training in float32 instead of the configuration's mixed precision", logger="current")
         config.optim_wrapper.type = "OptimWrapper"
         for key in ("loss_scale", "dtype"):
             config.optim_wrapper.pop(key, None)
@@ -82,7 +82,7 @@ def adapt_to_device(config: Config, launcher: str) -> None:
 
 
 def revert_sync_bn(config: dict | list | tuple) -> None:
-    """Changes, in place, synchronised batch norms to plain ones: the former need GPUs and several processes."""
+    """Replaces synchronised batch norms in place by plain ones, which need neither GPUs nor several processes."""
     for value in config.values() if isinstance(config, dict) else config:
         if isinstance(value, dict | list | tuple):
             revert_sync_bn(value)

@@ -1,4 +1,4 @@
-"""What the flags of tools/test.py change in a configuration."""
+"""Applies the flags of tools/test.py to a configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import UserError
 
 __all__ = ["augment", "draw", "format_only", "select_metrics"]
 
-# Evaluators, their argument for the metrics, and the metrics that they know.
+# Evaluators, their argument for the metrics, and the metrics that they support.
 METRICS = {
     "CocoMetric": ("metric", ("bbox", "segm", "proposal", "proposal_fast")),
     "IoUMetric": ("iou_metrics", ("mIoU", "mDice", "mFscore")),
@@ -22,7 +22,7 @@ PREDICTIONS = {"CocoMetric": ("outfile_prefix", ".*.json"), "IoUMetric": ("outpu
 
 
 def select_metrics(config: Config, names: Sequence[str]) -> None:
-    """--eval: computes these metrics instead of the configuration's."""
+    """--eval: evaluates these metrics instead of the configuration's."""
     evaluator = _evaluator(config, "--eval")
     argument, known = METRICS[evaluator["type"]]
     for name in names:
@@ -34,10 +34,10 @@ def select_metrics(config: Config, names: Sequence[str]) -> None:
 
 
 def format_only(config: Config) -> str:
-    """--format-only: writes the predictions in the form that test servers take, and compares them with nothing.
+    """--format-only: writes the predictions in the format of test servers, without evaluating them.
 
     Returns:
-        Where they will be: in the work folder, unless the configuration has set it.
+        The path of the predictions: in the work folder, unless the configuration sets it.
     """
     evaluator = _evaluator(config, "--format-only")
     argument, suffix = PREDICTIONS[evaluator["type"]]
@@ -45,15 +45,15 @@ def format_only(config: Config) -> str:
     if not evaluator.get(argument):
         evaluator[argument] = str(Path(config.work_dir) / "predictions")
     dataset = _test_set(config)
-    dataset.pipeline = [step for step in dataset.pipeline if step["type"] != "LoadAnnotations"]  # a test server keeps them to itself
+    dataset.pipeline = [step for step in dataset.pipeline if step["type"] != "LoadAnnotations"]  # test sets may come without annotations
     return evaluator[argument] + suffix
 
 
 def augment(config: Config) -> None:
-    """--tta: averages the predictions of several views of each image, as mmdet and mmseg do it.
+    """--tta: merges the predictions on several views of each image (test-time augmentation), as in mmdet and mmseg.
 
-    The views are those of the configuration's ``tta_pipeline``, and the merging that of its ``tta_model``; without them an image and its
-    mirror image are merged.
+    The views come from the configuration's ``tta_pipeline`` and are merged by its ``tta_model``. By default, the predictions on the
+    image and its mirror image are merged.
     """
     detector = config.default_scope == "mmdet"
     if detector and _has_masks(config):
@@ -66,26 +66,26 @@ def augment(config: Config) -> None:
         *steps, pack = copy.deepcopy(list(dataset.pipeline))
         if "meta_keys" in pack:
             pack["meta_keys"] = (*pack["meta_keys"], "flip", "flip_direction")
-        flips = [dict(type="RandomFlip", prob=0.0), dict(type="RandomFlip", prob=1.0)]  # the ground truth is that of the first view
+        flips = [dict(type="RandomFlip", prob=0.0), dict(type="RandomFlip", prob=1.0)]  # the ground truth is taken from the first view
         config.tta_pipeline = [*steps, dict(type="TestTimeAug", transforms=[flips, [pack]])]
     dataset.pipeline = config.tta_pipeline
     config.model = ConfigDict(**config.tta_model, module=config.model)
 
 
 def draw(config: Config, folder: str | None, show: bool, seconds: float) -> None:
-    """--show-dir and --show: draws each prediction beside the ground truth, into a folder or for so many seconds on the display."""
+    """--show-dir and --show: draws each prediction beside the ground truth, into a folder or on the display for ``seconds`` each."""
     hook = config.default_hooks.visualization
     hook.update(draw=True, interval=1)
     if show:
         from matplotlib import pyplot as plt
 
         if plt.get_backend().lower() == "agg":
-            raise UserError("--show: there is no display; --show-dir FOLDER writes the pictures instead")
+            raise UserError("--show: there is no display; use --show-dir FOLDER to write the pictures instead")
         hook.update(show=True, wait_time=seconds)
     if folder and config.default_scope == "mmdet":
         hook.test_out_dir = str(Path(folder).absolute())
     elif folder and show:
-        raise UserError("--show and --show-dir: mmseg either shows or writes; leave one of them out")
+        raise UserError("--show and --show-dir: mmseg either shows or writes the pictures; use only one of the two")
     elif folder:
         config.visualizer.save_dir = folder
 
@@ -96,11 +96,11 @@ def _evaluator(config: Config, flag: str) -> ConfigDict:
         if evaluator["type"] in METRICS:
             return evaluator
     types = ", ".join(evaluator["type"] for evaluator in evaluators)
-    raise UserError(f"{flag} is for {' and '.join(METRICS)}; the configuration evaluates with {types}: change its test_evaluator instead")
+    raise UserError(f"{flag} supports {' and '.join(METRICS)}, but the configuration evaluates with {types}; change its test_evaluator")
 
 
 def _test_set(config: Config) -> ConfigDict:
-    """The test set's own settings, without wrappers such as RepeatDataset."""
+    """Returns the settings of the test set inside wrappers such as RepeatDataset."""
     dataset = config.test_dataloader.dataset
     while "dataset" in dataset:
         dataset = dataset.dataset

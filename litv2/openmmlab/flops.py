@@ -1,4 +1,4 @@
-"""Multiply-adds of a detector or segmenter, as its published table counts them and in full."""
+"""Counts the multiply-adds of a detector or segmenter, as in the published tables and in full."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["CountedForward", "count_flops"]
 
 
 def count_flops(model: nn.Module, height: int, width: int) -> dict[str, int]:
-    """Multiply-adds of one image of height x width.
+    """Counts the multiply-adds for one image of height x width.
 
     Returns:
-        ``published``: mmcv's counter (convolutions, linear layers, norms, ReLU, pooling; a two-stage detector with 1000
-        proposals, 100 of them with masks) plus what it cannot see: HiLo's products of queries, keys and values, its
-        pooling, and the offset convolutions. This is the release's number.
-        ``full``: with the deformable convolutions themselves, which the release leaves out, counted like plain ones.
-        ``products``: HiLo's products alone, a part of both. (The release's number for Mask R-CNN with LITv2-M and windows
-        of 4 x 4 forgot them.)
+        ``published``: the count of the release: mmcv's counter (convolutions, linear layers, norms, ReLU, pooling; a two-stage
+        detector with 1000 proposals, 100 of them with masks) plus what mmcv's misses: HiLo's products of queries, keys and
+        values, its pooling, and the offset convolutions.
+        ``full``: in addition the deformable convolutions themselves, counted like plain ones, which the release leaves out.
+        ``products``: only HiLo's products, included in both. (They are missing from the release's number for Mask R-CNN with
+        LITv2-M and 4 x 4 windows.)
     """
     extra = dict(products=0, unseen=0, deformable=0)
 
@@ -46,7 +46,7 @@ def count_flops(model: nn.Module, height: int, width: int) -> dict[str, int]:
     counters = {HiLo: count_hilo, DeformConv2dPack: count_deformable}
     hooks = [module.register_forward_hook(counters[type(module)]) for module in model.modules() if type(module) in counters]
     try:
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):  # shapes alone: it takes no time
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):  # only shapes are computed, which takes no time
             seen, _ = get_model_complexity_info(CountedForward(model), (3, height, width), print_per_layer_stat=False, as_strings=False)
     finally:
         for hook in hooks:
@@ -56,7 +56,7 @@ def count_flops(model: nn.Module, height: int, width: int) -> dict[str, int]:
 
 
 class CountedForward(nn.Module):
-    """The forward pass that is counted. Of a two-stage detector: 1000 boxes and 100 masks, whatever the image shows."""
+    """The forward pass to count; for a two-stage detector with 1000 boxes and 100 masks, regardless of the image."""
 
     def __init__(self, model: Any):
         super().__init__()

@@ -1,7 +1,7 @@
-"""mmengine's Runner, made strict: for the tools of detection and segmentation.
+"""A strict version of mmengine's Runner for the tools of detection and segmentation.
 
 * Checkpoints are read without running their code and loaded strictly.
-* A data set that is missing, empty or of other classes than the model stops the run before it starts.
+* A data set that is missing, empty or has other classes than the model stops the run before it starts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..weights.state_dict import load_weights
 
 __all__ = ["StrictRunner", "load_checkpoint"]
 
-# The modules whose shape depends on the classes, and the outputs that each has per class and besides.
+# The layers whose shape depends on the number of classes, with their outputs per class and their additional outputs.
 CLASS_LAYERS = {
     "bbox_head.retina_cls": (9, 0),  # anchors per position
     "roi_head.bbox_head.fc_cls": (1, 1),  # the background
@@ -37,13 +37,13 @@ CLASS_LAYERS = {
 
 
 def _history_method(owner: type, name: str):
-    """What stands in for getattr in mmengine's checkpoints, where it names the four statistics of a HistoryBuffer."""
+    """Replaces getattr in mmengine's checkpoints, which use it only to name the four statistics of a HistoryBuffer."""
     if owner is not HistoryBuffer or name not in ("min", "max", "mean", "current"):
         raise ValueError(f"the file asks for {owner!r}.{name}")
     return getattr(owner, name)
 
 
-# What mmengine saves beside tensors: its history of losses, which is made of numpy arrays.
+# What mmengine saves in addition to tensors: its history of losses, which consists of numpy arrays.
 MMENGINE_CLASSES = [
     HistoryBuffer,
     (_history_method, "builtins.getattr"),
@@ -56,13 +56,13 @@ MMENGINE_CLASSES = [
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, fine_tune: bool = False) -> dict:
-    """Loads a detector's or segmenter's file, the release's or ours, strictly, and returns its content.
+    """Strictly loads the checkpoint of a detector or segmenter, from the release or from this repository; returns its content.
 
     Args:
-        fine_tune: layers of the classes that differ from the file's keep their initialisation.
+        fine_tune: whether class-dependent layers whose shape differs from the file's keep their initialisation.
 
     Raises:
-        FileNotFoundError, UserError: the file is missing, damaged, or does not fit the model.
+        FileNotFoundError, UserError: the file is missing, is damaged or does not fit the model.
     """
     content = _read(path)
     _load(model, content, path, fine_tune)
@@ -74,9 +74,9 @@ def _read(path: str | Path) -> dict:
     if not isinstance(content.get("state_dict"), dict):
         raise UserError(
             f"{path} is not the checkpoint of a detector or segmenter (its entries are {sorted(map(str, content))[:8]}); "
-            "a classifier's weights belong to model.backbone.init_cfg.checkpoint"
+            "to use the weights of a classifier, set model.backbone.init_cfg.checkpoint"
         )
-    # mmengine would run the configuration in the file as Python when it resumes, only to look for an obsolete key.
+    # On resuming, mmengine would run the configuration in the file as Python, only to look for an obsolete key.
     content.setdefault("meta", {}).pop("config", None)
     return content
 
@@ -96,25 +96,25 @@ def _class_disagreement(own: dict, weights: dict) -> str:
         key = f"{layer}.weight"
         if key in own and key in weights and len(own[key]) != len(weights[key]):
             ours, theirs = ((len(state[key]) - others) // per_class for state in (own, weights))
-            return f"it is for {theirs} classes and the configuration for {ours}: set num_classes in the configuration's heads; "
+            return f"it is for {theirs} classes and the configuration for {ours}; set num_classes in the configuration's heads. "
     return ""
 
 
 class StrictRunner(Runner):
-    """mmengine's Runner with strict, safe checkpoints and checked data sets. ``from_cfg(config)`` makes one."""
+    """mmengine's Runner with strict and safe checkpoint loading and checked data sets. Create one with ``from_cfg(config)``."""
 
     def build_model(self, model: nn.Module | dict) -> nn.Module:
-        """mmengine's, with channels-last parameters: the layout of the backbone's maps, so that the neck copies nothing."""
+        """Builds the model with channels-last parameters, the layout of the backbone's maps, so that the neck copies nothing."""
         return super().build_model(model).to(memory_format=torch.channels_last)
 
     def load_checkpoint(self, filename: str, map_location="cpu", strict: bool = True, revise_keys: Sequence = ()) -> dict:
-        """Called by mmengine to resume, to test and, for ``load_from``, to start training from other weights."""
+        """Loads a checkpoint strictly; mmengine calls this to resume, to test and, for ``load_from``, to fine-tune."""
         model = _unwrapped(self.model)
-        fine_tune = isinstance(self._train_loop, BaseLoop) and not self._resume  # a dictionary until training begins
+        fine_tune = isinstance(self._train_loop, BaseLoop) and not self._resume  # the loop is a dictionary until training begins
         content = _read(filename)
         if self._resume and "optimizer" not in content:
-            raise UserError(f"{filename} holds no optimizer state to resume from; to start from its weights, set load_from instead")
-        self.call_hook("after_load_checkpoint", checkpoint=content)  # an EMA hook takes its own weights out of it
+            raise UserError(f"{filename} holds no optimizer state to resume from; set load_from to start from its weights")
+        self.call_hook("after_load_checkpoint", checkpoint=content)  # an EMA hook takes its own weights from it
         _load(model, content, filename, fine_tune)
         self._has_loaded = True
         self.logger.info(f"loaded {filename}")
@@ -137,13 +137,13 @@ class StrictRunner(Runner):
 
     @staticmethod
     def build_dataloader(dataloader, seed: int | None = None, diff_rank_seed: bool = False) -> DataLoader:
-        """mmengine's, with an error that names the data set when it cannot be read or is empty."""
+        """Builds a loader; raises an error that names the data set if it cannot be read or is empty."""
         if isinstance(dataloader, DataLoader):
             return dataloader
         try:
             loader = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
         except (OSError, ValueError, KeyError, AssertionError, TypeError) as error:
-            # numpy's words are how mmengine says that there is nothing in a data set
+            # for an empty data set, mmengine fails with this error of numpy's
             reason = "it has no samples" if "need at least one array" in str(error) else error
             raise UserError(f"the data set {_describe(dataloader['dataset'])} cannot be read: {reason}") from error
         for dataset in _datasets(loader.dataset):
@@ -164,14 +164,14 @@ class StrictRunner(Runner):
 
 
 def _unwrapped(model: Any) -> Any:
-    """The detector or segmenter inside the wrappers of distributed processes and of test-time augmentation."""
+    """Returns the detector or segmenter inside wrappers such as DDP and test-time augmentation."""
     while hasattr(model, "module"):
         model = model.module
     return model
 
 
 def _datasets(dataset: Dataset) -> Iterator[BaseDataset]:
-    """The data sets inside wrappers such as RepeatDataset and ConcatDataset."""
+    """Yields the data sets inside wrappers such as RepeatDataset and ConcatDataset."""
     if isinstance(dataset, BaseDataset) or hasattr(dataset, "ann_file"):
         yield dataset
     for inner in (*getattr(dataset, "datasets", ()), *([dataset.dataset] if hasattr(dataset, "dataset") else [])):
@@ -185,15 +185,15 @@ def _describe(dataset: Dataset | dict) -> str:
 
 
 def _check_data(dataset: BaseDataset) -> None:
-    """Raises UserError when a data set has no samples, or its classes are not the categories of its COCO file, in their order."""
+    """Raises UserError if a data set is empty, or its classes are not categories of its COCO file, in the order of the file."""
     classes = list(dataset.metainfo.get("classes") or ())
     if hasattr(dataset, "cat_ids") and (len(dataset.cat_ids) != len(classes) or classes != list(type(dataset).METAINFO["classes"])):
         categories = [category["name"] for category in json.loads(Path(dataset.ann_file).read_text()).get("categories", ())]
         in_file = [name for name in categories if name in classes]
-        if in_file != classes:  # mmdet numbers classes in the order of the file, whatever the order of their names
+        if in_file != classes:  # mmdet numbers classes in the order of the file, not in that of the names
             raise UserError(
-                f"the categories in {dataset.ann_file} are {listed(categories) or 'none (is it a COCO annotation file?)'}; the data set's "
-                f"classes are {listed(classes)}: set its metainfo=dict(classes=...) to names of the file, in the file's order"
+                f"the categories in {dataset.ann_file} are {listed(categories) or 'none (is it a COCO annotation file?)'}, but the data "
+                f"set's classes are {listed(classes)}; set its metainfo=dict(classes=...) to category names, in the order of the file"
             )
     if len(dataset) == 0:
         raise UserError(f"the data set {_describe(dataset)} has no samples")

@@ -1,4 +1,4 @@
-"""Images per second of a detector or segmenter, one image at a time, as the release counted them."""
+"""Measures the images per second of a detector or segmenter, one image at a time, by the release's protocol."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from ..errors import UserError
 
 __all__ = ["frames_per_second", "random_images"]
 
-WARM_UP = 5  # images that are not counted
+WARM_UP = 5  # images that are not timed
 
 
 @torch.no_grad()
 def frames_per_second(model: Any, batches: Iterable[dict], most: int, log_interval: int = 50) -> float:
-    """Runs ``model.test_step`` on at most ``most`` batches of one image and prints and returns how many it does in a second.
+    """Runs ``model.test_step`` on at most ``most`` batches of one image; prints and returns the images per second.
 
-    The time is that of preprocessing, network, and boxes or labels at the end; reading files and the first five images are not in it.
+    The time includes preprocessing, the network and postprocessing to boxes or labels, but neither file reading nor the first five
+    images.
 
     Raises:
-        UserError: there are not more than five images.
+        UserError: there are five images or fewer.
     """
     on_gpu = next(model.parameters()).is_cuda
     seconds, count = 0.0, 0
@@ -42,7 +43,7 @@ def frames_per_second(model: Any, batches: Iterable[dict], most: int, log_interv
             if count % log_interval == 0:
                 print(f"Done image [{count}/{most}], {_rate(seconds, count)}", flush=True)
     if count <= WARM_UP:
-        raise UserError(f"there are {count} images, and the first {WARM_UP} are not timed: more are needed")
+        raise UserError(f"{count} images are too few: the first {WARM_UP} are not timed")
     print(f"Overall {_rate(seconds, count)}")
     return (count - WARM_UP) / seconds
 
@@ -53,7 +54,7 @@ def _rate(seconds: float, count: int) -> str:
 
 
 def random_images(config: Config, count: int, height: int, width: int) -> list[dict]:
-    """Batches of one random image of height x width, through the configuration's test pipeline, for want of a data set."""
+    """Returns batches of one random image of height x width, passed through the configuration's test pipeline."""
     steps = [step for step in config.test_dataloader.dataset.pipeline if not step["type"].startswith("Load")]
     resize = next(step for step in steps if step["type"] == "Resize")
     resize["scale"] = (width, height)

@@ -1,11 +1,11 @@
-"""The operators of the network that have more than one implementation. The folder says what is computed, the file in it who computes.
+"""The operators of the network that have more than one backend: a folder per operator, a file per backend.
 
 * ``depthwise_gelu``: the depthwise convolution of the feed-forward network with its GELU;
 * ``block``: a whole block;
 * ``deform_conv2d``, in :mod:`mm_modules.DCN`: the deformable convolution of token merging.
 
-:mod:`mm_modules.dispatch` chooses among the backends of each, and says why not; ``python -m litv2 env`` prints its choice for this
-machine, ``LITV2_OPS`` forces one. A new backend is a file, and its name in the list of its operator.
+:mod:`mm_modules.dispatch` chooses the backend. ``python -m litv2 env`` prints the choice for this machine and why the others were not
+taken; ``LITV2_OPS`` forces one. To add a backend, write a file for it and add it to the list of its operator.
 """
 
 from mm_modules.dispatch import OPERATORS, use

@@ -1,6 +1,6 @@
-"""Weights folded into each other for inference: the same numbers, up to rounding, from fewer operations.
+"""Folds weights into each other for inference: the same outputs, up to rounding, from fewer operations.
 
-Modules are taken by their attributes, so that nothing here imports the model.
+Modules are accessed by their attributes only, so that nothing here imports the model.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ if TYPE_CHECKING:
 
 __all__ = ["inference_copy", "merging_weights", "token_projections", "weight_and_bias"]
 
-Rows = tuple[Tensor, ...]  # tensors of a linear layer with one row per output, such as its weight and its bias
+Rows = tuple[Tensor, ...]  # tensors of a linear layer with one row per output, such as its weight and bias
 
 
 def inference_copy(model: LITv2) -> LITv2:
-    """A copy to fold weights in: in evaluation mode, without gradients and checkpointing."""
+    """Returns a copy whose weights can be folded: in evaluation mode, without gradients and checkpointing."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
     model.set_grad_checkpointing(False)
     return model
 
 
 def merging_weights(merging: DeformableTokenMerging) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the deformable convolution with the batch norm after it folded in."""
+    """Returns the weight and bias of the deformable convolution with the following batch norm folded in."""
     conv, norm = merging.dconv, merging.norm_layer
-    assert norm.running_mean is not None and norm.running_var is not None  # a batch norm of ours has statistics
+    assert norm.running_mean is not None and norm.running_var is not None  # LITv2's batch norms track statistics
     return fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
 
 
 def weight_and_bias(linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    """The weight and the bias of a linear layer, zeros where it has none."""
+    """Returns the weight and bias of a linear layer; the bias is zero if it has none."""
     return linear.weight, linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
 
 
 def token_projections(attn: HiLo, rows: Callable[[nn.Linear], Rows] = weight_and_bias) -> list[Rows]:
-    """HiLo's projections of all tokens, to be computed as one product, with the factor on the attention logits in the queries.
+    """Returns HiLo's projections of all tokens, to be computed as one product, with the scale of the logits folded into the queries.
 
-    They are Hi-Fi's queries, keys and values; Lo-Fi's queries; and with a window of 1, where nothing is pooled, Lo-Fi's keys and
-    values. A HiLo without heads of a kind has none of these.
+    These are Hi-Fi's queries, keys and values; Lo-Fi's queries; and with a window of 1, where nothing is pooled, Lo-Fi's keys and
+    values. A branch without heads has no projections.
 
     Args:
-        rows: gives the tensors of a projection.
+        rows: returns the tensors of a projection.
     """
     parts = []
     if attn.h_heads:

@@ -1,4 +1,4 @@
-"""The arguments of the native operators, of the plain modules whose work they do. ``dtype`` is that of their products."""
+"""Converts plain modules to the arguments of the native operators that replace them. ``dtype`` is that of the matrix products."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 
 def packed(weight: Tensor, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Weight (N, K) in the layout that the products read (csrc/operators.h, Matrix), and the bias as long as its panels.
+    """Returns a weight (N, K) in the layout of the native products (csrc/operators.h, Matrix) and the bias padded to whole panels.
 
-    ``dtype`` is that of the product. With bfloat16 both of its factors are rounded to it, with int8 to 255 steps per row of the
-    weight and 256 per token; sums are float32 or exact. Inputs that are not a multiple of 32 stay in float32.
+    ``dtype`` is that of the product. With bfloat16 both factors are rounded to it and accumulated in float32. With int8 each row of the
+    weight is rounded to 127 steps of its largest value (and each token, when it is multiplied, to 255 steps of its range). If K is
+    not a multiple of 32 the product stays in float32.
     """
     bias = weight.new_zeros(len(weight)) if bias is None else bias
     if weight.shape[1] % 32:  # products of lower precision take 32 inputs at once, as oneDNN's do
@@ -47,15 +48,15 @@ def _packed_int8(weight: Tensor) -> Tensor:
 
 
 def _missing(n: int) -> int:
-    """What n lacks to the columns that a product writes at once."""
+    """Returns the padding of n to a multiple of the columns that a product writes at once."""
     return -n % torch.ops.litv2.native_columns()
 
 
 def feed_forward_arguments(mlp: Mlp, norm: nn.LayerNorm, dtype: torch.dtype = torch.float32) -> dict[str, Tensor | float]:
-    """The arguments of the operator ``native_feed_forward`` after x: x + mlp(norm(x))."""
+    """Returns the arguments of the operator ``native_feed_forward`` after x: x + mlp(norm(x))."""
     conv = mlp.dwconv.dwconv
     assert conv.bias is not None
-    rest = _missing(len(conv.bias))  # hidden channels up to whole columns, all zero
+    rest = _missing(len(conv.bias))  # zero hidden channels that pad to whole columns
     fc1, fc1_bias = packed(F.pad(mlp.fc1.weight, (0, 0, 0, rest)) if rest else mlp.fc1.weight, mlp.fc1.bias, dtype)
     fc2, fc2_bias = packed(F.pad(mlp.fc2.weight, (0, rest)) if rest else mlp.fc2.weight, mlp.fc2.bias, dtype)
     depthwise = F.pad(conv.weight.flatten(1).t(), (0, rest)).contiguous()  # (9, hidden)
@@ -64,7 +65,7 @@ def feed_forward_arguments(mlp: Mlp, norm: nn.LayerNorm, dtype: torch.dtype = to
 
 
 def hilo_arguments(attn: HiLo, norm: nn.LayerNorm, dtype: torch.dtype = torch.float32) -> dict[str, Tensor | float | int]:
-    """The arguments of the operator ``native_hilo`` after x: x + attn(norm(x))."""
+    """Returns the arguments of the operator ``native_hilo`` after x: x + attn(norm(x))."""
     none = norm.weight.new_zeros(0)
     result: dict[str, Tensor | float | int] = dict(norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, kv=none, kv_bias=none)
     if attn.l_heads and attn.window_size > 1:
@@ -72,20 +73,20 @@ def hilo_arguments(attn: HiLo, norm: nn.LayerNorm, dtype: torch.dtype = torch.fl
     weights, biases = zip(*token_projections(attn))
     result["proj"], result["proj_bias"] = packed(torch.cat(weights), torch.cat(biases), dtype)
     for name in ("h_proj", "l_proj"):
-        linear = getattr(attn, name, None)  # of a branch without heads there is none
+        linear = getattr(attn, name, None)  # a branch without heads has none
         result[name], result[f"{name}_bias"] = (none, none) if linear is None else packed(linear.weight, linear.bias, dtype)
     return result | dict(h_heads=attn.h_heads, l_heads=attn.l_heads, window_size=attn.window_size)
 
 
 def patch_embed_arguments(embed: PatchEmbed) -> dict[str, Tensor | float | int]:
-    """The arguments of the operator ``native_patch_embed`` after the image."""
+    """Returns the arguments of the operator ``native_patch_embed`` after the image."""
     weight, bias = packed(embed.proj.weight.flatten(1), embed.proj.bias)
     norm = embed.norm
     return dict(patch=embed.patch_size, weight=weight, bias=bias, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps)
 
 
 def token_merging_arguments(merging: DeformableTokenMerging, dtype: torch.dtype = torch.float32) -> dict[str, Tensor | int]:
-    """The arguments of the operator ``native_token_merging`` after x: gelu(norm(dconv(x))) in evaluation mode. Offsets stay float32."""
+    """Returns the arguments of ``native_token_merging`` after x: gelu(norm(dconv(x))) in evaluation mode. Offsets stay in float32."""
     conv = merging.dconv
     weight, bias = merging_weights(merging)
     weight, bias = packed(weight.permute(0, 2, 3, 1).flatten(1), bias, dtype)  # inputs ordered (tap, channel)

@@ -1,4 +1,4 @@
-"""Builds the native CPU operators, litv2.ops._C; ``mm_modules/build.py`` says with what.
+"""Builds the native CPU operators, litv2.ops._C; see ``mm_modules/build.py`` for the requirements.
 
     python setup.py build_ext --inplace
 """

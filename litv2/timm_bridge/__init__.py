@@ -1,1 +1,1 @@
-"""LITv2 in timm: the models under timm's names, and the hook that registers them when timm is imported."""
+"""LITv2 in timm: the models, and the import hook that registers them."""

@@ -1,7 +1,7 @@
 """Registers the models with timm as soon as timm is imported, before or after litv2.
 
-timm takes seconds to import and has no way for a package to announce models to it. So an import hook waits for timm: it
-finds the module as Python would, and has the registration run once the module is there. Without timm nothing happens.
+timm takes seconds to import and offers no entry point for models of other packages. An import hook therefore waits for timm: it
+finds the module as Python would and runs the registration once the module is loaded. Without timm nothing happens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["register_with_timm"]
 
 
 class _TimmFinder(MetaPathFinder):
-    """Stands first on ``sys.meta_path`` until timm has been imported."""
+    """Import hook that stays first on ``sys.meta_path`` until timm has been imported."""
 
     def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
         if name != "timm":
@@ -27,8 +27,8 @@ class _TimmFinder(MetaPathFinder):
             execute = spec.loader.exec_module
 
             def execute_and_register(module) -> None:
-                execute(module)  # an error of timm's own is passed on; the next import tries again
-                if module.__name__ == "timm" and self in sys.meta_path:  # a loader may be that of several modules
+                execute(module)  # an error in timm itself propagates; the next import tries again
+                if module.__name__ == "timm" and self in sys.meta_path:  # a loader may be shared by several modules
                     sys.meta_path.remove(self)
                     _register()
 
@@ -39,13 +39,13 @@ class _TimmFinder(MetaPathFinder):
 def _register() -> None:
     try:
         importlib.import_module("litv2.timm_bridge.litv2")
-    except Exception as error:  # whoever imports timm must not fail because of us
+    except Exception as error:  # importing timm must not fail because of LITv2
         version = getattr(sys.modules["timm"], "__version__", "of unknown version")
         warnings.warn(f"LITv2's models are not registered with timm {version}: {error!r}", stacklevel=2)
 
 
 def register_with_timm() -> None:
-    """At once if timm is imported, else when it will be."""
+    """Registers the models now if timm is already imported, otherwise as soon as it is."""
     if sys.modules.get("timm") is not None:
         _register()
     else:

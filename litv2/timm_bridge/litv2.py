@@ -1,16 +1,16 @@
-"""The classifiers of the zoo as models of timm. ``import litv2`` registers them (see hook.py); timm is needed only here.
+"""The classifiers of the zoo as timm models. ``import litv2`` registers them (see hook.py); timm is needed only here.
 
     model = timm.create_model("litv2_small", pretrained=True, num_classes=10)
     backbone = timm.create_model("litv2_small", features_only=True, out_indices=(1, 2, 3), drop_path_rate=0.2)
 
-The released files hold a pickled configuration, which timm's own loader refuses: weights that timm would read from a file or a
-URL are read by :mod:`litv2.weights` and handed to timm, which adapts them to ``in_chans`` and ``num_classes``. A file
-of any format that is known there, ours or the release's:
+The release's files hold a pickled configuration, which timm's own loader rejects. Weights that timm would read from a file or a URL
+are therefore read by :mod:`litv2.weights` and passed to timm, which adapts them to ``in_chans`` and ``num_classes``. Any format
+supported there can be loaded:
 
     timm.create_model("litv2_small", pretrained=True, pretrained_cfg_overlay=dict(file="best.pth"))
 
-``checkpoint_path=`` is read by timm alone: it takes safetensors and our files (their ``model``, not the average), not the release's;
-old versions of timm (1.0.15 is one) run the code in such a file.
+``checkpoint_path=`` is read by timm alone, which loads safetensors and our own files (their ``model``, not the moving average) but not
+the release's. Old versions of timm, such as 1.0.15, run the code in such a file.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from ..weights.state_dict import find_weights
 
 __all__: list[str] = []  # timm adds each model's name
 
-for module in (PatchEmbed, HiLo, DropPath, DeformConv2dPack):  # they look at sizes, which torch.fx does not know
+for module in (PatchEmbed, HiLo, DropPath, DeformConv2dPack):  # they branch on sizes, which torch.fx cannot trace
     register_notrace_module(module)
 
 
 def _default_cfg(entry: Release) -> dict:
-    cropped = entry.image_size == (224, 224)  # the images of 384 pixels are evaluated whole
+    cropped = entry.image_size == (224, 224)  # images of 384 pixels are evaluated without cropping
     return dict(
         url=entry.url,
         mean=IMAGENET_DEFAULT_MEAN,
@@ -68,20 +68,20 @@ def _default_cfg(entry: Release) -> dict:
 
 
 def _sizes(img_size: int | tuple[int, int]) -> dict:
-    """The entries of a configuration that follow from the image size (pixels; one number for squares)."""
+    """Returns the configuration entries that depend on the image size (in pixels; one number for a square)."""
     size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if len(size) != 2 or not all(isinstance(side, int) and side >= 32 for side in size):
-        raise ValueError(f"LITv2: {img_size=} must be a side, or (height, width), in pixels; each at least 32")
+        raise ValueError(f"LITv2: {img_size=} must be one side or (height, width) in pixels, each at least 32")
     H, W = size
     return dict(input_size=(3, H, W), pool_size=(-(-H // 4) // 8, -(-W // 4) // 8))  # patches are padded, mergings floor
 
 
 def _fitting(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """timm loads without strictness once the number of classes differs; only the head may then be missing or left over."""
+    """Checks that only the head differs: timm does not load strictly if the number of classes is different."""
     wrong = sorted(key for key in weights.keys() ^ model.state_dict().keys() if not key.startswith("head."))
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"the weights are not of this model; is it another variant? In one of them only: {', '.join(wrong[:5])}{more}")
+        raise ValueError(f"the weights do not fit this model; is it another variant? Keys in one only: {', '.join(wrong[:5])}{more}")
     return weights
 
 
@@ -98,26 +98,26 @@ def _create(
     cache_dir: str | None = None,
     **kwargs,
 ) -> nn.Module:
-    """What ``timm.create_model`` calls. Keyword arguments are timm's and those of :class:`litv2.LITv2`.
+    """Creates a model for ``timm.create_model``. Keyword arguments are timm's and those of :class:`litv2.LITv2`.
 
-    Every model takes every image size; ``img_size`` sets the one that timm's data pipeline makes.
+    All models accept any image size; ``img_size`` sets the one that timm's data pipeline produces.
     """
     if feature_cls not in ("getter", "hook"):
-        raise ValueError(f"LITv2: {feature_cls=} must be 'getter' or 'hook': the other wrappers of timm do not see the maps before merging")
+        raise ValueError(f"LITv2: {feature_cls=} must be 'getter' or 'hook': timm's other wrappers miss the maps before token merging")
     overlay = dict(pretrained_cfg_overlay or {})
     if img_size is not None:
         overlay.update(_sizes(img_size))
     cfg = resolve_pretrained_cfg(entry.name, pretrained_cfg, overlay)
     source = cfg.file or cfg.url
-    if pretrained and source and not cfg.state_dict and not cfg.source:  # a source is another place that timm knows
+    if pretrained and source and not cfg.state_dict and not cfg.source:  # a source is another location that timm supports
         if cache_dir is not None:
-            raise ValueError(f"LITv2: {cache_dir=}: the files are kept in torch.hub's folder; torch.hub.set_dir or $TORCH_HOME moves it")
+            raise ValueError(f"LITv2: {cache_dir=} is not supported; files are kept in torch.hub's folder (torch.hub.set_dir, $TORCH_HOME)")
         overlay["state_dict"] = find_weights(read_checkpoint(fetch(str(source))))
     model = build_model_with_cfg(
         partial(VARIANTS[entry.variant], **{"alpha": entry.alpha, "local_ws": entry.window}),
         entry.name,
         pretrained,
-        pretrained_cfg=pretrained_cfg,  # type: ignore[arg-type]  # timm takes the tag of one, too
+        pretrained_cfg=pretrained_cfg,  # type: ignore[arg-type]  # timm also accepts its tag
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=_fitting,
         feature_cfg=dict(out_indices=out_indices, feature_cls=feature_cls),
@@ -126,7 +126,7 @@ def _create(
     )
     for part in model.modules():
         if hasattr(part, "pretrained_cfg"):
-            cast("dict", part.pretrained_cfg).pop("state_dict", None)  # they are in the model now
+            cast("dict", part.pretrained_cfg).pop("state_dict", None)  # the weights are in the model now
     return model.to(device=device, dtype=dtype)
 
 

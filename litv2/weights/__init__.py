@@ -1,1 +1,1 @@
-"""Files of weights: which are published, how they arrive, whether they may be read, and what is in them."""
+"""Checkpoints: the published ones, downloading, safe reading, and finding the weights in them."""

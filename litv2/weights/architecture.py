@@ -1,4 +1,4 @@
-"""The architecture that a state dict was made with, from its shapes and the checkpoint's configuration."""
+"""Infers the architecture of a state dict from its shapes and the checkpoint's configuration."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ ALPHAS = (0.9, 0.5, 0.0, 1.0, 0.2, 0.4, 0.7)  # the published ones
 
 
 def infer_arguments(weights: dict[str, Tensor], config: dict | None = None) -> tuple[dict, list[str]]:
-    """The arguments of :class:`litv2.LITv2` that a state dict, as :func:`find_weights` gives it, was made with.
+    """Infers the arguments of :class:`litv2.LITv2` from a state dict as returned by :func:`find_weights`.
 
-    Shapes tell everything but HiLo's windows and heads: these come from the checkpoint's ``config`` where it describes the same
-    network. Else they are guessed, to be those of the published models: heads of 32 channels; windows of 2 in a stage with both kinds
-    of heads, plain attention (1) in a last stage with Lo-Fi heads alone. ``alpha`` is one that gives the same heads.
+    The shapes determine everything except HiLo's windows and heads, which are taken from the checkpoint's ``config`` if it describes
+    the same network. Otherwise they are assumed to be as in the published models: heads of 32 channels; windows of 2 in a stage with
+    both kinds of heads, plain attention (1) in a last stage with Lo-Fi heads only. ``alpha`` is a value that gives the same heads.
 
     Returns:
-        The arguments, and the names of those that are guessed.
+        The arguments, and the names of those that are assumed.
 
     Raises:
-        UserError: these are not the weights of a LITv2, or the number of heads is not known.
+        UserError: these are not the weights of a LITv2, or the number of heads is unknown.
     """
     try:
         embed_dim, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
@@ -32,16 +32,16 @@ def infer_arguments(weights: dict[str, Tensor], config: dict | None = None) -> t
         depths = [sum(stage == i for stage, _ in places) for i in range(1 + max(stage for stage, _ in places))]
         mlp_ratio = len(weights["layers.0.blocks.0.mlp.fc1.bias"]) / embed_dim
     except (KeyError, ValueError) as error:
-        raise UserError(f"these are not the weights of a LITv2 ({error}); their names begin {sorted(weights)[:5]}") from error
+        raise UserError(f"these are not the weights of a LITv2 ({error}); the first keys are {sorted(weights)[:5]}") from error
 
     lit = _section(config, embed_dim, depths)
     dims = [embed_dim * 2**i for i in range(len(depths))]
     if lit is None and embed_dim % 32:
-        raise UserError(f"the heads of a model of {embed_dim} channels are not known: the checkpoint has no configuration that says")
+        raise UserError(f"the number of heads of a model with {embed_dim} channels is unknown: the checkpoint has no configuration for it")
     num_heads = list(lit["NUM_HEADS"]) if lit else [dim // 32 for dim in dims]
 
     def width(stage: int, name: str) -> int:
-        """Outputs of a projection of the stage's attention, 0 where there is none."""
+        """Returns the outputs of a projection in the stage's attention, 0 if there is none."""
         weight = weights.get(f"layers.{stage}.blocks.0.attn.{name}.weight")
         return 0 if weight is None else len(weight)
 
@@ -52,10 +52,10 @@ def infer_arguments(weights: dict[str, Tensor], config: dict | None = None) -> t
     if lit:
         windows = list(lit["LOCAL_WS"])
     shares = [(heads, low) for heads, low, window in zip(num_heads, lofi, windows) if window > 1]
-    exact = [(low + 0.5) / heads if low < heads else 1.0 for heads, low in shares]  # the half keeps int() from rounding down
+    exact = [(low + 0.5) / heads if low < heads else 1.0 for heads, low in shares]  # adding one half keeps int() from rounding down
     alpha = next((a for a in (*ALPHAS, *exact) if all(int(heads * a) == low for heads, low in shares)), None)
     if alpha is None:
-        raise UserError(f"no alpha gives the Lo-Fi heads {[low for _, low in shares]} of {[heads for heads, _ in shares]} heads")
+        raise UserError(f"no alpha gives {[low for _, low in shares]} Lo-Fi heads out of {[heads for heads, _ in shares]} heads per stage")
     arguments = dict(
         in_chans=in_chans,
         num_classes=len(weights["head.weight"]) if "head.weight" in weights else 0,
@@ -72,7 +72,7 @@ def infer_arguments(weights: dict[str, Tensor], config: dict | None = None) -> t
 
 
 def _section(config: dict | None, embed_dim: int, depths: Sequence[int]) -> dict | None:
-    """The section MODEL.LIT of a trainer's configuration, if it is of a network of these widths and depths."""
+    """Returns the section MODEL.LIT of a trainer's configuration if it describes a network of this width and these depths."""
     if config is None:
         return None
     try:

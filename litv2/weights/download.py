@@ -1,8 +1,8 @@
-"""Checkpoints from the zoo or the web, once each, into torch.hub's folder: resumed, verified, and the same ever after.
+"""Downloads checkpoints from the zoo or the web into torch.hub's folder: once each, resumable, and verified from then on.
 
-``litv2.lock.json`` in that folder records size and SHA-256 of each URL's file when it first arrives, by download or by
-hand. From then on another content under that name is an error. A cached file is hashed again only when its size or time of modification
-is not the recorded one: reading 350 MB at each start would tell little more.
+``litv2.lock.json`` in that folder records the size and SHA-256 of each URL's file when it first arrives, by download or by hand.
+From then on, different content under that name is an error. A cached file is hashed again only if its size or modification time
+differs from the record, since reading 350 MB at each start would add little safety.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from .releases import ZOO, lookup
 __all__ = ["cache_folder", "fetch"]
 
 LOCK = "litv2.lock.json"
-ATTEMPTS = 5  # connections per call, as long as each brings something
+ATTEMPTS = 5  # connections per call, as long as each makes progress
 TIMEOUT = 30.0  # seconds without an answer or data
 CHUNK = 1 << 18  # bytes
 
 
 def fetch(source: str | Path) -> Path:
-    """The local file of a path, of a URL or of a name of the zoo. The latter two are downloaded once.
+    """Returns the local file of a path, a URL or a zoo name; the latter two are downloaded once.
 
-    A file of that name takes precedence over the zoo. Several processes may ask at once: one of them downloads.
+    A local file takes precedence over a zoo name. If several processes call this at once, one of them downloads.
 
     Raises:
-        FileNotFoundError: there is no such file and no such name.
+        FileNotFoundError: there is neither such a file nor such a name.
         OSError: the download failed; the message says where to put the file by hand.
-        UserError: the file is not the one that was first recorded for the URL, or is no checkpoint.
+        UserError: the file differs from the one first recorded for the URL, or is not a checkpoint.
     """
     text = str(source)
     if text.startswith(("http://", "https://")):
@@ -66,13 +66,13 @@ def cache_folder() -> Path:
 def _cached(url: str) -> Path:
     name = unquote(urlsplit(url).path).rsplit("/", 1)[-1]
     if name in ("", ".", "..", LOCK):
-        raise UserError(f"{url} does not end in the name of a file")
+        raise UserError(f"{url} does not end in a file name")
     path = cache_folder() / name
-    if path.exists() and _is_as_recorded(url, path):  # nearly always: no lock is taken, so that the folder may be read-only
+    if path.exists() and _is_as_recorded(url, path):  # the usual case, without a lock, so that the folder may be read-only
         return path
     if path.exists() and not os.access(path.parent, os.W_OK):
         check_format(path)
-        print(f"{path} is taken as it is: nothing can be recorded in its folder, which is read-only", file=sys.stderr)
+        print(f"{path} is used without comparing its SHA-256: its folder is read-only, so nothing can be recorded there", file=sys.stderr)
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with one_process(path):
@@ -98,9 +98,9 @@ def _download(url: str, path: Path) -> None:
                 arrived = part.stat().st_size if part.exists() else 0
                 if attempt == ATTEMPTS or arrived <= before:
                     raise
-                print(f"the connection broke after {arrived} bytes ({_reason(error)}); going on from there", file=sys.stderr)
+                print(f"the connection was lost after {arrived} bytes ({_reason(error)}); resuming", file=sys.stderr)
     except (OSError, http.client.HTTPException) as error:
-        kept = f"; {part.stat().st_size} bytes are kept, the same command goes on from there" if part.exists() else ""
+        kept = f"; {part.stat().st_size} bytes are kept; run the same command to resume" if part.exists() else ""
         raise OSError(f"{url} cannot be downloaded ({_reason(error)}){kept}. To do it by hand, put the file at {path}") from error
     try:
         _verify(url, part, path)
@@ -113,10 +113,10 @@ def _download(url: str, path: Path) -> None:
 
 
 def _transfer(url: str, part: Path) -> None:
-    """One request: all of the file, or the rest where the server still has the same one.
+    """Sends one request for the whole file, or for the rest if the server still has the same file.
 
     Raises:
-        OSError, HTTPException: it failed; what arrived is in ``part``, and beside it what is known of the whole.
+        OSError, HTTPException: the request failed; ``part`` holds what has arrived, and the file beside it what is known of the whole.
     """
     note = _note_of(part)
     known = json.loads(note.read_text()) if part.exists() and note.exists() else {}
@@ -127,11 +127,11 @@ def _transfer(url: str, part: Path) -> None:
     if start:
         headers["Range"] = f"bytes={start}-"
         if known["validator"]:
-            headers["If-Range"] = known["validator"]  # another file by now: the server sends all of it
+            headers["If-Range"] = known["validator"]  # if the file has changed, the server sends all of it
     try:
         response = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
     except HTTPError as error:
-        if error.code == 416 and "Range" in headers:  # the server has a shorter file by now
+        if error.code == 416 and "Range" in headers:  # the server now has a shorter file
             part.unlink()
             return _transfer(url, part)
         raise
@@ -139,7 +139,7 @@ def _transfer(url: str, part: Path) -> None:
         start = start if response.status == 206 else 0
         size = _length(response, start)
         fresh = dict(url=url, size=size, validator=_validator(response))
-        if start and fresh != known:  # another file by now, at a server that does not know If-Range
+        if start and fresh != known:  # the file has changed, and the server ignores If-Range
             part.unlink()
             return _transfer(url, part)
         note.write_text(json.dumps(fresh))
@@ -156,39 +156,39 @@ def _transfer(url: str, part: Path) -> None:
 
 
 def _length(response, start: int) -> int | None:
-    """Size of the whole file in bytes, None if the server does not say."""
+    """Returns the size of the whole file in bytes, None if the server does not state it."""
     if response.status == 206:
         match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
         if not match or int(match[1]) != start:
-            raise ConnectionError(f"asked for the bytes from {start}, got {response.headers.get('Content-Range')!r}")
+            raise ConnectionError(f"requested the bytes from {start}, got {response.headers.get('Content-Range')!r}")
         return int(match[2])
     length = response.headers.get("Content-Length")
     return int(length) if length else None
 
 
 def _validator(response) -> str:
-    """What tells one version of the file from another. A weak ETag, W/"...", vouches for no bytes."""
+    """Returns what distinguishes versions of the file. A weak ETag, W/"...", does not guarantee identical bytes."""
     etag = response.headers.get("ETag", "")
     return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
 
 
 def _verify(url: str, file: Path, path: Path) -> None:
-    """Checks what stands at ``file`` against the record of ``path``, or makes the record."""
+    """Checks the content of ``file`` against the record of ``path``, or creates the record."""
     check_format(file)
     lock = _lock()
     for other, record in lock.items():
         if other != url and record["file"] == path.name and path.exists():
-            raise UserError(f"{path} is the file of {other}, not of {url}: move one of them away")
+            raise UserError(f"{path} is the file of {other}, not of {url}; move it away")
     digest = _sha256(file)
     known = lock.get(url)
     if known and digest != known["sha256"]:
         raise UserError(
             f"{file} is not the file that was first recorded for {url}: SHA-256 {digest} instead of {known['sha256']}, "
-            f"{file.stat().st_size} bytes instead of {known['size']}. Delete it to download again; if it is the right one, remove the "
-            f"record of that URL from {cache_folder() / LOCK}"
+            f"{file.stat().st_size} bytes instead of {known['size']}. Delete it to download it again; if it is the right file, remove "
+            f"the record of that URL from {cache_folder() / LOCK}"
         )
     if not known and file == path:
-        print(f"{path} was put there by hand; recorded with SHA-256 {digest}", file=sys.stderr)
+        print(f"{path} was put there by hand; recorded its SHA-256 {digest}", file=sys.stderr)
     _record(url, file, digest, path.name)
 
 

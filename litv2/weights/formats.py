@@ -1,7 +1,7 @@
-"""Which kind of checkpoint a file is, and whether it is what it claims to be, before torch reads it.
+"""Detects the format of a checkpoint file and validates it before torch reads it.
 
-A zip archive of torch.save stores what it holds as it is, once, within the file. Its pickles are followed in
-:mod:`litv2.weights.pickle_check`, and the storages that they name must be in the file, of that size.
+The entries of a torch.save zip archive must be uncompressed, unique and within the file. Its pickles are checked by
+:mod:`litv2.weights.pickle_check`, and the storages that they name must exist in the file with the stated size.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save wrote it before torch 1.6
 
 
 def check_format(path: Path) -> str:
-    """``zip`` (torch.save of today), ``legacy`` (before torch 1.6) or ``safetensors``, by the content.
+    """Returns the format by the content: ``zip`` (current torch.save), ``legacy`` (before torch 1.6) or ``safetensors``.
 
     Raises:
-        UserError: it is something else, truncated, or a zip archive as torch writes none.
+        UserError: the file is something else, is truncated, or is a zip archive that torch.save does not write.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -43,22 +43,22 @@ def check_format(path: Path) -> str:
     if start.startswith(b"\x80\x02\x8a\x0a" + LEGACY_MAGIC.to_bytes(10, "little")):
         return "legacy"
     if start.startswith(b"\x80"):
-        raise UserError("it is a pickle, but none of torch.save")
+        raise UserError("it is a pickle, but not one written by torch.save")
     if start.lstrip()[:1] == b"<":
         raise UserError(f"it is a web page, not a checkpoint: it begins with {start[:20]!r}")
     if start.startswith(b"version https://git-lfs"):
         raise UserError("it is a Git LFS pointer, not the file itself: run `git lfs pull`")
-    raise UserError(f"it begins with {start[:8]!r}: neither a file of torch.save nor of safetensors")
+    raise UserError(f"it begins with {start[:8]!r}, so it is neither a torch.save nor a safetensors file")
 
 
 def check_pickles(path: Path, kind: str, also: Collection[str] = ()) -> None:
-    """Follows every pickle of a file of this format.
+    """Checks every pickle in a file of format ``kind``.
 
     Args:
-        also: names of other globals that the file may hold, "module.name".
+        also: names of further allowed globals, "module.name".
 
     Raises:
-        UserError: a pickle is damaged, asks for another global, or would make something too large.
+        UserError: a pickle is damaged, uses a global that is not allowed, or would create something too large.
     """
     try:
         if kind == "zip":
@@ -80,7 +80,7 @@ def _check_zip(path: Path, size: int) -> None:
         file.seek(max(0, size - 22))
         end = file.read()
     if not end.startswith(b"PK\x05\x06"):
-        raise UserError("truncated: the zip archive has no directory at its end")
+        raise UserError("truncated: the zip archive has no central directory at its end")
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -88,41 +88,41 @@ def _check_zip(path: Path, size: int) -> None:
         raise UserError(f"the zip archive is damaged: {error}") from error
     names = [entry.filename for entry in entries]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f"the zip archive holds {twice[0]} more than once")
+        raise UserError(f"the zip archive contains {twice[0]} more than once")
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.compress_size != entry.file_size:
-            raise UserError(f"{entry.filename} in the zip archive is compressed or encrypted; torch.save stores it as it is")
+            raise UserError(f"{entry.filename} in the zip archive is compressed or encrypted, which torch.save never does")
         if entry.header_offset + 30 + entry.file_size > size:
-            raise UserError(f"{entry.filename} in the zip archive reaches beyond the end of the file")
+            raise UserError(f"{entry.filename} in the zip archive extends beyond the end of the file")
     if sum(entry.file_size for entry in entries) > size:
-        raise UserError("the entries of the zip archive overlap: together they are larger than the file")
+        raise UserError("the entries of the zip archive overlap: their total size exceeds that of the file")
     if len({name.partition("/")[0] for name in names}) != 1:
-        raise UserError("the zip archive is not torch.save's: it holds more than one folder")
+        raise UserError("the zip archive was not written by torch.save: it contains more than one folder")
     contents = {name.partition("/")[2] for name in names}
     if "constants.pkl" in contents:
         raise UserError("it is a TorchScript program, not a checkpoint")
     if "data.pkl" not in contents:
-        raise UserError("the zip archive is not torch.save's: it holds no data.pkl")
+        raise UserError("the zip archive was not written by torch.save: it contains no data.pkl")
 
 
 def _check_record(records: dict[str, int], key: str, size: int) -> None:
     if records.get(f"data/{key}", -1) != size:
-        raise UserError(f"storage {key!r} is said to have {size} bytes, in the file it has {records.get(f'data/{key}', 'none')}")
+        raise UserError(f"storage {key!r} should have {size} bytes, but has {records.get(f'data/{key}', 'none')} in the file")
 
 
 def _check_legacy(stream: mmap.mmap, also: Collection[str]) -> None:
-    """Five pickles, then the storages: magic, version, system, content, keys of the storages in the file."""
+    """Checks five pickles (magic, version, system, content, keys of the storages) and the storages after them."""
     if stream[257:262] == b"ustar":
-        raise UserError("it is a tar archive as well, which torch would try to unpack")
+        raise UserError("it is also a tar archive, which torch would try to unpack")
     sizes: dict[str, int] = {}
 
     def storage(key: str, size: int) -> None:
         if sizes.setdefault(key, size) != size or sum(sizes.values()) > len(stream):
-            raise UserError(f"storage {key!r} is said to have {size} bytes, more than there are in the file")
+            raise UserError(f"storage {key!r} should have {size} bytes, more than there are in the file")
 
     for number in range(5):
         result = (PickleCheck(also, storage) if number == 3 else PickleCheck()).follow(stream)
     if not isinstance(result, MadeList) or result.count != len(sizes):
-        raise UserError(f"the content has {len(sizes)} storages, the file another number")
+        raise UserError(f"the pickle uses {len(sizes)} storages, but the file lists others")
     if len(stream) - stream.tell() < sum(sizes.values()):
         raise UserError("truncated: the storages are incomplete")

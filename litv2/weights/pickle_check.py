@@ -1,10 +1,10 @@
-"""A pickle is followed before torch reads it, so that a hostile one ends in an error at once.
+"""Checks a pickle before torch reads it, so that a hostile one is rejected at once.
 
-``torch.load(weights_only=True)`` runs no code of the file, but a small file can make it work for ever or ask for all memory.
-Here its pickle is followed opcode by opcode with stand-ins for what it would make:
+``torch.load(weights_only=True)`` runs no code from the file, but a small file can make it run forever or allocate all memory.
+Here its pickle is interpreted opcode by opcode, with stand-ins for the objects that it would create:
 
-* globals outside a short list are refused by their name, and so are calls of them with arguments that no checkpoint has;
-* nothing may grow: storages are as large as the file says, tuples have a size when written out, keys are cheap to hash.
+* globals outside a short list are rejected by name, and so are calls to the allowed ones with unexpected arguments;
+* nothing may blow up: storages have the size of their records, the expanded size of tuples is limited, keys are cheap to hash.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..errors import UserError
 
 __all__ = ["CONFIG_NODE", "MadeList", "PickleCheck"]
 
-CONFIG_NODE = "yacs.config.CfgNode"  # the class of the release's configurations
+CONFIG_NODE = "yacs.config.CfgNode"  # class of the configurations in the release's files
 
 _ITEM_SIZES = dict(Double=8, Float=4, Half=2, BFloat16=2, Long=8, Int=4, Short=2, Char=1, Byte=1, Bool=1, ComplexDouble=16, ComplexFloat=8)
 STORAGES = {f"{module}.{kind}Storage": size for kind, size in _ITEM_SIZES.items() for module in ("torch", "torch.cuda")}
@@ -31,15 +31,15 @@ REBUILD = {f"torch._utils.{name}" for name in ("_rebuild_tensor", "_rebuild_tens
 CALLABLE = {*REBUILD, CONFIG_NODE, "collections.OrderedDict", "collections.Counter", "torch.Size", "torch.device"}
 CALLABLE |= {"builtins.set", "_codecs.encode"}
 
-LARGEST_TUPLE = 1_000_000  # elements when written out: torch would hash, compare or print them all
+LARGEST_TUPLE = 1_000_000  # expanded elements: torch would hash, compare or print them all
 DEEPEST_TUPLE = 100
-TUPLE_KEYS = 10_000  # elements of all tuples that are keys: hashes of tuples can be made to collide
-LARGEST_COUNTER = 1000  # entries: it is a copy of a dictionary, which the file may ask for any number of times
-MOST_OPCODES = 4_000_000  # each may be a byte in the file and 64 in memory; a checkpoint of a thousand processes has 1.3 million
-LARGEST_KEY = 1 << 60  # integers beyond it can be made to collide too
+TUPLE_KEYS = 10_000  # elements of all tuples used as keys: hashes of tuples can be made to collide
+LARGEST_COUNTER = 1000  # entries: each Counter copies a dictionary, which the file may request any number of times
+MOST_OPCODES = 4_000_000  # each may take 1 byte in the file and 64 in memory; a checkpoint of a thousand processes has 1.3 million
+LARGEST_KEY = 1 << 60  # hashes of larger integers can be made to collide, too
 
 
-# What a pickle makes is followed with these in its place. Strings and integers stand for themselves, None for any other atom.
+# Stand-ins for the objects that a pickle creates. Strings and integers stand for themselves, None for any other atom.
 class _Tuple:
     def __init__(self, items: list):
         self.items = items
@@ -47,9 +47,9 @@ class _Tuple:
         self.size: int = 1 + len(items) + sum(item.size for item in inner)
         self.depth: int = 1 + max((item.depth for item in inner), default=0)
         if self.size > LARGEST_TUPLE or self.depth > DEEPEST_TUPLE:
-            raise UserError(f"a tuple has {self.size} elements when written out, nested {self.depth} deep: nothing of a checkpoint")
+            raise UserError(f"a tuple expands to {self.size} elements, nested {self.depth} deep, which no checkpoint needs")
         if any(isinstance(item, _Made) and item.name == CONFIG_NODE for item in items):
-            raise UserError(f"a tuple holds a {CONFIG_NODE}")
+            raise UserError(f"a tuple contains a {CONFIG_NODE}")
 
 
 class MadeList:
@@ -66,15 +66,15 @@ class _Global:
 
 
 class _Made(_Global):
-    """What a call of the global of this name returned."""
+    """The result of calling the global of this name."""
 
 
 class PickleCheck:
-    """One pickle, followed with torch's rules for its stack; see ``torch/_weights_only_unpickler.py``.
+    """Checks one pickle by torch's rules for the stack; see ``torch/_weights_only_unpickler.py``.
 
     Args:
-        also: names of other globals that it may hold, "module.name".
-        storage: called with key and size in bytes of each storage, to check them; None where there may be none.
+        also: names of further allowed globals, "module.name".
+        storage: called with the key and the size in bytes of each storage, to check them; None if storages are not allowed.
     """
 
     def __init__(self, also: Collection[str] = (), storage: Callable[[str, int], None] | None = None):
@@ -86,17 +86,17 @@ class PickleCheck:
         self.key_elements = 0
 
     def follow(self, pickle):
-        """From its beginning to its STOP, in bytes or in a file; returns the stand-in of what it makes.
+        """Interprets the pickle, given as bytes or a file, up to its STOP; returns the stand-in for the object that it creates.
 
         Raises:
-            ValueError: it asks for another global, or would make something too large or unusual.
-            Exception: IndexError, KeyError and others of their kind: it is damaged.
+            ValueError: the pickle uses a global that is not allowed, or would create something too large or unusual.
+            Exception: the pickle is damaged (IndexError, KeyError and similar).
         """
         foreign = None
         for number, (opcode, argument, position) in enumerate(pickletools.genops(pickle)):
             name = opcode.name
             if number > MOST_OPCODES:
-                raise UserError(f"a pickle of more than {MOST_OPCODES} opcodes")
+                raise UserError(f"the pickle has more than {MOST_OPCODES} opcodes")
             if name == "STOP":
                 break
             if name in _PUSH:
@@ -104,7 +104,7 @@ class PickleCheck:
             elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
                 index = len(self.memo) if name == "MEMOIZE" else argument
                 if position is not None and index > position:
-                    raise UserError(f"entry {index} of the memo, at byte {position}")
+                    raise UserError(f"the memo index {index} at byte {position} is too large")
                 self.memo[index] = self.stack[-1]
             elif name in ("BINGET", "LONG_BINGET"):
                 self.stack.append(self.memo[argument])
@@ -113,18 +113,18 @@ class PickleCheck:
             elif name == "STACK_GLOBAL":
                 attribute, module = self.stack.pop(), self.stack.pop()
                 if not isinstance(module, str) or not isinstance(attribute, str):
-                    raise UserError("a global whose name is not a string")
+                    raise UserError("the name of a global is not a string")
                 self._global(module, attribute)
             elif name == "INST":
                 raise UserError(f"it asks for the global {argument.replace(' ', '.')!r} (opcode INST)")
             elif handler := _HANDLERS.get(name):
                 handler(self)
             elif name not in ("PROTO", "FRAME"):
-                raise UserError(f"the pickle opcode {name}, which torch.save does not write")
+                raise UserError(f"the pickle contains the opcode {name}, which torch.save does not write")
             if name in _FOREIGN:
                 foreign = foreign or name
         if foreign:
-            raise UserError(f"the pickle opcode {foreign}: torch reads protocol 2 alone from files that are not trusted")
+            raise UserError(f"the pickle contains the opcode {foreign}, but torch reads only protocol 2 from untrusted files")
         return self.stack.pop()
 
     def _global(self, module: str, attribute: str) -> None:
@@ -149,15 +149,15 @@ class PickleCheck:
 
     def _append(self, items: list) -> None:
         if not isinstance(self.stack[-1], MadeList):
-            raise UserError("something is appended to what is not a list")
+            raise UserError("the pickle appends to an object that is not a list")
         self.stack[-1].count += len(items)
 
     def _set_items(self, items: list) -> None:
         target = self.stack[-1]
         if not isinstance(target, _Dict) and getattr(target, "name", "") not in (CONFIG_NODE, "collections.OrderedDict"):
-            raise UserError("an entry is set in what is not a dictionary")
+            raise UserError("the pickle sets an item of an object that is not a dictionary")
         if len(items) % 2:
-            raise UserError("a key without a value")
+            raise UserError("a key has no value")
         for key in items[::2]:
             self._check_key(key)
         if isinstance(target, _Dict):
@@ -171,16 +171,16 @@ class PickleCheck:
         if isinstance(key, _Tuple):
             self.key_elements += key.size
             if self.key_elements > TUPLE_KEYS:
-                raise UserError(f"tuples of more than {TUPLE_KEYS} elements in all are keys of dictionaries")
+                raise UserError(f"tuples used as keys of dictionaries have more than {TUPLE_KEYS} elements in total")
             for item in key.items:
                 self._check_key(item)
         elif isinstance(key, int) and abs(key) >= LARGEST_KEY or not isinstance(key, (str, int, type(None))):
-            raise UserError("a key of a dictionary is neither a string, a number below 2 ** 60 nor a tuple of them")
+            raise UserError("a key of a dictionary is neither a string, nor a number below 2 ** 60, nor a tuple of these")
 
     def _reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         if type(function) is not _Global or not isinstance(arguments, _Tuple):
-            raise UserError("it calls something that is not a global by its name")
+            raise UserError("it calls an object that is not a named global")
         name, items = function.name, arguments.items
         if name in self.also:
             fits = self._moderate(arguments)
@@ -199,11 +199,11 @@ class PickleCheck:
         else:
             fits = name in REBUILD
         if not fits:
-            raise UserError(f"it calls {name!r} with arguments that no checkpoint has")
+            raise UserError(f"it calls {name!r} with unexpected arguments")
         self.stack.append(_Made(name))
 
     def _moderate(self, arguments: _Tuple) -> bool:
-        """No integer that could be the size of something huge."""
+        """Whether the arguments contain no integer that could be the size of something huge."""
         return all(
             self._moderate(item) if isinstance(item, _Tuple) else not isinstance(item, int) or abs(item) < 1 << 31
             for item in arguments.items
@@ -212,10 +212,10 @@ class PickleCheck:
     def _new_object(self) -> None:
         arguments, kind = self.stack.pop(), self.stack.pop()
         if type(kind) is not _Global or not isinstance(arguments, _Tuple):
-            raise UserError("it makes an object of something that is not a global by its name")
+            raise UserError("it creates an object of a class that is not a named global")
         fits = self._moderate(arguments) if kind.name in self.also else kind.name == CONFIG_NODE and not arguments.items
         if not fits:
-            raise UserError(f"it makes an object of {kind.name!r} with arguments that no checkpoint has")
+            raise UserError(f"it creates a {kind.name!r} with unexpected arguments")
         self.stack.append(_Made(kind.name))
 
     def _build(self) -> None:
@@ -240,7 +240,7 @@ _PUSH = {
     *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"),
     *("SHORT_BINUNICODE", "BINUNICODE8"),
 }
-_FOREIGN = {"SHORT_BINUNICODE", "BINUNICODE8", "MEMOIZE", "FRAME", "STACK_GLOBAL"}  # followed to name what they ask for
+_FOREIGN = {"SHORT_BINUNICODE", "BINUNICODE8", "MEMOIZE", "FRAME", "STACK_GLOBAL"}  # interpreted only to name the global in the error
 _HANDLERS: dict[str, Callable[[PickleCheck], None]] = {
     "MARK": PickleCheck._mark,
     "EMPTY_TUPLE": lambda self: self._tuple(0),

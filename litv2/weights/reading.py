@@ -1,4 +1,4 @@
-"""Checkpoint files nobody vouches for, read without running their code."""
+"""Reads untrusted checkpoint files without running their code."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["read_checkpoint"]
 
 
 def read_checkpoint(path: str | Path, also: Sequence = ()) -> dict:
-    """The content of a checkpoint file, on the CPU: tensors and builtins only, no code of the file is run.
+    """Returns the content of a checkpoint file on the CPU: tensors and builtins only, without running code from the file.
 
-    Files of torch.save, old and new, and of safetensors are told apart by their content. The release's pickled configuration is
-    a plain dictionary. What the file claims is checked before torch reads it (:mod:`litv2.weights.formats`).
+    The formats (torch.save, old and new, and safetensors) are distinguished by the content. The pickled configuration in the release's
+    files becomes a plain dictionary. The file is validated before torch reads it (:mod:`litv2.weights.formats`).
 
     Args:
-        also: other classes that the file may hold, as for ``torch.serialization.safe_globals``.
+        also: further classes that the file may contain, as for ``torch.serialization.safe_globals``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: the file is damaged, is no checkpoint or holds other objects.
+        UserError: the file is damaged, is not a checkpoint or contains other objects.
     """
     path = Path(path)
     if not path.is_file():
@@ -38,17 +38,17 @@ def read_checkpoint(path: str | Path, also: Sequence = ()) -> dict:
         if kind == "safetensors":
             return _read_safetensors(path)
         check_pickles(path, kind, {_global_name(entry) for entry in also})
-        # A Counter stands in for the configuration's class: it takes entries and attributes, and one of its own has none of these.
+        # A Counter stands in for the configuration's class: it accepts entries and attributes, and genuine Counters have no attributes.
         with torch.serialization.safe_globals([(Counter, CONFIG_NODE), *also]):
             content = torch.load(path, map_location="cpu", weights_only=True)
         content = _made_plain(content)
     except ImportError:
         raise
-    except Exception as error:  # a damaged file fails in any of torch's layers: zip, pickle, storage
+    except Exception as error:  # a damaged file can fail in any of torch's layers: zip, pickle, storage
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be read as a checkpoint (damaged, or not plain tensors): {reason}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, expected a dictionary")
+        raise UserError(f"{path} contains a {type(content).__name__}, expected a dictionary")
     return content
 
 
@@ -57,11 +57,11 @@ def _global_name(entry) -> str:
 
 
 def _read_safetensors(path: Path) -> dict:
-    """{"model": weights, ...}: the metadata that ``python -m litv2 convert`` writes, and that of others, are further entries."""
+    """Returns {"model": weights, ...}, with the metadata of the file (such as ``python -m litv2 convert`` writes) as further entries."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        raise MissingPackage(f"{path}: reading it needs the package safetensors: pip install safetensors") from error
+        raise MissingPackage(f"reading {path} needs the package safetensors: pip install safetensors") from error
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
@@ -75,13 +75,13 @@ def _decoded(text: str):
     try:
         return json.loads(text)
     except ValueError:
-        return text  # of other programs: metadata is text, whatever it says
+        return text  # metadata of other programs is any text
 
 
 def _made_plain(content):
-    """Exchanges the stand-ins of configurations for dictionaries, in place, and checks every tensor.
+    """Replaces the stand-ins of configurations by dictionaries, in place, and checks every tensor.
 
-    Nothing is copied twice and nothing recurses, however the file's objects share and contain each other.
+    Nothing is copied twice and nothing recurses, no matter how the objects in the file share and contain each other.
     """
     root, twins = [content], {}
     pending, seen = [root], set()
@@ -90,7 +90,7 @@ def _made_plain(content):
         if type(value) is not Counter or not vars(value):
             return value
         if id(value) not in twins:
-            twins[id(value)] = (dict(value), value)  # the original is kept, so that its id stays its own
+            twins[id(value)] = (dict(value), value)  # keeping the original alive keeps its id unique
         return twins[id(value)][0]
 
     while pending:
@@ -100,9 +100,9 @@ def _made_plain(content):
         seen.add(id(value))
         if isinstance(value, Tensor):
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                raise UserError(f"a tensor of the shape {tuple(value.shape)} is expanded from fewer values in the file")
+                raise UserError(f"a tensor of shape {tuple(value.shape)} is expanded from fewer values in the file")
         elif isinstance(value, OrderedDict):
-            for name in set(vars(value)) - {"_metadata"}:  # any other would hide a method
+            for name in set(vars(value)) - {"_metadata"}:  # any other attribute would hide a method
                 del vars(value)[name]
         if isinstance(value, dict):
             for key, item in value.items():

@@ -1,6 +1,6 @@
-"""The model zoo: every file of the public release as data. ``python -m litv2 list`` prints the table.
+"""The model zoo: every file of the public release as data, with the figures of the paper and the release.
 
-Figures are those that the paper and the release report.
+``python -m litv2 list`` prints the table.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ DOWNLOADS = "https://github.com/ziplab/LITv2/releases/download"
 class Release:
     """One published file.
 
-    ``task`` is classification, detection or segmentation; ``figures`` has the published accuracies in percent by metric;
-    ``parameters`` in M and ``gflops``, multiply-adds in G, are as they were printed (detectors at 800 x 1280); ``image_size`` is
-    (height, width) of the recipe in pixels; ``path`` is the release's tag and the file's name, "" where it is v1.0/NAME.pth;
-    ``window`` is ``local_ws`` of the model.
+    ``task`` is classification, detection or segmentation; ``figures`` maps metrics to the published accuracies in percent;
+    ``parameters`` (in M) and ``gflops`` (multiply-adds in G, detectors at 800 x 1280) are given as printed; ``image_size`` is the
+    (height, width) of the recipe in pixels; ``path`` is the release's tag and the file's name, "" for v1.0/NAME.pth; ``window`` is
+    the model's ``local_ws``.
     """
 
     name: str
@@ -47,13 +47,13 @@ class Release:
 
     @property
     def config(self) -> str | None:
-        """The stem of the configuration in detection/ or segmentation/, None for a classifier."""
+        """Stem of the configuration in detection/ or segmentation/, None for a classifier."""
         return None if self.task == "classification" else self.name
 
 
 COCO, ADE20K = (800, 1333), (512, 512)  # image sizes
-WS_4 = (0, 0, 4, 1)  # windows of 4 x 4 in stage 3, as the files are named
-_RELEASES = [  # names have no dots: in timm's names they begin the tag of the weights
+WS_4 = (0, 0, 4, 1)  # windows of 4 x 4 in stage 3: ws_4 in the file names
+_RELEASES = [  # names have no dots: in timm's names a dot starts the tag of the weights
     Release("litv2_small", "classification", "small", {"top-1": 82.0}, "27.844", "3.734", (224, 224), "v1.0/litv2_s.pth"),
     Release("litv2_medium", "classification", "medium", {"top-1": 83.3}, "48.830", "7.479", (224, 224), "v1.0/litv2_m.pth"),
     Release("litv2_base", "classification", "base", {"top-1": 83.6}, "86.521", "13.194", (224, 224), "v1.0/litv2_b.pth"),
@@ -85,20 +85,20 @@ ZOO: dict[str, Release] = {release.name: release for release in _RELEASES}
 
 
 def lookup(name: str, task: str | None = None) -> Release:
-    """The release of a name.
+    """Returns the release of this name.
 
     Raises:
-        UserError: there is none (of this task); the message lists the names that are close.
+        UserError: there is none (for this task); the message lists similar names.
     """
     names = [release.name for release in ZOO.values() if task in (None, release.task)]
     if name not in names:
         close = difflib.get_close_matches(name, names, n=4, cutoff=0.5) or names[:4]
         kind = f"{task} model" if task else "model"
-        raise UserError(f"there is no {kind} {name!r}; close to it: {', '.join(close)} (python -m litv2 list shows all)")
+        raise UserError(f"there is no {kind} {name!r}; similar names: {', '.join(close)} (python -m litv2 list shows all)")
     return ZOO[name]
 
 
 def release_of(source: str | Path) -> Release | None:
-    """The release whose name or file this is; of a path or a URL the last part counts."""
+    """Returns the release with this name or file name, or None; only the last part of a path or URL counts."""
     file = str(source).replace("\\", "/").rpartition("/")[2]
     return ZOO.get(str(source)) or next((release for release in ZOO.values() if release.file == file), None)

@@ -1,4 +1,4 @@
-"""Deformable convolution: the function, its modules, LITv2's token merging among them, and its backends."""
+"""Deformable convolution: the function, its modules (including the one of LITv2's token merging) and its backends."""
 
 from .deform_conv import deform_conv2d
 from .modules import DeformConv2d, DeformConv2dPack, DeformConv2dPackMore, ModulatedDeformConv2d, ModulatedDeformConv2dPack

@@ -1,4 +1,4 @@
-"""python -m mm_modules.DCN: which backends of the deformable convolution work here, and how fast each is."""
+"""python -m mm_modules.DCN: lists which backends of the deformable convolution work on this machine and how fast they are."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _arguments(device: str) -> tuple:
 
 
 def _time(function: Callable[..., Tensor], arguments: tuple) -> tuple[float, float]:
-    """Median seconds of forward, and of forward + backward."""
+    """Returns the median seconds of forward, and of forward + backward."""
 
     def call() -> Tensor:
         return function(*arguments)

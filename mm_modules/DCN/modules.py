@@ -1,8 +1,8 @@
-"""Modules over the one function, ``deform_conv2d``: offsets given by the caller or predicted, with a mask (v2) or without.
+"""Modules on top of ``deform_conv2d``: offsets given by the caller or predicted, with a mask (v2) or without.
 
-The names and the parameters in their state dicts are those of the public release's package, ``weight``, ``bias``, ``conv_offset`` and
-``conv_offset_mask``. Three things differ: the convolution that predicts offsets has the dilation of the one that uses them, no bias is
-``None`` instead of a constant one, and ``forward`` returns the result alone.
+The names and the state-dict keys (``weight``, ``bias``, ``conv_offset`` and ``conv_offset_mask``) are those of the public release's
+package. Three things differ: the convolution that predicts offsets has the same dilation as the one that uses them, ``bias=False``
+gives ``None`` instead of a constant bias, and ``forward`` returns only the output.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ __all__ = ["DeformConv2d", "DeformConv2dPack", "DeformConv2dPackMore", "Modulate
 
 
 class _DeformConv2d(nn.Module):
-    """What the modules share: their arguments, weight and bias.
+    """Base class of the modules: their arguments, weight and bias.
 
     Args:
         kernel_size, stride, padding, dilation, groups, bias: as in ``nn.Conv2d``.
-        deformable_groups: groups of input channels that have offsets of their own.
-        im2col_step: how many images the release's kernel took at a time; it has no meaning here, any batch works.
-        lr_mult: the release's mark on ``conv_offset``, which no optimizer here reads; a parameter group says the same.
+        deformable_groups: groups of input channels, each with its own offsets.
+        im2col_step: images per call of the release's kernel; ignored, since any batch size works.
+        lr_mult: the release's learning-rate factor of ``conv_offset``; ignored, use a parameter group instead.
 
     Shape:
-        (B, in_channels, H, W) -> (B, out_channels, Ho, Wo), both of any memory format; the result is channels-last.
+        (B, in_channels, H, W) in any memory format -> (B, out_channels, Ho, Wo), channels-last.
 
     Raises:
-        ValueError: groups that do not divide the channels.
+        ValueError: the groups do not divide the channels.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class _DeformConv2d(nn.Module):
         super().__init__()
         name = type(self).__name__
         if in_channels % groups or out_channels % groups or in_channels % deformable_groups:
-            raise ValueError(f"{name}: {groups=} must divide {in_channels=} and {out_channels=}, {deformable_groups=} divide in_channels")
+            raise ValueError(f"{name}: {groups=} and {deformable_groups=} must divide {in_channels=}, groups also {out_channels=}")
         for ignored, value in (("im2col_step", im2col_step), ("lr_mult", lr_mult)):
             if value is not None:
-                warnings.warn(f"{name}: {ignored}={value} has no effect here and can be left out", stacklevel=2)
+                warnings.warn(f"{name}: {ignored}={value} has no effect here and can be removed", stacklevel=2)
         self.kernel_size, self.stride, self.padding, self.dilation = map(_pair, (kernel_size, stride, padding, dilation))
         self.deformable_groups = deformable_groups
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
@@ -66,10 +66,10 @@ class _DeformConv2d(nn.Module):
         self.reset_parameters()
 
     def _add_offset_layers(self, in_channels: int) -> None:
-        """Where a subclass adds what predicts its offsets."""
+        """Hook for subclasses to add the layers that predict their offsets."""
 
     def _offset_conv(self, in_channels: int, values_per_tap: int) -> nn.Conv2d:
-        """A plain convolution of the same geometry that gives each tap so many values."""
+        """Returns a plain convolution of the same geometry with ``values_per_tap`` outputs per tap."""
         channels = values_per_tap * self.deformable_groups * self.kernel_size[0] * self.kernel_size[1]
         return nn.Conv2d(in_channels, channels, self.kernel_size, self.stride, self.padding, self.dilation)
 
@@ -91,14 +91,14 @@ class DeformConv2d(_DeformConv2d):
     """A deformable convolution whose offsets are given."""
 
     def forward(self, x: Tensor, offset: Tensor) -> Tensor:
-        """offset: (B, 2 * deformable_groups * kh * kw, Ho, Wo), as ``deform_conv2d`` has it."""
+        """offset: (B, 2 * deformable_groups * kh * kw, Ho, Wo), as in ``deform_conv2d``."""
         return self._convolve(x, offset)
 
 
 class DeformConv2dPack(_DeformConv2d):
-    """A deformable convolution that predicts its own offsets with a plain convolution of the same geometry: LITv2's.
+    """A deformable convolution that predicts its own offsets with a plain convolution of the same geometry, as in LITv2.
 
-    ``conv_offset`` starts at zero, so that training starts from the plain convolution. Offsets are computed and kept in
+    ``conv_offset`` is initialised to zero, so that training starts from a plain convolution. Offsets are computed and kept in
     float32 under autocast.
     """
 
@@ -118,13 +118,13 @@ class DeformConv2dPack(_DeformConv2d):
 
 
 class DeformConv2dPackMore(_DeformConv2d):
-    """:class:`DeformConv2dPack` with a small network in place of the plain convolution: 1 x 1 to a quarter of the channels, batch norm,
-    ReLU, and then the convolution that starts at zero."""
+    """:class:`DeformConv2dPack` with a small network instead of the plain convolution: 1 x 1 to a quarter of the channels, batch norm,
+    ReLU, and then the zero-initialised convolution."""
 
     def _add_offset_layers(self, in_channels: int) -> None:
         hidden = in_channels // 4
         if hidden < 1:
-            raise ValueError(f"DeformConv2dPackMore: {in_channels=} must be at least 4, a quarter of them predicts the offsets")
+            raise ValueError(f"DeformConv2dPackMore: {in_channels=} must be at least 4: a quarter of the channels predicts the offsets")
         squeeze = (nn.Conv2d(in_channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU(inplace=True))
         self.conv_offset = nn.Sequential(*squeeze, self._offset_conv(hidden, 2))
 
@@ -144,7 +144,7 @@ class DeformConv2dPackMore(_DeformConv2d):
 
 
 class ModulatedDeformConv2d(_DeformConv2d):
-    """Deformable convolution v2, whose offsets and mask, a factor on each sample, are given."""
+    """Deformable convolution v2 whose offsets and mask (a factor on each sample) are given."""
 
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
         """offset: (B, 2 * n, Ho, Wo), mask: (B, n, Ho, Wo), for n = deformable_groups * kh * kw."""
@@ -154,8 +154,9 @@ class ModulatedDeformConv2d(_DeformConv2d):
 class ModulatedDeformConv2dPack(_DeformConv2d):
     """Deformable convolution v2 that predicts its own offsets and mask with a plain convolution of the same geometry.
 
-    ``conv_offset_mask`` starts at zero: all samples of the plain convolution count by one half. Its first two thirds of channels are the
-    offsets, the last third is the mask before the sigmoid. Both are computed and kept in float32 under autocast.
+    ``conv_offset_mask`` is initialised to zero, so that all samples of a plain convolution are weighted by one half. The first two
+    thirds of its channels are the offsets, the last third is the mask before the sigmoid. Both are computed and kept in float32 under
+    autocast.
     """
 
     def _add_offset_layers(self, in_channels: int) -> None:
@@ -181,7 +182,7 @@ def _zero(conv: Any) -> None:
 
 
 def _in_float32(conv: Any, x: Tensor) -> Tensor:
-    """The convolution in float32 or better, whatever autocast says: rounded offsets would move samples."""
+    """Runs the convolution in float32 or better even under autocast, since rounded offsets would move samples."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         return F.conv2d(x.to(dtype), conv.weight.to(dtype), conv.bias.to(dtype), conv.stride, conv.padding, conv.dilation)

@@ -11,16 +11,16 @@ from ..dispatch import Backend, use
 
 
 def deform_conv_nodes() -> AbstractContextManager[None]:
-    """Within it ``torch.onnx.export`` writes each deformable convolution as a DeformConv node (torch 2.8 or newer)."""
+    """Within this context ``torch.onnx.export`` writes each deformable convolution as a DeformConv node (torch 2.8 or newer)."""
     return use(deform_conv2d="onnx")
 
 
 def why_rather_not(*_) -> str:
-    return "it is for ONNX graphs, inside deform_conv_nodes()"
+    return "it is only for ONNX exports, inside deform_conv_nodes()"
 
 
 def deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask) -> Tensor:
-    """See ``mm_modules.DCN.deform_conv2d``. The node has one dtype for all: that of the offsets, never below float32."""
+    """See ``mm_modules.DCN.deform_conv2d``. The node uses one dtype for all inputs: that of the offsets, never below float32."""
     (B, _, Ho, Wo), (O, C_per_group, kh, kw) = offset.shape, weight.shape
     dtype = offset.dtype
     inputs = [input.to(dtype), weight.to(dtype), offset]

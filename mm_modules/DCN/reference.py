@@ -1,6 +1,6 @@
-"""Deformable convolution in plain PyTorch: one bilinear gather into columns, one matrix product.
+"""Deformable convolution in plain PyTorch: one bilinear gather into columns and one matrix product.
 
-Exact, differentiable, for every dtype and device, and made of operations that ``torch.compile`` and ``torch.export`` know.
+It is exact and differentiable, works for every dtype and device, and can be compiled and exported.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask) 
 
 
 def _sample_positions(offset: Tensor, kh: int, kw: int, stride, padding, dilation) -> tuple[Tensor, Tensor]:
-    """Where each tap reads, in pixels of the input: y and x, each (B, Ho, Wo, kh * kw, offset_groups)."""
+    """Returns the sampling positions of the taps in pixels of the input: y and x, each (B, Ho, Wo, kh * kw, offset_groups)."""
     B, channels, Ho, Wo = offset.shape
     offset = offset.reshape(B, channels // (2 * kh * kw), kh * kw, 2, Ho, Wo).permute(3, 0, 4, 5, 2, 1)  # (2, B, Ho, Wo, taps, groups)
 
@@ -60,13 +60,13 @@ def _sample_positions(offset: Tensor, kh: int, kw: int, stride, padding, dilatio
 
 
 def _corners(y: Tensor, x: Tensor, H: int, W: int) -> tuple[Tensor, Tensor]:
-    """The four pixels around each position: their index in the H x W image (always inside it) and their bilinear factor.
+    """Returns the four pixels around each position: their index in the H x W image (always inside it) and their bilinear factor.
 
-    The factor is 0 for a corner outside the image and for every corner of a position outside ``(-1, H) x (-1, W)``; it is
-    NaN for a NaN position. At exactly -1 the offset's gradient is 0, as in the original operator (torchvision: not 0).
+    The factor is 0 for a corner outside the image and for all corners of a position outside ``(-1, H) x (-1, W)``; it is NaN
+    for a NaN position. At exactly -1 the offset's gradient is 0, as in the original operator (torchvision's is not zero).
     """
     nan = (y.isnan() | x.isnan()).unsqueeze(-1)
-    inside = (y > -1) & (x > -1) & (y < H) & (x < W)  # tested positively: false for NaN
+    inside = (y > -1) & (x > -1) & (y < H) & (x < W)  # false for NaN
     y, x = torch.where(inside, y, 0.0), torch.where(inside, x, 0.0)
     top, left = y.floor(), x.floor()
     dy, dx = y - top, x - left
@@ -84,7 +84,7 @@ def _corners(y: Tensor, x: Tensor, H: int, W: int) -> tuple[Tensor, Tensor]:
 def _weighted_gather(rows: Tensor, index: Tensor, factor: Tensor) -> Tensor:
     """``sum_j factor[n, j] * rows[index[n, j]]``: rows (R, C), index and factor (N, 4) -> (N, C) in the dtype of rows."""
     if rows.device.type == "cpu" and rows.dtype == factor.dtype and not (torch.compiler.is_compiling() or in_transform()):
-        # One pass without temporaries, and faster. Low precision stays below: this would round the factors.
+        # One pass without temporaries, which is faster. Not for low precision: it would round the factors.
         return F.embedding_bag(index, rows, per_sample_weights=factor, mode="sum")
     total = rows.index_select(0, index[:, 0]) * factor[:, :1]
     for j in range(1, index.shape[1]):

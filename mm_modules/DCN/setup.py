@@ -1,4 +1,4 @@
-"""Builds the compiled backend of the deformable convolution, mm_modules.DCN._C; ``mm_modules/build.py`` says with what.
+"""Builds the compiled backend of the deformable convolution, mm_modules.DCN._C; see ``mm_modules/build.py`` for the requirements.
 
     python setup.py build_ext --inplace      for use in this tree
     pip install .                            mm_modules.DCN on its own, for use elsewhere
@@ -15,7 +15,7 @@ from setuptools import setup
 
 FOLDER = Path(__file__).resolve().parent
 os.chdir(FOLDER)
-# pip builds in an environment of its own, without the torch that will load the result: find that one.
+# pip builds in an isolated environment without the torch that will load the result: find that one.
 sys.path.append(sysconfig.get_path("purelib"))
 sys.path.insert(0, str(FOLDER.parents[1]))
 
@@ -27,7 +27,7 @@ if (problem := why_not()) is not None:
 setup(
     name="litv2-dcn",
     version=__version__,
-    description="Deformable convolution for CPU and CUDA, of LITv2",
+    description="Deformable convolution for CPU and CUDA, from LITv2",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=["mm_modules", "mm_modules.DCN"],

@@ -1,4 +1,4 @@
-"""Deformable convolution by torchvision's operator, made safe against NaN and infinite offsets."""
+"""Deformable convolution with torchvision's operator, made safe against NaN and infinite offsets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..dispatch import Backend
 
-OUTSIDE = 1e6  # an offset that leads out of any image
+OUTSIDE = 1e6  # an offset that leads outside any image
 INSTALLED = find_spec("torchvision") is not None
 
 
@@ -25,9 +25,9 @@ def why_rather_not(input: Tensor, *_) -> str | None:
     if input.device.type != "cuda":
         return "on the CPU plain PyTorch is faster at every shape of LITv2 (benchmarks/deform_conv.py)"
     if torch.compiler.is_compiling():
-        return "plain PyTorch is fused with its neighbours when it is compiled, and an export of it needs nothing"
+        return "torch.compile fuses plain PyTorch with its neighbours, and exports of it have no dependencies"
     if torch.jit.is_tracing():
-        return "a traced program is made of plain tensor operations"
+        return "traced programs use plain tensor operations only"
     return None
 
 
@@ -35,11 +35,11 @@ def deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask) 
     """See ``mm_modules.DCN.deform_conv2d``, which has checked the arguments; ``offset`` and ``mask`` are float32 or better."""
     from torchvision.ops import deform_conv2d as operator  # imported late: slow to import and not always installed
 
-    # The operator indexes memory with a NaN position and kills the process: it gets a position outside instead,
-    # which reads nothing, and the NaN is added to the outputs it belongs to.
+    # The operator would index memory with a NaN position and crash the process. It gets a position outside the image instead,
+    # which reads nothing, and the NaN is added to the outputs that depend on it.
     nan = offset.isnan()
     offset = torch.where(nan, OUTSIDE, offset).clamp(-OUTSIDE, OUTSIDE)
-    dtype = offset.dtype  # it wants one dtype for all; low precision has no kernel everywhere, and float32 positions are ours
+    dtype = offset.dtype  # it requires a single dtype, lacks some low-precision kernels, and our positions are float32
     with torch.autocast(input.device.type, enabled=False):
         out = operator(
             input.to(dtype),
@@ -56,7 +56,7 @@ def deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask) 
 
 
 def _touched(nan: Tensor, C: int, weight: Tensor) -> Tensor:
-    """Outputs that read a NaN position: nan (B, 2 * offset_groups * taps, Ho, Wo) -> bool (B, O, Ho, Wo)."""
+    """Finds the outputs that read a NaN position: nan (B, 2 * offset_groups * taps, Ho, Wo) -> bool (B, O, Ho, Wo)."""
     O, C_per_group, kh, kw = weight.shape
     B, channels, Ho, Wo = nan.shape
     offset_groups = channels // (2 * kh * kw)

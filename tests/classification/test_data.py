@@ -239,8 +239,8 @@ def test_nothing_readable(tmp_path):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda root: (root / "train").rename(root / "trian"), "no folder .*train; --data-path must hold train/CLASS/IMAGE"),
-        (lambda root: write_images(root / "val", {"yak": 1}), "1 classes that training lacks: yak"),
+        (lambda root: (root / "train").rename(root / "trian"), "no folder .*train; --data-path must contain train/CLASS/IMAGE"),
+        (lambda root: write_images(root / "val", {"yak": 1}), "1 classes that are missing from training: yak"),
         (lambda root: (root / "train/empty").mkdir(), "empty"),
     ],
 )
@@ -255,7 +255,7 @@ def test_bad_folders(folder, change, words):
     [
         (["DATA.DATASET", "folder"], "needs --data-path"),
         (["DATA.DATA_PATH", "."], "digits, which is not read from --data-path"),
-        (["DATA.DATASET", "imagenat"], "'imagenat' is not known"),
+        (["DATA.DATASET", "imagenat"], "'imagenat' is unknown"),
         (["DATA.ZIP_MODE", True, "DATA.DATA_PATH", "."], "there is no train.zip"),
         (["DATA.DATASET", "cifar", "DATA.DATA_PATH", "nowhere"], "CIFAR100 is not in nowhere"),
         (["DATA.DATASET", "tar", "DATA.DATA_PATH", "."], "no archive train.tar"),

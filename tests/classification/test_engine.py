@@ -88,7 +88,7 @@ def test_evaluation_is_exact(sizes, classes):
 
 def test_evaluation_counts_images():
     loader, model = batches([4, 2]), linear()
-    with pytest.raises(RuntimeError, match="saw 6 images .* has 7"):
+    with pytest.raises(RuntimeError, match="saw 6 images .* but the data set has 7"):
         evaluate(model, loader, Precision(CPU), expected=7, bad_files=BadFiles(5, print), log=print)
     lines = []
     loader[1] = loader[1]._replace(unreadable=["a.png: truncated"])
@@ -111,7 +111,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(where):
     else:
         model.head.weight.register_hook(lambda gradient: gradient * math.inf)
     progress = Progress(step=1, updates=1)
-    with pytest.raises(NonFiniteLoss, match="update 1; the images of it:(.|\n)*1-2.png"):
+    with pytest.raises(NonFiniteLoss, match="update 1; the images of this step:(.|\n)*1-2.png"):
         train(model, loader[1:], optimizer=optimizer, progress=progress, steps=3)
     assert progress == Progress(step=1, updates=1)
     for name, value in model.state_dict().items():
@@ -179,7 +179,7 @@ def test_throughput():
     [
         ("auto", "cpu", "off", "off, float32 throughout (AMP is auto, and the device is cpu, not cuda)"),
         ("auto", "mps", "off", "the device is mps, not cuda"),
-        ("auto", "cuda", "fp16", "float16 (AMP is auto: as the release trained on CUDA)"),
+        ("auto", "cuda", "fp16", "float16 (AMP is auto: as in the release's training on CUDA)"),
         ("on", "cpu", "bf16", "bfloat16 (AMP is on, and the device is cpu)"),
         ("on", "cuda", "fp16", "float16 (AMP is on"),
         ("bf16", "cuda", "bf16", "bfloat16 (AMP is bf16)"),

@@ -90,7 +90,7 @@ def test_running_again_reports_that_all_is_done(finished, folder, capsys):
     assert (
         trainer("--data-path", folder, "--output", out, "--batch-size", 5, "--ema-decay", 0.9, opts="DATA.DATASET folder SAVE_FREQ 1") == 0
     )
-    assert "all 2 epochs are done already" in capsys.readouterr().out
+    assert "all 2 epochs are already done" in capsys.readouterr().out
     assert (finished / "latest.pth").read_bytes() == before
 
 
@@ -118,7 +118,7 @@ def test_fine_tuning_to_other_classes_and_sizes(finished, tmp_path, capsys):
     arguments = ("--data-path", root, "--output", tmp_path / "out", "--batch-size", 4)
     assert trainer(*arguments, "--pretrained", finished / "best.pth", opts="DATA.DATASET folder DATA.IMG_SIZE 48 TRAIN.EPOCHS 1") == 0
     printed = capsys.readouterr().out
-    assert "head is newly initialised, for other classes: it has 3 outputs in the file, 2 in this model" in printed
+    assert "head is newly initialised: it has 3 outputs in the file, but 2 in this model" in printed
     assert "epoch 1/1" in printed, "pretrained weights start a run of all its epochs"
 
 
@@ -129,7 +129,7 @@ def test_release_checkpoint_as_pretrained(folder, tmp_path, capsys):
     assert trainer("--data-path", folder, "--pretrained", file, "--output", tmp_path, "--batch-size", 8, opts=lit) == 0
     assert "10 outputs" in capsys.readouterr().out
     assert trainer("--data-path", folder, "--resume", file, "--output", tmp_path / "b", opts=lit + " MODEL.NUM_CLASSES 3") == 2
-    assert "cannot be resumed; --pretrained" in capsys.readouterr().err
+    assert "to resume from; use --pretrained" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_release_checkpoint_as_pretrained(folder, tmp_path, capsys):
         ([], "MODEL.NUM_CLASSES 12", "MODEL.NUM_CLASSES=12, but the training data has 10"),
         ([], "MODEL.LIT.NUM_HEADS [1,2,3,8]", "num_heads=3"),
         ([], "MODEL.LIT.PATCH_SIZE 8", "DATA.IMG_SIZE=32 is too small for this model: each side must be at least 64 pixels"),
-        ([], "AUG.AUTO_AUGMENT rend-m9", "AUG.AUTO_AUGMENT='rend-m9' is no policy of timm"),
+        ([], "AUG.AUTO_AUGMENT rend-m9", "AUG.AUTO_AUGMENT='rend-m9' is not a timm policy"),
     ],
 )
 def test_bad_starts(flags, opts, words, tmp_path, monkeypatch, capsys):
@@ -157,10 +157,10 @@ def test_weights_that_do_not_fit(finished, folder, tmp_path, capsys):
     assert trainer(*arguments, "--pretrained", finished / "best.pth", opts="DATA.DATASET folder MODEL.LIT.ALPHA 0.5") == 2
     assert "another variant" in capsys.readouterr().err
     assert trainer("--output", tmp_path, "--resume", finished / "best.pth") == 2  # digits have other classes
-    assert "trained on other classes (3: cat, dog, owl ...)" in capsys.readouterr().err
+    assert "the classes of the checkpoint (3: cat, dog, owl ...)" in capsys.readouterr().err
     other = "DATA.DATASET folder TRAIN.OPTIMIZER.NAME sgd"
     assert trainer(*arguments, "--resume", finished / "latest.pth", "--ema-decay", 0.9, opts=other) == 2
-    assert "trained with TRAIN.OPTIMIZER.NAME=adamw, which cannot go on as sgd" in capsys.readouterr().err
+    assert "trained with TRAIN.OPTIMIZER.NAME=adamw and cannot be resumed with sgd" in capsys.readouterr().err
 
 
 def test_sgd_and_a_step_schedule_train(folder, tmp_path):
@@ -198,7 +198,7 @@ def test_a_damaged_latest_is_reported_and_the_previous_one_used(finished, folder
     for name in ("latest.pth", "previous.pth"):
         (copy / name).write_bytes(b"no checkpoint")
     assert trainer(*arguments, opts="DATA.DATASET folder SAVE_FREQ 1") == 2
-    assert "remove them to start again" in capsys.readouterr().err
+    assert "remove them to start over" in capsys.readouterr().err
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

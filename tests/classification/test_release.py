@@ -87,7 +87,7 @@ def test_the_four_files_describe_the_recipes_here(size, tmp_path):
     for section in ("MODEL", "TRAIN", "AUG", "TEST", "AMP"):
         assert theirs[section] == ours[section]
     assert theirs["DATA"] | dict(DATASET="folder", DATA_PATH="", NUM_WORKERS=-1) == ours["DATA"]
-    assert notes == ["MODEL.TYPE=litv2 of the release has no effect: this trainer has one type of model"]
+    assert notes == ["MODEL.TYPE=litv2 from the release has no effect: this trainer has only one model type"]
 
 
 def test_every_default_of_the_release(tmp_path):
@@ -105,18 +105,18 @@ def test_every_default_of_the_release(tmp_path):
 @pytest.mark.parametrize(
     "opts, words",
     [
-        ("MODEL.TYPE swin", "MODEL.TYPE=swin of the release cannot be honoured, only lit or litv2"),
+        ("MODEL.TYPE swin", "MODEL.TYPE=swin from the release is not supported, only lit or litv2"),
         ("MODEL.LIT.WINDOW_SIZE 12", "WINDOW_SIZE=12 .* only 7: HiLo's windows are set by MODEL.LIT.LOCAL_WS"),
         ("MODEL.LIT.QK_SCALE 0.1", "QK_SCALE=0.1 .* only None"),
         ("MODEL.LIT.APE true", "APE=true .* only False: LITv2 has no absolute position embedding"),
         ("MODEL.LIT.PATCH_NORM False", "PATCH_NORM=False"),
-        ("MODEL.LIT.HAS_MSA [1,1,1,1]", r"HAS_MSA=\[1,1,1,1\] .* only \[0, 0, 1, 1\]: MODEL.LIT.LOCAL_WS says"),
+        ("MODEL.LIT.HAS_MSA [1,1,1,1]", r"HAS_MSA=\[1,1,1,1\] .* only \[0, 0, 1, 1\]: the stages with attention are those"),
         ("MODEL.LIT.HAS_MSA [0,0,1,1] MODEL.LIT.LOCAL_WS [0,2,2,1]", r"only \[0, 1, 1, 1\]"),
         ("TRAIN.START_EPOCH 5", "START_EPOCH=5 .* from the checkpoint"),
         ("LOCAL_RANK 1", "LOCAL_RANK=1"),
         ("AMP_OPT_LEVEL O3", "AMP_OPT_LEVEL must be O0, O1 or O2, got 'O3'"),
         ("TRAIN.ACCUMULATION_STEPS -1", "ACCUMULATION_STEPS must be at least 1"),
-        ("AUG.CUTMIX_MINMAX [0.8,0.2]", "CUTMIX_MINMAX must be two rising numbers"),
+        ("AUG.CUTMIX_MINMAX [0.8,0.2]", "CUTMIX_MINMAX must be two increasing numbers"),
         ("MODEL.LIT.ROPE False", "there is no key MODEL.LIT.ROPE"),
     ],
 )

@@ -53,7 +53,7 @@ def test_metrics_that_are_not_there():
     ):
         with pytest.raises(UserError, match=words):
             select_metrics(load_config(RETINANET), names)
-    with pytest.raises(UserError, match="evaluates with VOCMetric: change its test_evaluator"):
+    with pytest.raises(UserError, match="evaluates with VOCMetric; change its test_evaluator"):
         select_metrics(load_config(RETINANET, {"test_evaluator.type": "VOCMetric"}), ["mAP"])
 
 
@@ -99,5 +99,5 @@ def test_show_without_a_display():
     from matplotlib import pyplot as plt
 
     plt.switch_backend("agg")
-    with pytest.raises(UserError, match="--show: there is no display; --show-dir FOLDER"):
+    with pytest.raises(UserError, match="--show: there is no display; use --show-dir FOLDER"):
         draw(load_config(RETINANET), None, True, 2.0)

@@ -200,7 +200,7 @@ def test_one_line_for_the_user(mine, tmp_path):
         "no configuration at": ["tools/train.py", "configs/litv2/nothing.py"],
         "cannot be read": ["tools/train.py", RETINANET, "--work-dir", tmp_path, "--cfg-options", *TINY_OPTIONS, f"data_root={tmp_path}"],
         "cannot be read as an image": ["demo.py", RETINANET, "--checkpoint", "x.pth", "--out", tmp_path / "x.png"],
-        "say which with --config": ["demo.py", mine / "data/val/0.jpg", "--checkpoint", "x.pth", "--out", tmp_path / "x.png"],
+        "pass the configuration with --config": ["demo.py", mine / "data/val/0.jpg", "--checkpoint", "x.pth", "--out", tmp_path / "x.png"],
     }
     for message, arguments in cases.items():
         done = run_tool("detection", *arguments, check=False)

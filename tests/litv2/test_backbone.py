@@ -143,7 +143,7 @@ def test_the_releases_keys(tmp_path, caplog):
     "old, words",
     [
         (dict(pretrain_img_size=384), "pretrain_img_size=384 is not supported"),
-        (dict(window_size=14), "window_size=14 is not supported: HiLo's windows are local_ws"),
+        (dict(window_size=14), "window_size=14 is not supported: HiLo's windows are set by local_ws"),
         (dict(ape=True), "ape=True is not supported"),
         (dict(patch_norm=False), "patch_norm=False is not supported"),
         (dict(qk_scale=0.1), "qk_scale=0.1 is not supported"),
@@ -241,5 +241,5 @@ for module in {modules}:
         print(type(error).__name__, error)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    expected = "MissingPackage detection and segmentation need OpenMMLab's packages, and mmengine is not installed; run `make mm`"
+    expected = "MissingPackage detection and segmentation need OpenMMLab's packages, but mmengine is not installed; run `make mm`"
     assert len(modules) > 8 and done.stdout.splitlines() == [expected] * len(modules)

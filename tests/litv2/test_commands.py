@@ -88,7 +88,7 @@ def test_download(tmp_path, capsys):
     done = run("download", "litv2_smal", "litv2_medium", "http://127.0.0.1:9/x.pth", cwd=tmp_path, check=False)
     assert done.returncode == 1 and done.stdout.splitlines() == [f"litv2_medium  0.0 MB  {folder / 'litv2_m.pth'}"]
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert len(errors) == 2 and "close to it: litv2_small" in errors[0]
+    assert len(errors) == 2 and "similar names: litv2_small" in errors[0]
     assert f"put the file at {folder / 'x.pth'}" in errors[1] and "http://127.0.0.1:9/x.pth" in errors[1]
 
 
@@ -143,9 +143,9 @@ def test_heads(ours, tmp_path):
 
 def test_convert_writes_whole_or_not_at_all(ours, tmp_path, capsys):
     Path("out.pth").write_text("precious")
-    assert "--force overwrites" in fails(capsys, "convert", ours, "out.pth")
+    assert "use --force to overwrite" in fails(capsys, "convert", ours, "out.pth")
     assert "must end in" in fails(capsys, "convert", ours, "out.onnx")
-    assert "no folder" in fails(capsys, "convert", ours, "nowhere/out.pth")
+    assert "the folder nowhere does not exist" in fails(capsys, "convert", ours, "nowhere/out.pth")
     (tmp_path / "bad.pth").write_bytes(ours.read_bytes()[:-1000])
     assert "bad.pth" in fails(capsys, "convert", "bad.pth", "out.pth", "--force")
     with pytest.warns(UserWarning, match="ComplexHalf"):
@@ -176,7 +176,7 @@ def test_info(ours, capsys):
     assert rows["parameters"] == f"{parameters / 1e6:.3f} M" and rows["epoch"] == "3"
     assert rows["classes"] == "10: animal 0, animal 1, animal 2, animal 3, animal 4 ..."
     assert rows["weights"].startswith("107 tensors, the moving average") and rows["dtype"] == "float32, int64"
-    assert rows["windows"] == "0 0 2 1 (by the file's configuration)" and rows["heads"] == "1 2 4 8; alpha 0.9"
+    assert rows["windows"] == "0 0 2 1 (from the file's configuration)" and rows["heads"] == "1 2 4 8; alpha 0.9"
 
 
 def test_info_of_published_shapes(tmp_path, capsys):
@@ -217,7 +217,7 @@ def test_info_of_a_training_run_of_mmengine(capsys):
     torch.save(dict(meta=dict(epoch=2), state_dict=weights, message_hub=hub.state_dict()), "run.pth")
     assert main(["info", "run.pth"]) == 0
     out = capsys.readouterr().out
-    assert "message_hub" in out and "LITv2 of its own (32 channels, blocks 1 1 2 1)" in out
+    assert "message_hub" in out and "custom LITv2 (32 channels, blocks 1 1 2 1)" in out
 
 
 def test_predict(ours, tmp_path):
@@ -253,12 +253,12 @@ def test_predict(ours, tmp_path):
 def test_predict_says_what_is_wrong(ours, tmp_path, capsys):
     image = write_images(tmp_path / "images", {"a": 1}) / "a/0.png"
     assert "another variant" in fails(capsys, "predict", image, "--checkpoint", ours, "--model", "litv2_small")
-    assert "close to it: litv2_base" in fails(capsys, "predict", image, "--checkpoint", ours, "--model", "litv2_bas")
+    assert "similar names: litv2_base" in fails(capsys, "predict", image, "--checkpoint", ours, "--model", "litv2_bas")
     for side in ("16", "0"):
         assert "at least 32" in fails(capsys, "predict", image, "--checkpoint", ours, "--img-size", side)
     assert "--device nowhere: " in fails(capsys, "predict", image, "--checkpoint", ours, "--device", "nowhere")
     torch.save(read_checkpoint(ours) | dict(class_names=["one"]), "names.pth")
-    assert "names 1 classes, its classifier has 10" in fails(capsys, "predict", image, "--checkpoint", "names.pth")
+    assert "lists 1 class names, but its classifier has 10" in fails(capsys, "predict", image, "--checkpoint", "names.pth")
     torch.save(dict(model=tiny_model(num_classes=0).state_dict()), "headless.pth")
     assert "no classifier" in fails(capsys, "predict", image, "--checkpoint", "headless.pth")
 
@@ -269,8 +269,8 @@ def test_what_a_file_does_not_tell_is_said(ours, tmp_path, capsys):
     torch.save(dict(model=tiny_model(local_ws=(0, 0, 4, 1)).state_dict()), "bare.pth")
     assert main(["predict", str(image), "--checkpoint", "bare.pth", "--img-size", "64"]) == 0
     windows, size = capsys.readouterr().err.splitlines()
-    assert windows == "note: bare.pth does not say its heads and windows: they are taken to be 1 2 4 8 and 0 0 2 1, as published"
-    assert size.startswith("note: bare.pth does not say the size of its images; the default is 224")
+    assert windows == "note: bare.pth does not state its heads and windows; assuming 1 2 4 8 and 0 0 2 1, as published"
+    assert size.startswith("note: bare.pth does not state its image size; assuming 224")
     assert main(["predict", str(image), "--checkpoint", str(ours)]) == 0
     assert capsys.readouterr().err == ""
     arguments = ["--format", "torch-export", "--img-size", "64", "--dynamic", "--out", "bare.pt2"]
@@ -340,4 +340,4 @@ def test_the_trainer_takes_names_of_the_zoo(tmp_path):
     model = LITv2(num_classes=7, patch_size=2, embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
     torch.save(dict(model=model.state_dict()), folder / "litv2_s.pth")
     done = run_trainer("--pretrained", "litv2_small", "--output", tmp_path / "out", opts="TRAIN.EPOCHS 1")
-    assert "litv2_small: head is newly initialised, for other classes: it has 7 outputs in the file, 10 in this model" in done.stdout
+    assert "litv2_small: head is newly initialised: it has 7 outputs in the file, but 10 in this model" in done.stdout

@@ -255,12 +255,12 @@ def test_paths_and_names(cache, tmp_path):
     assert list(records(cache)) == [entry.url]
     (tmp_path / "litv2_small").write_text("a file of that name comes first")
     assert fetch("litv2_small") == Path("litv2_small")
-    with pytest.raises(FileNotFoundError, match="litv2_smal.*close to it: litv2_small"):
+    with pytest.raises(FileNotFoundError, match="litv2_smal.*similar names: litv2_small"):
         fetch("litv2_smal")
     with pytest.raises(FileNotFoundError, match="no checkpoint at nowhere/litv2_smal$"):
         fetch("nowhere/litv2_smal")
     for url in ("http://127.0.0.1/", "http://127.0.0.1/a/..", "http://127.0.0.1/litv2.lock.json"):
-        with pytest.raises(ValueError, match="does not end in the name of a file"):
+        with pytest.raises(ValueError, match="does not end in a file name"):
             fetch(url)
 
 

@@ -1,4 +1,4 @@
-"""One policy of errors: who sees one line, who a traceback, and which status the program ends with."""
+"""The error policy: who sees one line, who a traceback, and which status the program ends with."""
 
 from __future__ import annotations
 

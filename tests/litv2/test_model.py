@@ -188,7 +188,7 @@ def test_export_with_dynamic_sizes():
 @pytest.mark.parametrize(
     "kwargs, words",
     [
-        (dict(depths=(1, 1)), "one entry per stage"),
+        (dict(depths=(1, 1)), "must have one entry per stage"),
         (dict(drop_path_rate=1.0), r"drop_path_rate=1.0 must lie in \[0, 1\)"),
         (dict(num_heads=(1, 2, 5, 8)), "dim=128 .*num_heads=5"),
     ],
@@ -199,7 +199,7 @@ def test_bad_arguments(kwargs, words):
 
 
 @pytest.mark.parametrize(
-    "shape, words", [((3, 64, 64), r"\(B, 3, H, W\), not \(3, 64, 64\)"), ((1, 1, 64, 64), "not"), ((1, 3, 31, 64), "31 x 64")]
+    "shape, words", [((3, 64, 64), r"\(B, 3, H, W\), got \(3, 64, 64\)"), ((1, 1, 64, 64), "got"), ((1, 3, 31, 64), "31 x 64")]
 )
 def test_bad_images(shape, words):
     with pytest.raises(ValueError, match=words):

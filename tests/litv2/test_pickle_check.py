@@ -187,7 +187,7 @@ def test_hostile_pickles(name, wrap):
         assert any(repr(asked) in message for asked in ASKED), message
     if name in ("quadratic codec", "bytearray", "tensor of any size", "ever copied dictionary"):
         # refused by name or arguments, not by what the call led to
-        assert "not allowed in a checkpoint" in message or "no checkpoint has" in message
+        assert "not allowed in a checkpoint" in message or "unexpected arguments" in message
     if name in CODE and (name == "os.system" or name.startswith("global of")):
         assert "'os.system'" in message
 
@@ -249,10 +249,10 @@ def test_other_files():
     refused(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "git lfs pull")
     refused(b"\x89PNG\r\n\x1a\n" + bytes(100), "PNG")
     refused(b"PK\x03\x05" + good[4:], "neither")
-    refused(pickle.dumps({"model": 1}), "none of torch.save")
-    refused(good + b"appended", "no directory at its end")
-    refused(archive(protocol2(b"]")), "holds a list")
-    refused(archive(protocol2(b"K\x05")), "holds a int")
+    refused(pickle.dumps({"model": 1}), "not one written by torch.save")
+    refused(good + b"appended", "no central directory at its end")
+    refused(archive(protocol2(b"]")), "contains a list")
+    refused(archive(protocol2(b"K\x05")), "contains a int")
 
 
 def test_zip_archives():

@@ -186,7 +186,7 @@ def test_arguments_of_create_model():
     "kwargs, error, words",
     [
         (dict(img_size=31), ValueError, "img_size=31 must be"),
-        (dict(img_size=(224, 224, 3)), ValueError, "must be a side, or"),
+        (dict(img_size=(224, 224, 3)), ValueError, "must be one side or"),
         (dict(global_pool="max"), ValueError, "global_pool='max' must be 'avg'"),
         (dict(window_size=7), TypeError, "window_size"),
         (dict(pretrained=True, cache_dir="elsewhere"), ValueError, "TORCH_HOME"),

@@ -93,7 +93,7 @@ def other_sources(name: str, library: Path) -> str:
     shutil.copy(built(name), library)
     csrc = library.parent / "csrc"
     (csrc / "sample.h" if name == NAMES[0] else csrc / "hilo.cpp").open("a").write("// changed\n")
-    return "was compiled from other sources"
+    return "was compiled from different sources"
 
 
 def missing_symbols(name: str, library: Path) -> str:
@@ -126,7 +126,7 @@ def test_one_line_where_it_is_built_for_something_else(tree, name, damage):
     (line,) = done.stderr.splitlines()
     problem = done.stdout.strip()
     assert problem.startswith("unusable: ") and words in problem
-    assert f"{name} is {problem}. Until then slower operators compute the same." in line
+    assert f"{name} is {problem}. Until then, slower operators compute the same results." in line
     assert "`python -m litv2 build`" in line
 
 

@@ -194,13 +194,13 @@ def test_reasons():
     assert explain(block, x)["native"].startswith("gradients are enabled") and explain(block, x)["torch"] is None
     with torch.no_grad():
         assert explain(block, x)["native"] is None
-        assert explain(block, normal(0, *SMALL))["native"] == "480 tokens are too few to pack the weights for, below 512"
-        assert explain(block.bfloat16(), x.bfloat16())["native"] == "it computes in float32, without autocast"
+        assert explain(block, normal(0, *SMALL))["native"] == "packing the weights pays off from 512 tokens, got 480"
+        assert explain(block.bfloat16(), x.bfloat16())["native"] == "it supports float32 without autocast only"
         block = plain_block()
         a_hook(block)
-        assert explain(block, x)["native"] == "there are hooks on a Linear"
+        assert explain(block, x)["native"] == "a Linear has hooks"
         another_layer(block := plain_block())
-        assert explain(block, x)["native"] == "a ScaledLinear is not among the parts that it knows"
+        assert explain(block, x)["native"] == "a ScaledLinear is not a module that it supports"
         block.train()
         assert explain(block, x)["native"] == "the block is in training mode"
 

@@ -87,7 +87,7 @@ def test_the_configurations_own_views(evaluate):
 
 
 def test_show_or_write():
-    with pytest.raises(UserError, match="there is no display|mmseg either shows or writes"):
+    with pytest.raises(UserError, match="there is no display|mmseg either shows or writes the pictures"):
         draw(load_config(SEMANTIC_FPN), "pictures", True, 2.0)
 
 
@@ -97,5 +97,5 @@ def test_benchmark(mine):
     assert "Done image [6/200], fps: " in done.stdout and "Overall fps: " in done.stdout
     flags = [mine / "mine.py", "--synthetic", "--shape", 64, 80, "--max-iter", 5, *options]
     done = run_tool("segmentation", "tools/benchmark.py", *flags, check=False)
-    words = "error: there are 5 images, and the first 5 are not timed: more are needed"
+    words = "error: 5 images are too few: the first 5 are not timed"
     assert done.returncode == 2 and done.stderr.splitlines()[-1] == words

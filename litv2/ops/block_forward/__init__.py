@@ -2,7 +2,7 @@
 
     class Block(nn.Module):
         @ops.block(parts=(HiLo, Mlp))
-        def forward(self, x): ...       # reads like the paper; another backend may compute the same
+        def forward(self, x): ...       # written as in the paper; another backend may compute it
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def block(parts: tuple[type[nn.Module], ...]) -> Callable[[Forward], Forward]:
     """Makes a ``forward`` the reference of the operator ``block``, whose arguments are the module and x.
 
     Args:
-        parts: the classes that the block is made of, beside torch's own. A block with any other part, a replaced one say, is computed
-            by its own ``forward``.
+        parts: the classes that the block consists of, besides torch's own. A block with any other submodule, such as a replaced one,
+            is computed by its own ``forward``.
     """
 
     def decorate(forward: Forward) -> Forward:

@@ -1,8 +1,8 @@
-"""``block`` in bfloat16 on a CPU that has no instructions for it.
+"""``block`` in bfloat16 on a CPU without bfloat16 instructions.
 
-torch's own products in bfloat16 go number by number there, many times as slowly as in float32. Here the block's own forward runs, but
-its linear layers multiply in float32, with factors rounded to bfloat16: what instructions for bfloat16 would give, but for roundings
-on the way. Activations stay bfloat16, and so does what is kept for the gradients.
+There, torch computes bfloat16 matrix products element by element, many times slower than in float32. This backend runs the block's own
+forward, but its linear layers multiply in float32 with factors rounded to bfloat16, which gives the same as bfloat16 instructions up to
+intermediate rounding. Activations stay in bfloat16, and so do the tensors saved for backward.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def backend(forward: Callable[[Block, Tensor], Tensor]) -> Backend:
 
 def why_not(block: Block, x: Tensor) -> str | None:
     if type(x) is not Tensor:
-        return f"it is for plain tensors, not for {type(x).__name__}"
+        return f"it supports plain tensors only, got {type(x).__name__}"
     if x.device.type != "cpu":
-        return f"it is for the CPU, not for {x.device.type}"
+        return f"it supports the CPU only, got {x.device.type}"
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform():
-        return "a program is being compiled or traced, or transformed by torch.func"
+        return "the model is being compiled, traced or transformed by torch.func"
     if compute_dtype(x) != torch.bfloat16:
-        return f"it is for bfloat16, not for {compute_dtype(x)}"
+        return f"it supports bfloat16 only, got {compute_dtype(x)}"
     return None
 
 
@@ -48,7 +48,7 @@ def why_rather_not(block: Block, x: Tensor) -> str | None:
 
 
 class LinearInFloat32(TorchFunctionMode):
-    """Within it every ``F.linear`` that torch would compute in bfloat16 multiplies in float32."""
+    """Within this mode every ``F.linear`` that torch would compute in bfloat16 multiplies in float32."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return (_linear if func is F.linear else func)(*args, **(kwargs or {}))

@@ -9,8 +9,8 @@ from mm_modules.dispatch import Backend
 
 
 def depthwise_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    # The map is seen through a permuted view, which is channels-last memory: nothing is copied. The convolution is called as a
-    # module, so that whoever hooks it sees it.
+    # The permuted view is in the channels-last memory format, so nothing is copied. The convolution is called as a module, so that
+    # its hooks run.
     return F.gelu(conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
