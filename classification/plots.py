@@ -1,4 +1,4 @@
-"""The two pictures that end a run: its curves, and predictions on validation images."""
+"""Plots at the end of a run: its curves, and predictions on validation images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def plot_curves(rows: list[dict], steps_per_epoch: int, path: Path) -> None:
     val_epochs = [row["update"] / steps_per_epoch for row in val]
 
     def accuracy(key: str, label: str) -> Curve:
-        last = f": {val[-1][key]:.2f} % at the end" if val else ""
+        last = f": {val[-1][key]:.2f} % (final)" if val else ""
         return Curve(val_epochs, [row[key] for row in val], label + last, marker=".")
 
     panels = {
@@ -62,6 +62,6 @@ def plot_predictions(
     for axis, picture, target, guess, sure in zip(axes.flat, pictures, batch.targets.tolist(), predicted.tolist(), confidence.tolist()):
         axis.imshow(picture.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
         right = guess == target
-        title = f"{class_names[guess]}  {sure:.0%}" if right else f"{class_names[guess]}  {sure:.0%}\nis {class_names[target]}"
+        title = f"{class_names[guess]}  {sure:.0%}" if right else f"{class_names[guess]}  {sure:.0%}\ntrue: {class_names[target]}"
         axis.set_title(title, fontsize=9, color="tab:green" if right else "tab:red")
     figure.savefig(path, dpi=100)

@@ -1,4 +1,4 @@
-"""Draws what a detector finds in an image. From detection/:
+"""Draws the detections of a model in an image. From detection/:
 
     python demo.py IMAGE --checkpoint retinanet_litv2_s_fpn_1x_coco.pth --out PICTURE.png
 """
@@ -12,7 +12,7 @@ from litv2.errors import run_program
 
 
 def main() -> None:
-    from litv2.openmmlab.commands import demo  # here, so that an absent package is one line
+    from litv2.openmmlab.commands import demo  # imported here, so that a missing package gives a one-line error
 
     demo()
 

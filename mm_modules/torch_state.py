@@ -1,4 +1,4 @@
-"""What torch is doing right now, as far as the choice of a backend depends on it.
+"""The state of torch that the choice of a backend depends on.
 
 This is the one file on the model's path that uses private names of torch: a new release of torch is checked here.
 """
@@ -21,19 +21,19 @@ __all__ = [
 
 
 def is_exporting() -> bool:
-    """Whether a program is being made that leaves this process: torch.export, ONNX, torch.jit.trace."""
+    """Whether a program for use outside this process is being traced: torch.export, ONNX, torch.jit.trace."""
     # The flag itself, not torch.compiler.is_exporting(): Dynamo of torch 2.7 to 2.11 takes that for True in every compilation.
     # torch < 2.7 cannot tell an export from a compilation.
     return getattr(torch.compiler, "_is_exporting_flag", torch.compiler.is_compiling()) or torch.jit.is_tracing()
 
 
 def in_transform() -> bool:
-    """Whether torch.func's transforms or forward-mode derivatives are at work: some fast operators have no rules for them."""
+    """Whether torch.func's transforms or forward-mode derivatives are active: some fast operators have no rules for them."""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def is_watched() -> bool:
-    """Whether somebody counts or replaces operators (a dispatch mode), or wants derivatives that the fast ones do not have."""
+    """Whether a dispatch mode is active, or derivatives are needed that the fast operators lack."""
     return torch._C._len_torch_dispatch_stack() > 0 or in_transform()
 
 
@@ -53,7 +53,7 @@ def has_kernel(operator: str, device: str) -> bool:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """In which torch multiplies x with weights: under autocast that of autocast, else its own."""
+    """Returns the dtype in which torch multiplies x with weights: autocast's if enabled, else its own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -63,5 +63,5 @@ _BFLOAT16_IS_EMULATED: bool = torch.backends.mkldnn.is_available() and not torch
 
 
 def bfloat16_is_emulated() -> bool:
-    """Whether this CPU has no instructions for bfloat16, by oneDNN's own word."""
+    """Whether this CPU lacks bfloat16 instructions, according to oneDNN."""
     return _BFLOAT16_IS_EMULATED

@@ -1,4 +1,4 @@
-"""Draws what a segmenter finds in an image. From segmentation/:
+"""Draws the segmentation of an image by a model. From segmentation/:
 
     python demo.py IMAGE --checkpoint litv2_s_fpn_r50_512x512_80k_ade20k.pth --out PICTURE.png
 """
@@ -12,7 +12,7 @@ from litv2.errors import run_program
 
 
 def main() -> None:
-    from litv2.openmmlab.commands import demo  # here, so that an absent package is one line
+    from litv2.openmmlab.commands import demo  # imported here, so that a missing package gives a one-line error
 
     demo()
 

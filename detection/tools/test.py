@@ -13,7 +13,7 @@ from litv2.errors import run_program
 
 
 def main() -> None:
-    from litv2.openmmlab.commands import test  # here, so that an absent package is one line
+    from litv2.openmmlab.commands import test  # imported here, so that a missing package gives a one-line error
 
     test()
 

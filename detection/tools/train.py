@@ -13,7 +13,7 @@ from litv2.errors import run_program
 
 
 def main() -> None:
-    from litv2.openmmlab.commands import train  # here, so that an absent package is one line
+    from litv2.openmmlab.commands import train  # imported here, so that a missing package gives a one-line error
 
     train()
 

@@ -1,4 +1,4 @@
-"""The picture that ends a training of detection or segmentation: its curves."""
+"""Plots the curves at the end of a detection or segmentation training."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def plot_curves(work_dir: str | Path, path: str | Path) -> None:
     panels = {
         "Training loss": [curve(train, key, key, width=1.5 if key == "loss" else 1) for key in losses],
         "Learning rate": [curve(train, "lr")] if train else [],
-        "Evaluation": [curve(metrics, key, f"{key}: {{:g}} at the end", marker=".") for key in scores],
+        "Evaluation": [curve(metrics, key, f"{key}: {{:g}} (final)", marker=".") for key in scores],
     }
     save_curves(path, panels, xlabel="update")

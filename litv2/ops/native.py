@@ -1,7 +1,7 @@
-"""The native CPU operators (csrc/, float32): loaded here if they are built, and what torch must know of them.
+"""Loads the native CPU operators (csrc/) if they are built, and registers them with torch.
 
-``LITV2_NATIVE=0`` switches them off. Without them torch's own operators compute the same, to rounding: as there, the last bits may
-depend on the number of threads and of images.
+``LITV2_NATIVE=0`` disables them; torch's own operators then compute the same up to rounding. As there, the last bits may depend on the
+number of threads and of images.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mm_modules.extension import load
 
 __all__ = ["problem"]
 
-# Why they are not in use, None if they are.
+# Why they are unavailable, or None.
 problem: str | None = "switched off by LITV2_NATIVE=0" if os.environ.get("LITV2_NATIVE", "1") == "0" else load("litv2.ops._C")
 
 

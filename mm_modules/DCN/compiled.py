@@ -1,4 +1,4 @@
-"""Deformable convolution by our C++/CUDA extension, where it is built (``setup.py``): the fastest of the backends.
+"""Deformable convolution by the C++/CUDA extension, if it is built (``setup.py``): the fastest backend.
 
 The extension registers the operators ``litv2::deform_conv2d`` and its backward with their kernels and autocast rules; shape
 inference and autograd are registered here.
@@ -23,7 +23,7 @@ def why_not(input: Tensor, *_) -> str | None:
     if problem is not None:
         return problem
     if input.device.type not in _DEVICES:
-        return f"it was built for {' and '.join(_DEVICES)}, not for {input.device.type}"
+        return f"it was built for {' and '.join(_DEVICES)} only, got {input.device.type}"
     if input.dtype not in DTYPES:
         return f"it has no kernel for {input.dtype}"
     if not torch.compiler.is_compiling() and torch_state.in_transform():
@@ -33,7 +33,7 @@ def why_not(input: Tensor, *_) -> str | None:
 
 def why_rather_not(*_) -> str | None:
     if torch_state.is_exporting():
-        return "an exported program is made of plain tensor operations, so that it needs nothing of ours"
+        return "exported programs use plain tensor operations only, so as not to depend on the extension"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Counts the images per second of a segmenter. From segmentation/:
+"""Measures the images per second of a segmenter. From segmentation/:
 
     python tools/benchmark.py configs/litv2/litv2_s_fpn_r50_512x512_80k_ade20k.py --checkpoint CHECKPOINT
     python tools/benchmark.py configs/litv2/litv2_s_fpn_r50_512x512_80k_ade20k.py --synthetic
@@ -13,7 +13,7 @@ from litv2.errors import run_program
 
 
 def main() -> None:
-    from litv2.openmmlab.commands import benchmark  # here, so that an absent package is one line
+    from litv2.openmmlab.commands import benchmark  # imported here, so that a missing package gives a one-line error
 
     benchmark()
 

@@ -223,15 +223,15 @@ def test_cuda_kernels_are_built():
     "change, words",
     [
         (dict(input=torch.zeros(2, 4, 6, 6, dtype=torch.int32)), "input is Int"),
-        (dict(input=torch.zeros(4, 6, 6)), r"input must be 4-D, not of the shape \[4, 6, 6\]"),
+        (dict(input=torch.zeros(4, 6, 6)), r"input must be 4-D, got shape \[4, 6, 6\]"),
         (dict(offset=torch.zeros(2, 8, 3, 3, dtype=torch.bfloat16)), "offset is BFloat16, expected Float"),
-        (dict(offset=torch.zeros(2, 8, 3, 2)), r"offset has the shape \[2, 8, 3, 2\], expected \[2, 8, 3, 3\]"),
+        (dict(offset=torch.zeros(2, 8, 3, 2)), r"offset has shape \[2, 8, 3, 2\], expected \[2, 8, 3, 3\]"),
         (dict(offset=torch.zeros(2, 12, 3, 3)), r"offset \[2, 12, 3, 3\] does not fit"),
         (dict(weight=torch.zeros(6, 3, 2, 2)), r"weight \[6, 3, 2, 2\] does not fit input \[2, 4, 6, 6\]"),
         (dict(weight=torch.zeros(6, 4, 2, 2).double()), "weight is Double, expected Float"),
         (dict(weight=torch.zeros(6, 4, 9, 9)), "does not fit|output would be"),
         (dict(bias=torch.zeros(5)), r"bias \[5\] does not fit weight"),
-        (dict(mask=torch.zeros(2, 4, 3, 2)), r"mask has the shape \[2, 4, 3, 2\], expected \[2, 4, 3, 3\]"),
+        (dict(mask=torch.zeros(2, 4, 3, 2)), r"mask has shape \[2, 4, 3, 2\], expected \[2, 4, 3, 3\]"),
         (dict(stride=(0, 1)), r"stride=\[0, 1\]"),
         (dict(padding=(-1, 0)), r"padding=\[-1, 0\]"),
         (dict(dilation=(1, 0)), r"dilation=\[1, 0\]"),
@@ -281,7 +281,7 @@ def test_choice(monkeypatch):
     assert choose(x).name == "compiled"
     monkeypatch.setattr(compiled, "_DEVICES", ("cuda",))
     assert choose(x).name == "torch"
-    with use(deform_conv2d="compiled"), pytest.raises(RuntimeError, match="is forced .*, but it was built for cuda, not for cpu"):
+    with use(deform_conv2d="compiled"), pytest.raises(RuntimeError, match="is forced .*, but it was built for cuda only, got cpu"):
         choose(x)
 
 

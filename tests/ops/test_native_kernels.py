@@ -25,7 +25,8 @@ from helpers import normal, tiny_model
 from litv2.ops import native
 
 x = normal(0, 2, 3, 100, 132)
-results = dict(problem=native.problem, kernels=native.problem or torch.ops.litv2.native_kernels(), logits={}, rounded={}, gradients={}, flops={})
+kernels = native.problem or torch.ops.litv2.native_kernels()
+results = dict(problem=native.problem, kernels=kernels, logits={}, rounded={}, gradients={}, flops={})
 for name, arguments in dict(even={}, odd=dict(embed_dim=20, num_heads=(1, 2, 4, 5), local_ws=(0, 3, 2, 1), alpha=0.5)).items():
     model = tiny_model(**arguments).eval()
     with torch.no_grad():
@@ -80,7 +81,7 @@ def same_results(ours: dict, theirs: dict) -> None:
     for name, logits in theirs["rounded"].items():
         # Where the last bits turn a rounding, a number is a whole step away; together they are nearer than steps are to the truth.
         rounding = max_difference(logits, theirs["logits"][name.split(",")[0]])
-        assert 0 < rounding and max_difference(ours["rounded"].get(name, logits), logits) < rounding
+        assert rounding > 0 and max_difference(ours["rounded"].get(name, logits), logits) < rounding
     for name, gradients in theirs["gradients"].items():
         for key, gradient in gradients.items():
             # A bias before batch norm or of keys has no gradient but rounding: hence the 1.

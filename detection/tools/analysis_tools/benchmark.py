@@ -1,4 +1,4 @@
-"""Counts the images per second of a detector. From detection/:
+"""Measures the images per second of a detector. From detection/:
 
     python tools/analysis_tools/benchmark.py configs/litv2/retinanet_litv2_s_fpn_1x_coco.py --checkpoint CHECKPOINT
     python tools/analysis_tools/benchmark.py configs/litv2/retinanet_litv2_s_fpn_1x_coco.py --synthetic
@@ -13,7 +13,7 @@ from litv2.errors import run_program
 
 
 def main() -> None:
-    from litv2.openmmlab.commands import benchmark  # here, so that an absent package is one line
+    from litv2.openmmlab.commands import benchmark  # imported here, so that a missing package gives a one-line error
 
     benchmark()
 

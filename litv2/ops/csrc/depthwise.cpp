@@ -52,8 +52,8 @@ Tensor depthwise_gelu(const Tensor& x_, const Tensor& weight, const Tensor& bias
 std::tuple<Tensor, Tensor, Tensor> depthwise_gelu_backward(const Tensor& gradient_, const Tensor& x_,
                                                            const Tensor& weight, const Tensor& bias) {
   if (x_.scalar_type() == at::kBFloat16) {
-    TORCH_CHECK_VALUE(gradient_.scalar_type() == at::kBFloat16, "depthwise_gelu_backward: a gradient of ",
-                      gradient_.scalar_type(), " for a map of ", x_.scalar_type());
+    TORCH_CHECK_VALUE(gradient_.scalar_type() == at::kBFloat16, "depthwise_gelu_backward: gradient is ",
+                      gradient_.scalar_type(), ", expected ", x_.scalar_type(), ", the dtype of x");
     auto gradients = depthwise_gelu_backward(gradient_.to(at::kFloat), x_.to(at::kFloat), weight, bias);
     std::get<0>(gradients) = std::get<0>(gradients).to(at::kBFloat16);
     return gradients;

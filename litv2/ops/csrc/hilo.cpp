@@ -165,7 +165,7 @@ Tensor hilo(const Tensor& x_, const Tensor& norm_weight, const Tensor& norm_bias
   const Tensor x = checked_map("hilo", x_);
   const int64_t C = x.size(3), s = window_size, heads = h_heads + l_heads;
   TORCH_CHECK_VALUE(s >= 1 && h_heads >= 0 && l_heads >= 0 && heads > 0 && C % heads == 0, "hilo: window_size=", s,
-                    ", heads ", h_heads, " + ", l_heads, " for ", C, " channels");
+                    ", heads ", h_heads, " + ", l_heads, " for ", C, " channels: the number of heads must divide the channels");
   const HiLo a{k,
                x.size(0),
                x.size(1),

@@ -45,7 +45,7 @@ Geometry check(const Tensor& input, const Tensor& offset, const Tensor& weight, 
             dtype, ", expected float64, float32, bfloat16 or float16");
   const auto check_tensor = [&](const char* name, const Tensor& tensor, int64_t rank, at::ScalarType expected) {
     if (!tensor.defined()) return;
-    DCN_CHECK(tensor.dim() == rank, name, " must be ", rank, "-D, not of the shape ", tensor.sizes());
+    DCN_CHECK(tensor.dim() == rank, name, " must be ", rank, "-D, got shape ", tensor.sizes());
     DCN_CHECK(tensor.scalar_type() == expected, name, " is ", tensor.scalar_type(), ", expected ", expected,
               " for an input of ", dtype);
     DCN_CHECK(tensor.device() == input.device(), name, " is on ", tensor.device(), ", but input is on ",
@@ -90,7 +90,7 @@ Geometry check(const Tensor& input, const Tensor& offset, const Tensor& weight, 
   DCN_CHECK(g.out_height > 0 && g.out_width > 0, "the output would be ", g.out_height, " x ", g.out_width,
             " for input ", input.sizes());
   const auto check_map = [&](const char* name, const Tensor& map, int64_t channels) {
-    DCN_CHECK(map.sizes() == at::IntArrayRef({g.batch, channels, g.out_height, g.out_width}), name, " has the shape ",
+    DCN_CHECK(map.sizes() == at::IntArrayRef({g.batch, channels, g.out_height, g.out_width}), name, " has shape ",
               map.sizes(), ", expected [", g.batch, ", ", channels, ", ", g.out_height, ", ", g.out_width, "]");
   };
   check_map("offset", offset, 2 * g.taps() * g.offset_groups);
