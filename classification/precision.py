@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 NAMES = {"off": "off, float32 throughout", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -18,9 +21,16 @@ class Precision:
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.mode == "fp16")
 
-    def context(self) -> torch.autocast:
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """The forward pass of training and evaluation runs in it."""
         dtype = torch.float16 if self.mode == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype=dtype, enabled=self.mode != "off")
+        with torch.autocast(self.device.type, dtype=dtype, enabled=self.mode != "off"), ExitStack() as stack:
+            if self.device.type == "cpu" and self.mode == "bf16" and torch.is_grad_enabled():
+                # On the CPU the backward pass of torch's fused attention is several times slower in bfloat16 than plain attention,
+                # which torch computes in float32.
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            yield
 
 
 def choose_precision(amp: str, device: torch.device) -> tuple[Precision, str]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from config import load_config
 from data.dataset import Batch
 from data.loader import BadFiles
 from data.sources import DataError
 from engine import NonFiniteLoss, Progress, Step, evaluate, train_one_epoch
-from helpers import ROOT, tiny_model
+from helpers import ROOT, normal, tiny_model
 from optim import build_scheduler
 from precision import Precision, choose_precision
 from signals import StopRequested, StopSignals
@@ -190,3 +191,30 @@ def test_throughput():
 def test_the_precision_and_why(amp, device, mode, words):
     precision, line = choose_precision(amp, torch.device(device))
     assert precision.mode == mode and line.startswith("mixed precision: ") and words in line
+
+
+def test_attention_of_bfloat16_training_on_the_cpu():
+    """It is torch's plain attention, and as close to float32's gradients as the fused one; evaluation takes the fused one."""
+    model, x = tiny_model().train(), normal(0, 2, 3, 64, 64)
+    precision = Precision(CPU, "bf16")
+
+    def gradient(context) -> tuple[Tensor, set[str]]:
+        model.zero_grad()
+        with context:
+            loss = model(x).float().square().sum()
+        operators, nodes = set(), [loss.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is not None and node not in operators:
+                operators.add(node)
+                nodes += [after for after, _ in node.next_functions]
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()]), {operator.name() for operator in operators}
+
+    exact, _ = gradient(nullcontext())
+    fused, fused_operators = gradient(torch.autocast("cpu", torch.bfloat16))
+    ours, operators = gradient(precision.context())
+    assert any("FlashAttention" in name for name in fused_operators) and not any("FlashAttention" in name for name in operators)
+    assert (ours - exact).norm() <= 1.5 * (fused - exact).norm()
+    with torch.no_grad(), precision.context():
+        assert torch.backends.cuda.flash_sdp_enabled()
