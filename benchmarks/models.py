@@ -1,6 +1,6 @@
 """LITv2-S, M and B against the models of their accuracy, each in all runtimes that are here, measured in one interleaved run.
 
-    python benchmarks/models.py --quick  # seven models, in under five minutes on two cores
+    python benchmarks/models.py --quick  # seven models in float32, under five minutes on two cores that nobody else uses
     python benchmarks/models.py --batch-size 8 --threads 2  # float32; compiling takes a minute or two per model
     python benchmarks/models.py --models ours today --dtype bfloat16
     python benchmarks/models.py --models litv2_small resnet50 --dtype int8 --modes native openvino
@@ -9,8 +9,9 @@
 Modes: eager, in the memory format that is the faster one for the model; compiled, on a CPU with frozen weights; native (of LITv2,
 ``litv2.optimize``): with products of the dtype where the processor has them, else of float32; OpenVINO and onnxruntime, of the exported
 model. A model's figure is its best over all of them. Rivals that can be re-parameterised are, in every mode, and their parameters and
-FLOPs are counted then; LITv2's are the plain model's. In int8 the runtimes' graphs have their products with weights quantized: LITv2 by
-its own export, rivals as each runtime likes it. There is no int8 in torch for these models, and no bfloat16 in onnxruntime on a CPU.
+FLOPs are counted then; LITv2's are the plain model's. Memory is that of the eager forward. In int8 the runtimes' graphs have their
+products with weights quantized: LITv2 by its own export, rivals as each runtime likes it. There is no int8 in torch for these models, and
+no bfloat16 in onnxruntime on a CPU.
 Every mode's logits are compared with the eager float32 model's before it is timed: one that is further off than 5 % of their largest
 value, in less precision 30 %, is left out. What is left out is said on stderr, with the reason.
 Peak share: FLOPs x images/s over what the processor's multiply-add instructions of this dtype reach in a loop of their own
@@ -43,7 +44,7 @@ from harness import COLOURS, device_name, figure, milliseconds, parser, peak_mem
 from litv2 import LITv2
 from litv2.errors import UserError, run_program
 from peak import NoPeak, Peak, peak
-from runtime_modes import MODES, Case, why_not
+from runtime_modes import MODES, Case, synchronised, why_not
 
 FORMATS = {"channels-first": torch.contiguous_format, "channels-last": torch.channels_last}
 PAUSE = 0.02  # seconds between the runs of two runtimes
@@ -100,7 +101,7 @@ def main() -> None:
     flags.add_argument(
         "--quick",
         action="store_true",
-        help=f"of {', '.join(QUICK)}, 1 + 5 rounds; without compiled for a model that OpenVINO runs: compiling takes too long",
+        help=f"of {', '.join(QUICK)}, 1 + 5 rounds; without compiled for models that OpenVINO runs: it takes a minute or two",
     )
     flags.add_argument("--batch-size", type=positive, default=8)
     flags.add_argument("--img-size", type=positive, default=224)
@@ -126,11 +127,14 @@ def main() -> None:
             functions |= prepare(candidate, images, args, facts)
         if not functions:
             raise UserError(f"none of these models has a mode of {', '.join(args.modes)} here")
+        args.modes = [mode for mode in args.modes if any(name.endswith(f", {mode}") for name in functions)]
         top = reference_rate(args)
         say(f"timing: {args.warm_up} + {args.rounds} rounds of {len(functions)} functions")
         seconds = samples(functions | ({"peak": top.run} if top else {}), args.rounds, args.warm_up, PAUSE)
     rate = top.multiply_adds / statistics.median(seconds.pop("peak")) if top else None
 
+    if args.quick and "compiled" not in args.modes:
+        say("without compiled: --quick leaves it out for models that OpenVINO runs")
     shown = [candidate for candidate in CANDIDATES if candidate in chosen or (candidate.timm is None and not args.quick)]
     rows = [row(candidate, seconds, facts, rate, args) for candidate in shown]
     compare(rows)
@@ -156,7 +160,7 @@ def reference_rate(args: argparse.Namespace) -> Peak | None:
     """What peak_share is a share of."""
     if args.device != "cpu":
         a, b = torch.randn(2, GEMM_SIZE, GEMM_SIZE, device=args.device, dtype=getattr(torch, args.dtype))
-        return Peak(f"a product of {GEMM_SIZE} x {GEMM_SIZE} matrices", GEMM_SIZE**3, partial(_synchronised, torch.mm, a, b))
+        return Peak(f"a product of {GEMM_SIZE} x {GEMM_SIZE} matrices", GEMM_SIZE**3, partial(synchronised, torch.mm, a, b))
     try:
         top = peak(args.dtype, args.threads)
     except NoPeak as reason:
@@ -183,7 +187,7 @@ def prepare(candidate: Candidate, images: Tensor, args: argparse.Namespace, fact
             model(images[:1])
         flops = counter.get_total_flops() / 2
     dtype = torch.float32 if args.dtype == "int8" else getattr(torch, args.dtype)
-    model, images = in_faster_format(model.to(dtype), images.to(dtype))
+    model, images = in_faster_format(model.to(dtype), images.to(dtype), 1 if args.quick else 3)
     facts[candidate.name] = dict(
         parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         gflops=flops / 1e9,
@@ -207,13 +211,13 @@ def prepare(candidate: Candidate, images: Tensor, args: argparse.Namespace, fact
     return functions
 
 
-def in_faster_format(model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
+def in_faster_format(model: nn.Module, images: Tensor, rounds: int) -> tuple[nn.Module, Tensor]:
     """Both in that memory format in which the eager model is the faster one."""
 
     def both(name: str) -> tuple[nn.Module, Tensor]:
         return model.to(memory_format=FORMATS[name]), images.to(memory_format=FORMATS[name])
 
-    times = {name: samples({name: partial(_synchronised, *both(name))}, 3, 1)[name] for name in FORMATS}
+    times = {name: samples({name: partial(synchronised, *both(name))}, rounds, 1)[name] for name in FORMATS}
     return both(min(times, key=lambda name: statistics.median(times[name])))
 
 
@@ -228,12 +232,6 @@ def in_a_line(error: Exception, limit: int = 200) -> str:
     """Without OpenVINO's lines that say where in its sources it was."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Exception from")]
     return " ".join(lines)[:limit] or "no message"
-
-
-def _synchronised(function: Callable[..., Tensor], *tensors: Tensor) -> None:
-    function(*tensors)
-    if tensors[0].is_cuda:
-        torch.cuda.synchronize()
 
 
 def row(candidate: Candidate, seconds: dict[str, list[float]], facts: dict, rate: float | None, args: argparse.Namespace) -> dict:

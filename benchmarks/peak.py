@@ -19,7 +19,7 @@ from functools import cache, partial
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("peak.cpp")
-SECONDS = 0.05  # of one run
+SECONDS = 0.1  # of one run
 
 
 class NoPeak(Exception):

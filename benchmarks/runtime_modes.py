@@ -42,7 +42,7 @@ class Case:
 
 
 def eager(case: Case) -> Run:
-    return partial(_synchronised, case.model, case.images)
+    return partial(synchronised, case.model, case.images)
 
 
 def compiled(case: Case) -> Run:
@@ -50,7 +50,7 @@ def compiled(case: Case) -> Run:
         module = fastest.make_form(case.model, "compiled", case.images.dtype)
     else:
         module = torch.compile(copy.deepcopy(case.model).to(memory_format=torch.channels_last))
-    return partial(_synchronised, module, case.images.to(memory_format=torch.channels_last))
+    return partial(synchronised, module, case.images.to(memory_format=torch.channels_last))
 
 
 def native(case: Case) -> Run:
@@ -60,14 +60,15 @@ def native(case: Case) -> Run:
     if None not in reasons:
         raise RuntimeError(reasons[-1])
     form = forms[reasons.index(None)]
-    return partial(_synchronised, fastest.make_form(case.model, form, case.images.dtype), case.images)
+    return partial(synchronised, fastest.make_form(case.model, form, case.images.dtype), case.images)
 
 
 def openvino(case: Case) -> Run:
     from litv2.export import openvino_ir
 
     path = _export(case, "openvino", ".xml") if isinstance(case.model, LITv2) else _rival_graph(case, "QInt8")
-    precision = "bf16" if case.dtype == "bfloat16" else "f32"
+    # In int8 the rest is in bfloat16 where the processor has it, which is OpenVINO's own choice there.
+    precision = "f32" if case.dtype == "float32" else "bf16"
     return _on_arrays(openvino_ir.load(path, precision=precision), case)
 
 
@@ -96,7 +97,7 @@ def why_not(mode: str, dtype: str, device: str) -> str | None:
         except MissingPackage as error:
             return str(error)
         if dtype == "float16" or (mode, dtype) == ("onnxruntime", "bfloat16"):
-            return f"it has no {dtype} on the CPU"
+            return f"it has no {dtype} on a CPU"
         if dtype == "bfloat16" and "BF16" not in runtime.openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             return "it does not compute in bfloat16 on this processor"
     return None
@@ -107,10 +108,10 @@ def _module(mode: str) -> ModuleType:
     return importlib.import_module(f"litv2.export.{dict(openvino='openvino_ir', onnxruntime='onnx_graph')[mode]}")
 
 
-def _synchronised(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+def synchronised(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     with torch.inference_mode():
-        result = model(images)
-    if images.is_cuda:
+        result = function(*tensors)
+    if result.is_cuda:
         torch.cuda.synchronize()
     return result
 

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from helpers import ROOT, normal
 
 sys.path.append(str(ROOT / "benchmarks"))
 import harness  # noqa: E402
+import models  # noqa: E402
+import peak  # noqa: E402
 
 COMMANDS = {
     "attention.py": "--layers HiLo MSA --modes eager --batch-size 1 --rounds 1",
@@ -61,7 +64,8 @@ def test_runs(script, tmp_path):
         lit, resnet = (next(row for row in results["rows"] if row["model"] == name) for name in ("LITv2-S", "ResNet-50"))
         assert lit["parameters_M"] == 27.8 and resnet["parameters_M"] == 25.6
         assert resnet["GFLOPs"] == pytest.approx(4.09 * (64 / 224) ** 2, rel=0.02)
-        assert results["batch_size"] == 2 and lit["eager_ms"] > 0
+        assert results["batch_size"] == 2 and lit["eager_ms"] > 0 and {lit["best"], resnet["best"]} == {"eager"}
+        assert lit["times_LITv2-S"] == 1 and resnet["times_LITv2-S"] == pytest.approx(lit["eager_ms"] / resnet["eager_ms"], abs=0.02)
         assert (tmp_path / "output/benchmarks/models.csv").read_text().startswith("model,group,top1")
         assert (tmp_path / "output/benchmarks/models.png").stat().st_size > 10_000
     if script == "training.py":
@@ -78,7 +82,6 @@ def test_runs(script, tmp_path):
         assert wrong["published"] == "3.70" and wrong["note"].startswith("3.702 without")
         assert all(f"{row['ours']:.3f}" == row["published"] and row["note"] is None for row in rows)
         assert all(row["published_M"] in (None, f"{row['parameters_M']:.3f}") for row in rows)
-
 
     if script == "deform_conv.py":
         rows = results["rows"]
@@ -148,6 +151,108 @@ def test_what_a_model_refuses_is_one_line(script, flags, words, tmp_path):
     assert done.returncode == 2 and last.startswith("error: ") and words in last and "Traceback" not in done.stderr
 
 
+def run_models(folder, flags):
+    command = [sys.executable, ROOT / "benchmarks/models.py", *flags.split(), "--img-size", "64", "--rounds", "1", "--warm-up", "0"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((folder / "output/benchmarks/models.json").read_text())["rows"]
+    return {row["model"]: row for row in rows if row["images_per_s"]}, done.stderr
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_models_in_other_runtimes(dtype, tmp_path):
+    """Every cell is there, and the figure of a row is the best one's."""
+    flags = f"--models litv2_small repvit_m1_5 --modes openvino onnxruntime --batch-size 2 --dtype {dtype}"
+    rows, said = run_models(tmp_path, flags)
+    assert list(rows) == ["LITv2-S", "RepViT-M1.5"] and " without " not in said
+    for row in rows.values():
+        times = {mode: row[f"{mode}_ms"] for mode in ("openvino", "onnxruntime")}
+        assert row["best"] == min(times, key=times.get) and row["images_per_s"] == pytest.approx(2e3 / times[row["best"]], rel=0.05)
+    assert rows["RepViT-M1.5"]["parameters_M"] == 14.0  # the published model's, re-parameterised
+
+
+def test_a_mode_that_fails_is_said(tmp_path, monkeypatch, capsys):
+    """The others go on; a result that is not the model's is not timed."""
+
+    def broken(case):
+        raise RuntimeError("Exception from a file\nno such operator")
+
+    def wrong(case):
+        return lambda: torch.full((1, 1000), float("nan"))
+
+    modes = dict(eager=models.MODES["eager"], native=broken, openvino=broken, onnxruntime=wrong)  # native is not for rivals
+    monkeypatch.setattr(models, "MODES", modes)
+    candidate = next(candidate for candidate in models.CANDIDATES if candidate.timm == "resnet50")
+    args = SimpleNamespace(dtype="float32", modes=list(modes), quick=True)
+    with torch.no_grad():
+        functions = models.prepare(candidate, normal(0, 1, 3, 64, 64), args, {})
+    assert list(functions) == ["ResNet-50, eager"]
+    said = capsys.readouterr().err.splitlines()
+    assert said[-2] == "ResNet-50 without openvino: RuntimeError: no such operator"
+    assert said[-1].startswith("ResNet-50 without onnxruntime: ValueError: its logits are off by nan")
+
+
+@pytest.mark.parametrize("package, mode", [("openvino", "openvino"), ("onnxruntime", "onnxruntime")])
+def test_a_runtime_that_is_not_installed(package, mode, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith(("litv2.export.openvino_ir", "litv2.export.onnx_graph"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert mode not in models.available(None, "float32", "cpu")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"without {mode}: ")]
+    assert "pip install" in line
+    with pytest.raises(ValueError, match=f"--modes {mode}: .*pip install"):
+        models.available([mode], "float32", "cpu")
+
+
+@pytest.mark.parametrize("modes, dtype", [(["eager"], "int8"), (["eager", "compiled"], "int8")])
+def test_modes_that_do_not_exist(modes, dtype):
+    with pytest.raises(ValueError, match="--modes eager: torch has no int8"):
+        models.available(modes, dtype, "cpu")
+
+
+@pytest.fixture
+def compiled_peak():
+    try:
+        return peak.peak("float32", 1)
+    except peak.NoPeak as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_peak(dtype, compiled_peak):
+    """Of an instruction that the processor has; two threads do the work of two."""
+    try:
+        one, two = (peak.peak(dtype, threads) for threads in (1, 2))
+    except peak.NoPeak:
+        assert dtype == "int8" and not {"VNNI", "AMX"} & set(harness.features())
+        return
+    assert one.multiply_adds > 0 and one.run() == one.multiply_adds and two.run() == two.multiply_adds
+    family, kind = one.instruction.split()[0], one.instruction.split()[-1]
+    assert {family, "VNNI" if "VNNI" in family else family} & set(harness.features())
+    assert kind in dict(float32=["FMA"], bfloat16=["BF16", "FMA"], int8=["VNNI", "AVX-VNNI", "INT8"])[dtype]
+    assert kind != "BF16" or "BF16" in harness.features() or family == "AMX"
+
+
+def test_without_a_compiler_there_is_no_peak(monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    peak._library.cache_clear()
+    try:
+        assert models.reference_rate(SimpleNamespace(device="cpu", dtype="float32", threads=1)) is None
+    finally:
+        peak._library.cache_clear()
+    assert capsys.readouterr().err == "without peak_share: there is no C++ compiler no-such-compiler for peak.cpp\n"
+
+
+def test_peak_of_a_dtype_without_a_loop(compiled_peak):
+    with pytest.raises(peak.NoPeak, match="no loop of float16 instructions"):
+        peak.peak("float16", 1)
+
+
+def test_features_are_in_the_record():
+    assert harness.environment()["instructions"].split() == harness.features() != []
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 11, 50])
 def test_percentiles(count):
     values = normal(count, count).tolist()
@@ -170,5 +275,5 @@ def test_peak_memory(device):
 
 
 def test_every_benchmark_is_run():
-    imported = {"harness.py", "attention_layers.py", "attention_plots.py", "training_step.py"}
+    imported = {"harness.py", "attention_layers.py", "attention_plots.py", "training_step.py", "runtime_modes.py", "peak.py"}
     assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} == {*COMMANDS, *imported, "dense.py"}
