@@ -24,11 +24,15 @@ sys.path.insert(0, str(ROOT))
 sys.path.append(str(ROOT / "classification"))  # last, because its module names are generic, such as config
 
 
-def samples(functions: dict[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Returns the seconds of each function in each of ``rounds`` rounds; in a round, each function runs once."""
+def samples(functions: dict[str, Callable[[], object]], rounds: int, warm_up: int = 2, pause: float = 0.0) -> dict[str, list[float]]:
+    """Returns the seconds of each function in each of ``rounds`` rounds; in a round, each function runs once.
+
+    ``pause`` seconds before each call let the threads of other libraries fall asleep: they spin for a while after their work.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(warm_up + rounds):
         for name, function in functions.items():
+            time.sleep(pause)
             start = time.perf_counter()
             function()
             if i >= warm_up:
@@ -78,19 +82,23 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-GEMM_SIZE = 2048  # side of the square product that measures the device's arithmetic rate
+FLAGS = {  # of /proc/cpuinfo, by the names of what they stand for; the last three are ARM's
+    "AVX2": {"avx2"},
+    "AVX-512": {"avx512f"},
+    "VNNI": {"avx512_vnni", "avx_vnni"},
+    "BF16": {"avx512_bf16", "bf16"},
+    "AMX": {"amx_tile"},
+    "NEON": {"asimd"},
+    "SVE": {"sve"},
+    "I8MM": {"i8mm"},
+}
 
 
-def gemm(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Callable[[], None]:
-    """Returns a matrix product of GEMM_SIZE**3 multiply-adds, to be timed in turns with the functions compared with it."""
-    a, b = torch.randn(2, GEMM_SIZE, GEMM_SIZE).to(device, dtype)
-
-    def product() -> None:
-        a @ b
-        if device != "cpu":
-            torch.cuda.synchronize()
-
-    return product
+def features() -> list[str]:
+    """The vector instructions of the processor that the speed depends on; where the system does not say, those that torch uses."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    flags = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.partition(":")[2].split()}
+    return [name for name, names in FLAGS.items() if names & flags] or [torch.backends.cpu.get_cpu_capability()]
 
 
 def environment(device: str = "cpu") -> dict:
@@ -103,7 +111,7 @@ def environment(device: str = "cpu") -> dict:
         processor = torch.cuda.get_device_name(device)
     return dict(
         device=processor,
-        instructions=torch.backends.cpu.get_cpu_capability(),
+        instructions=" ".join(features()),
         threads=torch.get_num_threads(),
         torch=str(torch.__version__),
         python=platform.python_version(),

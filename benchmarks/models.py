@@ -1,15 +1,23 @@
-"""Compares LITv2-S, M and B with models of similar accuracy, measured in one interleaved run.
+"""LITv2-S, M and B against the models of their accuracy, each in all runtimes that are here, measured in one interleaved run.
 
-    python benchmarks/models.py --batch-size 8 --threads 2  # float32
-    python benchmarks/models.py --models ours paper         # without the newer models: compiling takes a minute or two per model
-    python benchmarks/models.py --models litv2_small resnet50 --modes eager
+    python benchmarks/models.py --quick  # seven models in float32, under five minutes on two cores that nobody else uses
+    python benchmarks/models.py --batch-size 8 --threads 2  # float32; compiling takes a minute or two per model
+    python benchmarks/models.py --models ours today --dtype bfloat16
+    python benchmarks/models.py --models litv2_small resnet50 --dtype int8 --modes native openvino
     python benchmarks/models.py --device cuda --dtype float16 --batch-size 64 --warm-up 50 --rounds 30  # the paper's 50 + 30 forwards
 
-Each model is timed in eager mode, in its faster memory format, and compiled, with frozen weights on a CPU. LITv2 is also timed in its
-native form (``litv2.optimize``); for bfloat16 that is the one with bfloat16 products, or float32 if the processor has no instructions for
-them. GEMM share: FLOPs x images/s relative to the rate of a large matrix product in the same dtype, timed in turns with the models.
-Weights are random. Published figures are shown alongside: top-1 on ImageNet at 224 pixels and, from the release, images/s on an RTX 3090
-(batch 64, float16). Models that timm lacks are listed with their published figures only. Writes JSON, CSV and a plot.
+Modes: eager, in the memory format that is the faster one for the model; compiled, on a CPU with frozen weights; native (of LITv2,
+``litv2.optimize``): with products of the dtype where the processor has them, else of float32; OpenVINO and onnxruntime, of the exported
+model. A model's figure is its best over all of them. Rivals that can be re-parameterised are, in every mode, and their parameters and
+FLOPs are counted then; LITv2's are the plain model's. Memory is that of the eager forward. In int8 the runtimes' graphs have their
+products with weights quantized: LITv2 by its own export, rivals as each runtime likes it. There is no int8 in torch for these models, and
+no bfloat16 in onnxruntime on a CPU.
+Every mode's logits are compared with the eager float32 model's before it is timed: one that is further off than 5 % of their largest
+value, in less precision 30 %, is left out. What is left out is said on stderr, with the reason.
+Peak share: FLOPs x images/s over what the processor's multiply-add instructions of this dtype reach in a loop of their own
+(benchmarks/peak.py), on a GPU over the rate of a large matrix product; either takes turns with the models.
+Weights are random. Published figures stand beside: top-1 on ImageNet at 224 pixels and, from the release, images/s on an RTX 3090 (batch
+64, float16). Models that timm does not have are shown with their published figures alone. Writes JSON, CSV and a plot.
 """
 
 from __future__ import annotations
@@ -17,6 +25,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,41 +35,32 @@ from pathlib import Path
 import timm
 import torch
 import torch._inductor.config
+from timm.models import reparameterize_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness import (
-    COLOURS,
-    GEMM_SIZE,
-    device_name,
-    figure,
-    gemm,
-    milliseconds,
-    parser,
-    peak_memory,
-    positive,
-    publish,
-    rounded,
-    samples,
-    say,
-)
+from harness import COLOURS, device_name, figure, milliseconds, parser, peak_memory, positive, publish, rounded, samples, say
 from litv2 import LITv2
 from litv2.errors import UserError, run_program
-from litv2.inference.fastest import make_form, why_not
+from peak import NoPeak, Peak, peak
+from runtime_modes import MODES, Case, synchronised, why_not
 
-MODES = ["eager", "compiled", "native"]
 FORMATS = {"channels-first": torch.contiguous_format, "channels-last": torch.channels_last}
+PAUSE = 0.02  # seconds between the runs of two runtimes
+GEMM_SIZE = 2048
+TOLERANCES = dict(float32=0.05, bfloat16=0.3, float16=0.3, int8=0.3)  # of the logits, in units of the largest
+QUICK = "litv2_small resnet50 convnext_tiny swin_tiny_patch4_window7_224 xcit_small_12_p16_224 repvit_m1_5 fastvit_sa24".split()
 
 
 @dataclass(frozen=True)
 class Candidate:
     name: str
-    timm: str | None  # its name in timm, if it is there
+    timm: str | None  # its name there, if it is there
     top1: float  # published, percent
     rtx3090: int | None  # published images/s
     options: tuple[tuple[str, object], ...] = ()
-    group: str = "paper"  # key of GROUPS
+    group: str = "paper"  # of GROUPS
 
 
 CANDIDATES = [
@@ -95,102 +95,174 @@ def main() -> None:
     flags = parser(__doc__, "models")
     names = [*GROUPS, *(candidate.timm for candidate in CANDIDATES if candidate.timm)]
     flags.add_argument("--models", nargs="+", default=list(GROUPS), choices=names, metavar="NAME", help=f"of {', '.join(names)}")
-    flags.add_argument("--modes", nargs="+", default=MODES, choices=MODES, metavar="MODE", help=f"of {', '.join(MODES)}")
+    flags.add_argument(
+        "--modes", nargs="+", choices=MODES, metavar="MODE", help=f"of {', '.join(MODES)} (default: all that are available here)"
+    )
+    flags.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"of {', '.join(QUICK)}, 1 + 5 rounds; without compiled for models that OpenVINO runs: it takes a minute or two",
+    )
     flags.add_argument("--batch-size", type=positive, default=8)
     flags.add_argument("--img-size", type=positive, default=224)
-    flags.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    flags.add_argument("--dtype", default="float32", choices=list(TOLERANCES))
     flags.add_argument("--device", type=device_name, default="cpu")
     args = flags.parse_args()
+    if args.quick:
+        flags.set_defaults(models=QUICK, rounds=5, warm_up=1)  # a flag that is given counts
+        args = flags.parse_args()
     on_gpu = args.device != "cpu"
+    args.modes = available(args.modes, args.dtype, args.device)
     torch.set_num_threads(args.threads)
     torch._inductor.config.freezing = not on_gpu
-    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore")
 
     chosen = [candidate for candidate in CANDIDATES if candidate.timm and {candidate.timm, candidate.group} & {*args.models}]
-    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device, dtype=getattr(torch, args.dtype))
+    torch.manual_seed(0)
+    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
     functions, facts = {}, {}
-    with torch.inference_mode():
+    with torch.no_grad():
         for candidate in chosen:
             say(f"preparing {candidate.name}")
-            functions |= prepare(candidate, images, args.modes, facts)
+            functions |= prepare(candidate, images, args, facts)
         if not functions:
             raise UserError(f"none of these models supports the modes {', '.join(args.modes)} here")
+        args.modes = [mode for mode in args.modes if any(name.endswith(f", {mode}") for name in functions)]
+        top = reference_rate(args)
         say(f"timing: {args.warm_up} + {args.rounds} rounds of {len(functions)} functions")
-        seconds = samples(functions | {"GEMM": gemm(images.dtype, args.device)}, args.rounds, args.warm_up)
-    rate = GEMM_SIZE**3 / statistics.median(seconds.pop("GEMM"))
+        seconds = samples(functions | ({"peak": top.run} if top else {}), args.rounds, args.warm_up, PAUSE)
+    rate = top.multiply_adds / statistics.median(seconds.pop("peak")) if top else None
 
-    rows = [row(candidate, seconds, facts, rate, args) for candidate in CANDIDATES if candidate in chosen or candidate.timm is None]
+    if args.quick and "compiled" not in args.modes:
+        say("without compiled: --quick leaves it out for models that OpenVINO runs")
+    shown = [candidate for candidate in CANDIDATES if candidate in chosen or (candidate.timm is None and not args.quick)]
+    rows = [row(candidate, seconds, facts, rate, args) for candidate in shown]
+    compare(rows)
     title = f"{args.dtype}, batch {args.batch_size}, {args.img_size} x {args.img_size}, medians of {args.rounds} interleaved rounds"
-    about = dict(batch_size=args.batch_size, img_size=args.img_size, dtype=args.dtype, gemm_GFLOPs=round(rate / 1e9, 1))
-    publish(rows, args.out, f"{title}, GEMM {about['gemm_GFLOPs']} G multiply-adds/s", plot, device=args.device, **about)
+    about = dict(batch_size=args.batch_size, img_size=args.img_size, dtype=args.dtype, peak=top and top.instruction)
+    about |= dict(peak_GFLOPs=rounded(rate and rate / 1e9, 1))
+    ending = f", peak {about['peak_GFLOPs']} G multiply-adds/s ({about['peak']})" if top else ""
+    publish(rows, args.out, title + ending, plot, device=args.device, **about)
 
 
-def prepare(candidate: Candidate, images: Tensor, modes: list[str], facts: dict) -> dict[str, Callable[[], object]]:
-    """Returns the functions to time for a model, by "name, mode"; adds its parameters, FLOPs and peak memory to ``facts``."""
-    model = timm.create_model(candidate.timm, **dict(candidate.options)).eval().requires_grad_(False).to(images.device, images.dtype)
+def available(named: list[str] | None, dtype: str, device: str) -> list[str]:
+    """The modes that are here, of those named or of all; one that was named must be."""
+    reasons = {mode: why_not(mode, dtype, device) for mode in MODES if named is None or mode in named}
+    for mode, reason in reasons.items():
+        if reason and named:
+            raise UserError(f"--modes {mode}: {reason}")
+        if reason:
+            say(f"without {mode}: {reason}")
+    return [mode for mode, reason in reasons.items() if not reason]
+
+
+def reference_rate(args: argparse.Namespace) -> Peak | None:
+    """What peak_share is a share of."""
+    if args.device != "cpu":
+        a, b = torch.randn(2, GEMM_SIZE, GEMM_SIZE, device=args.device, dtype=getattr(torch, args.dtype))
+        return Peak(f"a product of {GEMM_SIZE} x {GEMM_SIZE} matrices", GEMM_SIZE**3, partial(synchronised, torch.mm, a, b))
     try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the counter skips fused attention on a CPU
-            model(images[:1])
-    except (ValueError, AssertionError) as error:  # timm's models assert their image size
+        top = peak(args.dtype, args.threads)
+    except NoPeak as reason:
+        say(f"without peak_share: {reason}")
+        return None
+    if args.dtype == "bfloat16" and "FMA" in top.instruction:
+        say(f"this processor has no instructions for bfloat16: peak_share is of {top.instruction}, which is float32's")
+    return top
+
+
+def prepare(candidate: Candidate, images: Tensor, args: argparse.Namespace, facts: dict) -> dict[str, Callable[[], object]]:
+    """What is timed of a model, by "name, mode"; its parameters, FLOPs and peak memory go into ``facts``."""
+    torch.manual_seed(0)
+    model = timm.create_model(candidate.timm, **dict(candidate.options)).eval().requires_grad_(False).to(images.device)
+    try:
+        exact = model(images)
+    except (ValueError, AssertionError) as error:  # timm's models assert the size that they are built for
         raise UserError(f"--img-size {images.shape[-1]}: {candidate.name} does not support it: {error}") from error
-    flops = model.flops(*images.shape[2:]) if isinstance(model, LITv2) else counter.get_total_flops() / 2
-    layouts = {name: images.to(memory_format=layout) for name, layout in FORMATS.items()}
-    trials = {}
-    for name, layout in FORMATS.items():
-        trials[name] = partial(_synchronised, model.to(memory_format=layout), layouts[name])
-        trials[name] = statistics.median(samples({name: trials[name]}, 3, 1)[name])
-    best = min(trials, key=trials.get)
-    model, own = model.to(memory_format=FORMATS[best]), layouts[best]
+    if isinstance(model, LITv2):
+        flops = model.flops(*images.shape[2:])
+    else:
+        model = reparameterize_model(model)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it passes over fused attention on a CPU
+            model(images[:1])
+        flops = counter.get_total_flops() / 2
+    dtype = torch.float32 if args.dtype == "int8" else getattr(torch, args.dtype)
+    model, images = in_faster_format(model.to(dtype), images.to(dtype), 1 if args.quick else 3)
     facts[candidate.name] = dict(
         parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         gflops=flops / 1e9,
-        layout=best,
-        memory=peak_memory(partial(model, own), images.device) / 2**20,
+        memory=peak_memory(partial(model, images), images.device) / 2**20,
     )
     functions = {}
-    if "eager" in modes:
-        functions[f"{candidate.name}, eager"] = partial(_synchronised, model, own)
-    if "compiled" in modes:
-        last = layouts["channels-last"]
-        if isinstance(model, LITv2):
-            compiled = make_form(model, "compiled", images.dtype)
-        else:
-            compiled = torch.compile(model.to(memory_format=torch.channels_last))
-        compiled(last)
-        functions[f"{candidate.name}, compiled"] = partial(_synchronised, compiled, last)
-    if "native" in modes and isinstance(model, LITv2) and not why_not("native", images):
-        form = "native" if why_not("native-bfloat16", images) else "native-bfloat16"
-        functions[f"{candidate.name}, native"] = partial(_synchronised, make_form(model, form, images.dtype), own)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        case = Case(model, images, args.dtype, Path(folder))
+        for mode in sorted(args.modes, key="compiled".__eq__):  # it is the last
+            if mode == "native" and not isinstance(model, LITv2):
+                continue
+            if mode == "compiled" and args.quick and f"{candidate.name}, openvino" in functions:
+                continue
+            try:
+                run = MODES[mode](case)
+                check(run(), exact, TOLERANCES[args.dtype])
+            except Exception as error:  # exporters and compilers raise anything; the other modes go on
+                say(f"{candidate.name} without {mode}: {type(error).__name__}: {in_a_line(error)}")
+            else:
+                functions[f"{candidate.name}, {mode}"] = run
     return functions
 
 
-def _synchronised(model: nn.Module, images: Tensor) -> None:
-    model(images)
-    if images.is_cuda:
-        torch.cuda.synchronize()
+def in_faster_format(model: nn.Module, images: Tensor, rounds: int) -> tuple[nn.Module, Tensor]:
+    """Both in that memory format in which the eager model is the faster one."""
+
+    def both(name: str) -> tuple[nn.Module, Tensor]:
+        return model.to(memory_format=FORMATS[name]), images.to(memory_format=FORMATS[name])
+
+    times = {name: samples({name: partial(synchronised, *both(name))}, rounds, 1)[name] for name in FORMATS}
+    return both(min(times, key=lambda name: statistics.median(times[name])))
 
 
-def row(candidate: Candidate, seconds: dict[str, list[float]], facts: dict, rate: float, args: argparse.Namespace) -> dict:
-    """Returns a row of the table; times are in ms, with p10 and p90 of the faster mode next to its median."""
+def check(logits: Tensor, exact: Tensor, tolerance: float) -> None:
+    """A broken conversion is not timed."""
+    error = ((logits.float() - exact).abs().max() / exact.abs().max()).item()
+    if not error <= tolerance:  # NaN too
+        raise ValueError(f"its logits are off by {error:.2g} of the largest, allowed are {tolerance}")
+
+
+def in_a_line(error: Exception, limit: int = 200) -> str:
+    """Without OpenVINO's lines that say where in its sources it was."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Exception from")]
+    return " ".join(lines)[:limit] or "no message"
+
+
+def row(candidate: Candidate, seconds: dict[str, list[float]], facts: dict, rate: float | None, args: argparse.Namespace) -> dict:
+    """A line of the table; times are in ms, p10 and p90 of the fastest mode."""
     own = facts.get(candidate.name, {})
     result = dict(model=candidate.name, group=candidate.group, top1=candidate.top1, parameters_M=rounded(own.get("parameters"), 1))
-    result |= dict(GFLOPs=rounded(own.get("gflops"), 2), memory_MiB=rounded(own.get("memory"), 0), layout=own.get("layout"))
+    result |= dict(GFLOPs=rounded(own.get("gflops"), 2), memory_MiB=rounded(own.get("memory"), 0))
     times = {mode: seconds.get(f"{candidate.name}, {mode}") for mode in args.modes}
     medians = {mode: statistics.median(values) for mode, values in times.items() if values}
     result |= {f"{mode}_ms": rounded(1e3 * medians[mode] if mode in medians else None, 1) for mode in args.modes}
     best = min(medians, key=medians.get, default=None)
     spread = milliseconds(times[best]) if best else dict.fromkeys(("p10_ms", "p90_ms"))
     result |= dict(
+        best=best,
         p10_ms=spread["p10_ms"],
         p90_ms=spread["p90_ms"],
         images_per_s=rounded(args.batch_size / medians[best], 1) if best else None,
-        gemm_share=rounded(own["gflops"] * 1e9 * args.batch_size / medians[best] / rate, 2) if best else None,
+        peak_share=rounded(own["gflops"] * 1e9 * args.batch_size / medians[best] / rate, 2) if best and rate else None,
     )
     return result | dict(published_RTX3090=candidate.rtx3090)
 
 
+def compare(rows: list[dict]) -> None:
+    """Adds a column: the images/s of each model over those of the first LITv2."""
+    first = next((row for row in rows if row["group"] == "ours" and row["images_per_s"]), None)
+    for row in rows if first else ():
+        row[f"times_{first['model']}"] = rounded(row["images_per_s"] and row["images_per_s"] / first["images_per_s"], 2)
+
+
 def plot(rows: list[dict], path: Path) -> None:
-    """Plots the published accuracy against the measured speed, with a point per model."""
+    """Published accuracy against measured speed, a point per model."""
     with figure(path) as axes:
         for group, label in GROUPS.items():
             points = [row for row in rows if row["group"] == group and row["images_per_s"]]

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from helpers import ROOT, normal
 
 sys.path.append(str(ROOT / "benchmarks"))
 import harness  # noqa: E402
+import models  # noqa: E402
+import peak  # noqa: E402
 
 DOCUMENT = "benchmarks/README.md"
 
@@ -56,13 +59,14 @@ def test_layout(command, tmp_path):
     assert len(results["rows"]) == 2 and "times_as_fast" in results["rows"][0]
 
 
-@pytest.mark.parametrize("command", documented(DOCUMENT, r"python benchmarks/models\.py --models .*"), ids=str)
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python benchmarks/models\.py --models .* eager"), ids=str)
 def test_models(command, tmp_path):
     results = measured(command, tmp_path, "--batch-size 2 --img-size 64 --rounds 1")
     lit, resnet = (next(row for row in results["rows"] if row["model"] == name) for name in ("LITv2-S", "ResNet-50"))
     assert lit["parameters_M"] == 27.8 and resnet["parameters_M"] == 25.6
     assert resnet["GFLOPs"] == pytest.approx(4.09 * (64 / 224) ** 2, rel=0.02)
-    assert results["batch_size"] == 2 and lit["eager_ms"] > 0
+    assert results["batch_size"] == 2 and lit["eager_ms"] > 0 and {lit["best"], resnet["best"]} == {"eager"}
+    assert lit["times_LITv2-S"] == 1 and resnet["times_LITv2-S"] == pytest.approx(lit["eager_ms"] / resnet["eager_ms"], abs=0.02)
     assert (tmp_path / "results.csv").read_text().startswith("model,group,top1")
     assert (tmp_path / "results.png").stat().st_size > 10_000
 
@@ -189,6 +193,118 @@ def test_what_a_model_refuses_is_one_line(script, flags, words, tmp_path):
     assert done.returncode == 2 and last.startswith("error: ") and words in last and "Traceback" not in done.stderr
 
 
+TINY_RUN = "--img-size 64 --batch-size 2 --rounds 1 --warm-up 0"
+
+
+def check_figures(row: dict, modes: list[str]) -> None:
+    """Every mode has its time, and the figure is the best one's."""
+    times = {mode: row[f"{mode}_ms"] for mode in modes}
+    assert row["best"] == min(times, key=times.get) and row["images_per_s"] == pytest.approx(2e3 / times[row["best"]], rel=0.05)
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python benchmarks/models\.py .* --dtype int8"), ids=str)
+def test_models_in_int8(command, tmp_path):
+    """In both runtimes; LITv2's native form is there where the processor has the instructions."""
+    rows = [row for row in measured(command, tmp_path, TINY_RUN)["rows"] if row["images_per_s"]]
+    assert [row["model"] for row in rows] == ["LITv2-S", "ResNet-50"]
+    for row in rows:
+        check_figures(row, [mode for mode in ("native", "openvino", "onnxruntime") if row.get(f"{mode}_ms")])
+        assert row["openvino_ms"] and row["onnxruntime_ms"]
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python benchmarks/models\.py --quick"), ids=str)
+def test_models_quick(command, tmp_path):
+    """With fewer models: a rival that is re-parameterised has the published parameters then."""
+    flags = f"--models litv2_small repvit_m1_5 --modes openvino onnxruntime {TINY_RUN}"
+    lit, repvit = measured(command, tmp_path, flags)["rows"]
+    for row in (lit, repvit):
+        check_figures(row, ["openvino", "onnxruntime"])
+    assert (lit["model"], repvit["model"], repvit["parameters_M"]) == ("LITv2-S", "RepViT-M1.5", 14.0)
+
+
+def test_a_mode_that_fails_is_said(tmp_path, monkeypatch, capsys):
+    """The others go on; a result that is not the model's is not timed."""
+
+    def broken(case):
+        raise RuntimeError("Exception from a file\nno such operator")
+
+    def wrong(case):
+        return lambda: torch.full((1, 1000), float("nan"))
+
+    modes = dict(eager=models.MODES["eager"], native=broken, openvino=broken, onnxruntime=wrong)  # native is not for rivals
+    monkeypatch.setattr(models, "MODES", modes)
+    candidate = next(candidate for candidate in models.CANDIDATES if candidate.timm == "resnet50")
+    args = SimpleNamespace(dtype="float32", modes=list(modes), quick=True)
+    with torch.no_grad():
+        functions = models.prepare(candidate, normal(0, 1, 3, 64, 64), args, {})
+    assert list(functions) == ["ResNet-50, eager"]
+    said = capsys.readouterr().err.splitlines()
+    assert said[-2] == "ResNet-50 without openvino: RuntimeError: no such operator"
+    assert said[-1].startswith("ResNet-50 without onnxruntime: ValueError: its logits are off by nan")
+
+
+@pytest.mark.parametrize("package, mode", [("openvino", "openvino"), ("onnxruntime", "onnxruntime")])
+def test_a_runtime_that_is_not_installed(package, mode, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith(("litv2.export.openvino_ir", "litv2.export.onnx_graph"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert mode not in models.available(None, "float32", "cpu")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"without {mode}: ")]
+    assert "pip install" in line
+    with pytest.raises(ValueError, match=f"--modes {mode}: .*pip install"):
+        models.available([mode], "float32", "cpu")
+
+
+@pytest.mark.parametrize("modes, dtype", [(["eager"], "int8"), (["eager", "compiled"], "int8")])
+def test_modes_that_do_not_exist(modes, dtype):
+    with pytest.raises(ValueError, match="--modes eager: torch has no int8"):
+        models.available(modes, dtype, "cpu")
+
+
+@pytest.fixture
+def compiled_peak():
+    try:
+        return peak.peak("float32", 1)
+    except peak.NoPeak as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_peak(dtype, compiled_peak):
+    """Of an instruction that the processor has; two threads do the work of two."""
+    try:
+        one, two = (peak.peak(dtype, threads) for threads in (1, 2))
+    except peak.NoPeak:
+        assert dtype == "int8" and not {"VNNI", "AMX"} & set(harness.features())
+        return
+    assert one.multiply_adds > 0 and one.run() == one.multiply_adds and two.run() == two.multiply_adds
+    family, kind = one.instruction.split()[0], one.instruction.split()[-1]
+    assert {family, "VNNI" if "VNNI" in family else family} & set(harness.features())
+    assert kind in dict(float32=["FMA"], bfloat16=["BF16", "FMA"], int8=["VNNI", "AVX-VNNI", "INT8"])[dtype]
+    assert kind != "BF16" or "BF16" in harness.features() or family == "AMX"
+
+
+def test_without_a_compiler_there_is_no_peak(monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    peak._library.cache_clear()
+    try:
+        assert models.reference_rate(SimpleNamespace(device="cpu", dtype="float32", threads=1)) is None
+    finally:
+        peak._library.cache_clear()
+    assert capsys.readouterr().err == "without peak_share: there is no C++ compiler no-such-compiler for peak.cpp\n"
+
+
+def test_peak_of_a_dtype_without_a_loop(compiled_peak):
+    with pytest.raises(peak.NoPeak, match="no loop of float16 instructions"):
+        peak.peak("float16", 1)
+
+
+def test_features_are_in_the_record():
+    assert harness.environment()["instructions"].split() == harness.features() != []
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 11, 50])
 def test_percentiles(count):
     values = normal(count, count).tolist()
@@ -211,6 +327,6 @@ def test_peak_memory(device):
 
 
 def test_every_benchmark_is_run():
-    imported = {"harness.py", "attention_layers.py", "attention_plots.py", "training_step.py"}
+    imported = {"harness.py", "attention_layers.py", "attention_plots.py", "training_step.py", "runtime_modes.py", "peak.py"}
     shown = {command.words[1].removeprefix("benchmarks/") for command in commands() if command.document == DOCUMENT}
     assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} == shown | imported

@@ -144,6 +144,8 @@ def load(path: Path, threads: int | None = None) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
+    # After a run its threads would wait busily for the next one, and take the processor from whatever else runs meanwhile.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     half = session.get_inputs()[0].type == "tensor(float16)"
 

@@ -1,0 +1,204 @@
+"""The ways in which one model runs on one batch: torch's, ours, and other runtimes.
+
+Each is a function of a ``Case`` that returns what is timed. Whatever it raises is the reason why this model does not have it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import io
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from litv2 import LITv2
+from litv2.errors import MissingPackage
+from litv2.export import Settings, classifier, export
+from litv2.inference import fastest
+from litv2.preprocess import MEAN, STD
+
+Run = Callable[[], Tensor]  # -> logits
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and its images, both of the computation's dtype and in the memory format that is best for it; of int8 both are float32.
+
+    ``folder`` is for files that the runtimes write and read.
+    """
+
+    model: nn.Module
+    images: Tensor
+    dtype: str
+    folder: Path
+
+
+def eager(case: Case) -> Run:
+    return partial(synchronised, case.model, case.images)
+
+
+def compiled(case: Case) -> Run:
+    if isinstance(case.model, LITv2):
+        module = fastest.make_form(case.model, "compiled", case.images.dtype)
+    else:
+        module = torch.compile(copy.deepcopy(case.model).to(memory_format=torch.channels_last))
+    return partial(synchronised, module, case.images.to(memory_format=torch.channels_last))
+
+
+def native(case: Case) -> Run:
+    """With products of the dtype, where the processor has them; else, in bfloat16, of float32."""
+    forms = {"bfloat16": ["native-bfloat16", "native"], "int8": ["native-int8"]}.get(case.dtype, ["native"])
+    reasons = [fastest.why_not(form, case.images) for form in forms]
+    if None not in reasons:
+        raise RuntimeError(reasons[-1])
+    form = forms[reasons.index(None)]
+    return partial(synchronised, fastest.make_form(case.model, form, case.images.dtype), case.images)
+
+
+def openvino(case: Case) -> Run:
+    from litv2.export import openvino_ir
+
+    path = _export(case, "openvino", ".xml") if isinstance(case.model, LITv2) else _rival_graph(case, "QInt8")
+    # In int8 the rest is in bfloat16 where the processor has it, which is OpenVINO's own choice there.
+    precision = "f32" if case.dtype == "float32" else "bf16"
+    return _on_arrays(openvino_ir.load(path, precision=precision), case)
+
+
+def onnxruntime(case: Case) -> Run:
+    from litv2.export import onnx_graph
+
+    path = _export(case, "onnx", ".onnx") if isinstance(case.model, LITv2) else _rival_graph(case, "QUInt8")
+    return _on_arrays(onnx_graph.load(path), case)
+
+
+MODES: dict[str, Callable[[Case], Run]] = dict(eager=eager, compiled=compiled, native=native, openvino=openvino, onnxruntime=onnxruntime)
+
+
+def why_not(mode: str, dtype: str, device: str) -> str | None:
+    """The reason why no model has a mode here, or None."""
+    if device != "cpu" and mode not in ("eager", "compiled"):
+        return f"it is for the CPU, not for {device}"
+    if dtype == "int8" and mode in ("eager", "compiled"):
+        return "torch has no int8 for these models"
+    if mode == "native":
+        missing = dtype == "int8" and "native-int8" not in fastest.FORMS
+        return "there is no native form in int8" if missing else fastest.why_not("native", torch.empty(0))
+    if mode in ("openvino", "onnxruntime"):
+        try:
+            runtime = _module(mode)
+        except MissingPackage as error:
+            return str(error)
+        if dtype == "float16" or (mode, dtype) == ("onnxruntime", "bfloat16"):
+            return f"it has no {dtype} on a CPU"
+        if dtype == "bfloat16" and "BF16" not in runtime.openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            return "it does not compute in bfloat16 on this processor"
+    return None
+
+
+def _module(mode: str) -> ModuleType:
+    """The export's module of a runtime; without the runtime it cannot be imported."""
+    return importlib.import_module(f"litv2.export.{dict(openvino='openvino_ir', onnxruntime='onnx_graph')[mode]}")
+
+
+def synchronised(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    with torch.inference_mode():
+        result = function(*tensors)
+    if result.is_cuda:
+        torch.cuda.synchronize()
+    return result
+
+
+def _on_arrays(run: Callable[[Tensor], tuple[Tensor, ...]], case: Case) -> Run:
+    images = case.images.float().contiguous()
+    return lambda: run(images)[0]
+
+
+def _export(case: Case, format: str, suffix: str) -> Path:
+    """A LITv2 by its own export; int8 is calibrated with the benchmark's images, since for its speed any will do."""
+    path = case.folder / f"{format}{suffix}"
+    batch, _, height, width = case.images.shape
+    settings = Settings((height, width), batch, ())
+    if case.dtype == "int8":
+        settings = replace(settings, dtype="int8", images=case.folder / "images")
+        _save_images(case.images, case.folder / "images")
+    with contextlib.redirect_stdout(io.StringIO()), _quiet():
+        export(classifier(copy.deepcopy(case.model).float()), format, path, settings)
+    return path
+
+
+def _save_images(images: Tensor, folder: Path) -> None:
+    from torchvision.transforms.functional import to_pil_image
+
+    folder.mkdir(exist_ok=True)
+    for i, image in enumerate(images):
+        pixels = image * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+        to_pil_image(pixels.clamp(0, 1)).save(folder / f"{i}.png")
+
+
+def _rival_graph(case: Case, activations: str) -> Path:
+    """Another model as an ONNX graph of this batch; that in floats is written once for all runtimes.
+
+    In int8 its products with weights are quantized by channel. The type of activations is the one that the runtime does best with: on
+    processors with VNNI onnxruntime takes half the time with unsigned ones; OpenVINO is as fast with either, but refuses some such graphs.
+    """
+    if case.dtype == "int8":
+        path = case.folder / f"{activations}.onnx"
+        _quantize(_rival_graph(replace(case, dtype="float32"), activations), path, case.images.contiguous(), activations)
+        return path
+    path, draft = case.folder / "rival.onnx", case.folder / "draft.onnx"
+    if not path.exists():
+        model, images = copy.deepcopy(case.model).float(), case.images.float().contiguous()
+        words = dict(input_names=["images"], output_names=["logits"], opset_version=18)
+        with contextlib.redirect_stdout(io.StringIO()), _quiet():
+            try:  # the older exporter's graphs are as fast, and it needs a third of the time
+                torch.onnx.export(model, (images,), draft, dynamo=False, **words)
+            except Exception:
+                torch.onnx.export(model, (images,), draft, dynamo=True, verbose=False, external_data=False, **words)
+        draft.rename(path)
+    return path
+
+
+def _quantize(graph: Path, path: Path, images: Tensor, activations: str) -> None:
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Images(CalibrationDataReader):
+        batches = iter([{"images": images.numpy()}])
+
+        def get_next(self) -> dict | None:
+            return next(self.batches, None)
+
+    model = onnx.load(graph)
+    products, weights = ["Conv", "Gemm", "MatMul"], {tensor.name for tensor in model.graph.initializer}
+    with _quiet():
+        quantize_static(
+            model,
+            str(path),
+            Images(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=products,
+            nodes_to_exclude=[node.name for node in model.graph.node if node.op_type in products and not weights & {*node.input}],
+            per_channel=True,
+            activation_type=QuantType[activations],
+            weight_type=QuantType.QInt8,
+            extra_options=dict(ActivationSymmetric=activations == "QInt8", WeightSymmetric=True),
+        )
+
+
+@contextlib.contextmanager
+def _quiet():
+    """The exporters log what they do at the level of warnings."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
