@@ -35,7 +35,7 @@ from pathlib import Path
 import timm
 import torch
 import torch._inductor.config
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
