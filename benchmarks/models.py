@@ -10,8 +10,8 @@ Modes: eager, in the memory format that is the faster one for the model; compile
 ``litv2.optimize``): with products of the dtype where the processor has them, else of float32; OpenVINO and onnxruntime, of the exported
 model. A model's figure is its best over all of them. Rivals that can be re-parameterised are, in every mode, and their parameters and
 FLOPs are counted then; LITv2's are the plain model's. Memory is that of the eager forward. In int8 the runtimes' graphs have their
-products with weights quantized: LITv2 by its own export, rivals as each runtime likes it. There is no int8 in torch for these models, and
-no bfloat16 in onnxruntime on a CPU.
+products with weights quantized: LITv2 by its own export, rivals with int8 or uint8 activations, whichever is faster. There is no int8 in
+torch for these models, and no bfloat16 in onnxruntime on a CPU.
 Every mode's logits are compared with the eager float32 model's before it is timed: one that is further off than 5 % of their largest
 value, in less precision 30 %, is left out. What is left out is said on stderr, with the reason.
 Peak share: FLOPs x images/s over what the processor's multiply-add instructions of this dtype reach in a loop of their own
@@ -127,13 +127,13 @@ def main() -> None:
             functions |= prepare(candidate, images, args, facts)
         if not functions:
             raise UserError(f"none of these models supports the modes {', '.join(args.modes)} here")
-        args.modes = [mode for mode in args.modes if any(name.endswith(f", {mode}") for name in functions)]
+        modes, args.modes = args.modes, [mode for mode in args.modes if any(name.endswith(f", {mode}") for name in functions)]
         top = reference_rate(args)
         say(f"timing: {args.warm_up} + {args.rounds} rounds of {len(functions)} functions")
         seconds = samples(functions | ({"peak": top.run} if top else {}), args.rounds, args.warm_up, PAUSE)
     rate = top.multiply_adds / statistics.median(seconds.pop("peak")) if top else None
 
-    if args.quick and "compiled" not in args.modes:
+    if args.quick and "compiled" in modes and "compiled" not in args.modes:
         say("without compiled: --quick leaves it out for models that OpenVINO runs")
     shown = [candidate for candidate in CANDIDATES if candidate in chosen or (candidate.timm is None and not args.quick)]
     rows = [row(candidate, seconds, facts, rate, args) for candidate in shown]
@@ -201,13 +201,17 @@ def prepare(candidate: Candidate, images: Tensor, args: argparse.Namespace, fact
                 continue
             if mode == "compiled" and args.quick and f"{candidate.name}, openvino" in functions:
                 continue
-            try:
-                run = MODES[mode](case)
-                check(run(), exact, TOLERANCES[args.dtype])
-            except Exception as error:  # exporters and compilers raise anything; the other modes go on
-                say(f"{candidate.name} without {mode}: {type(error).__name__}: {in_a_line(error)}")
-            else:
-                functions[f"{candidate.name}, {mode}"] = run
+            runs = []
+            for variant in case.variants():
+                try:
+                    run = MODES[mode](variant)
+                    check(run(), exact, TOLERANCES[args.dtype])
+                    runs.append(run)
+                except Exception as error:  # exporters and compilers raise anything; what else there is goes on
+                    kind = f" with {variant.activations} activations" if len(case.variants()) > 1 else ""
+                    say(f"{candidate.name} without {mode}{kind}: {type(error).__name__}: {in_a_line(error)}")
+            if runs:
+                functions[f"{candidate.name}, {mode}"] = faster(runs)
     return functions
 
 
@@ -219,6 +223,13 @@ def in_faster_format(model: nn.Module, images: Tensor, rounds: int) -> tuple[nn.
 
     times = {name: samples({name: partial(synchronised, *both(name))}, rounds, 1)[name] for name in FORMATS}
     return both(min(times, key=lambda name: statistics.median(times[name])))
+
+
+def faster(runs: list[Callable[[], object]]) -> Callable[[], object]:
+    if len(runs) == 1:
+        return runs[0]
+    seconds = samples(dict(enumerate(runs)), 3, 1, PAUSE)
+    return runs[min(seconds, key=lambda i: statistics.median(seconds[i]))]
 
 
 def check(logits: Tensor, exact: Tensor, tolerance: float) -> None:

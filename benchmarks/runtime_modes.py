@@ -32,13 +32,21 @@ Run = Callable[[], Tensor]  # -> logits
 class Case:
     """A model and its images, both of the computation's dtype and in the memory format that is best for it; of int8 both are float32.
 
-    ``folder`` is for files that the runtimes write and read.
+    Attributes:
+        folder: for files that the runtimes write and read.
+        activations: of a rival in int8, onnxruntime's name of their type.
     """
 
     model: nn.Module
     images: Tensor
     dtype: str
     folder: Path
+    activations: str = "QUInt8"
+
+    def variants(self) -> list[Case]:
+        """In int8 a rival's faster type of activations depends on the model and the runtime, and OpenVINO refuses some graphs."""
+        both = self.dtype == "int8" and not isinstance(self.model, LITv2)
+        return [self, replace(self, activations="QInt8")] if both else [self]
 
 
 def eager(case: Case) -> Run:
@@ -66,7 +74,7 @@ def native(case: Case) -> Run:
 def openvino(case: Case) -> Run:
     from litv2.export import openvino_ir
 
-    path = _export(case, "openvino", ".xml") if isinstance(case.model, LITv2) else _rival_graph(case, "QInt8")
+    path = _export(case, "openvino", ".xml") if isinstance(case.model, LITv2) else _rival_graph(case)
     # In int8 the rest is in bfloat16 where the processor has it, which is OpenVINO's own choice there.
     precision = "f32" if case.dtype == "float32" else "bf16"
     return _on_arrays(openvino_ir.load(path, precision=precision), case)
@@ -75,7 +83,7 @@ def openvino(case: Case) -> Run:
 def onnxruntime(case: Case) -> Run:
     from litv2.export import onnx_graph
 
-    path = _export(case, "onnx", ".onnx") if isinstance(case.model, LITv2) else _rival_graph(case, "QUInt8")
+    path = _export(case, "onnx", ".onnx") if isinstance(case.model, LITv2) else _rival_graph(case)
     return _on_arrays(onnx_graph.load(path), case)
 
 
@@ -143,15 +151,12 @@ def _save_images(images: Tensor, folder: Path) -> None:
         to_pil_image(pixels.clamp(0, 1)).save(folder / f"{i}.png")
 
 
-def _rival_graph(case: Case, activations: str) -> Path:
-    """Another model as an ONNX graph of this batch; that in floats is written once for all runtimes.
-
-    In int8 its products with weights are quantized by channel. The type of activations is the one that the runtime does best with: on
-    processors with VNNI onnxruntime takes half the time with unsigned ones; OpenVINO is as fast with either, but refuses some such graphs.
-    """
+def _rival_graph(case: Case) -> Path:
+    """Another model as an ONNX graph of this batch; each is written once for all runtimes."""
     if case.dtype == "int8":
-        path = case.folder / f"{activations}.onnx"
-        _quantize(_rival_graph(replace(case, dtype="float32"), activations), path, case.images.contiguous(), activations)
+        path = case.folder / f"{case.activations}.onnx"
+        if not path.exists():
+            _quantize(_rival_graph(replace(case, dtype="float32")), path, case)
         return path
     path, draft = case.folder / "rival.onnx", case.folder / "draft.onnx"
     if not path.exists():
@@ -166,31 +171,33 @@ def _rival_graph(case: Case, activations: str) -> Path:
     return path
 
 
-def _quantize(graph: Path, path: Path, images: Tensor, activations: str) -> None:
+def _quantize(graph: Path, path: Path, case: Case) -> None:
+    """Products with weights in int8, by channel, and what follows them in convolutional networks."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Images(CalibrationDataReader):
-        batches = iter([{"images": images.numpy()}])
+        batches = iter([{"images": case.images.contiguous().numpy()}])
 
         def get_next(self) -> dict | None:
             return next(self.batches, None)
 
-    model = onnx.load(graph)
+    model, draft = onnx.load(graph), path.with_name("draft.onnx")
     products, weights = ["Conv", "Gemm", "MatMul"], {tensor.name for tensor in model.graph.initializer}
     with _quiet():
         quantize_static(
             model,
-            str(path),
+            str(draft),
             Images(),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=products,
+            op_types_to_quantize=[*products, "Relu", "MaxPool"],
             nodes_to_exclude=[node.name for node in model.graph.node if node.op_type in products and not weights & {*node.input}],
             per_channel=True,
-            activation_type=QuantType[activations],
+            activation_type=QuantType[case.activations],
             weight_type=QuantType.QInt8,
-            extra_options=dict(ActivationSymmetric=activations == "QInt8", WeightSymmetric=True),
+            extra_options=dict(ActivationSymmetric=case.activations == "QInt8", WeightSymmetric=True),
         )
+    draft.rename(path)
 
 
 @contextlib.contextmanager

@@ -73,7 +73,7 @@ def test_fine_tuning(command, images, tmp_path, monkeypatch):
     torch.save(dict(model=LITv2(num_classes=7, **TINY).state_dict()), tmp_path / "mine.pth")
     run_here(monkeypatch, command, *smaller(command, tmp_path), files=dict(DIR=images, FILE=tmp_path / "mine.pth"))
     _, log = finished(tmp_path)
-    assert "head is newly initialised, for other classes: it has 7 outputs in the file, 2 in this model" in log
+    assert "head is newly initialised: it has 7 outputs in the file, but 2 in this model" in log
 
 
 @pytest.mark.extra

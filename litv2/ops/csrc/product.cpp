@@ -56,7 +56,10 @@ struct Backend {
   decltype(Kernels::to_bfloat16) to_bfloat16 = nullptr;  // better than the kernels' own
 };
 
-bool has_matrix_units(at::ScalarType dtype) { return at::native::cpublas::could_pack(dtype); }
+// Not where LITV2_NATIVE_KERNELS asks for those of a lesser processor.
+bool has_matrix_units(at::ScalarType dtype) {
+  return &kernels() == &avx512_kernels && at::native::cpublas::could_pack(dtype);
+}
 
 Backend bfloat16_backend() {
   if (has_matrix_units(at::kBFloat16)) return {"oneDNN", onednn_bfloat16_product};
