@@ -58,7 +58,11 @@ struct Backend {
 
 // Not where LITV2_NATIVE_KERNELS asks for those of a lesser processor.
 bool has_matrix_units(at::ScalarType dtype) {
+#ifdef __x86_64__
   return &kernels() == &avx512_kernels && at::native::cpublas::could_pack(dtype);
+#else
+  return false;
+#endif
 }
 
 Backend bfloat16_backend() {
