@@ -148,7 +148,7 @@ def test_block_of_bfloat16_products(window, alpha, dim, heads):
             torch.set_num_threads(threads)
             ours = form(x)
             assert ours.dtype == torch.float32
-            assert (ours - expected).abs().mean() < 0.1 * (expected - exact).abs().mean()
+            assert (ours - expected).abs().mean() < 0.2 * (expected - exact).abs().mean()
 
 
 def in_steps(x: Tensor, spread: Tensor, count: float) -> Tensor:

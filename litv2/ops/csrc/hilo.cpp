@@ -98,12 +98,15 @@ void pack_heads(const HiLo& a, const float* kv, int64_t stride, float* keys, flo
       const float* from = kv + i / a.l_heads * M * stride + i % a.l_heads * d;
       float *key = keys + i * keys_size, *value = values + i * values_size;
       for (int64_t m = 0; m < round_up(M, panel); ++m) {
-        for (int64_t c = 0; c < d; ++c)
-          key[m / panel * panel * d + c * panel + m % panel] = m < M ? from[m * stride + c] : 0.0f;
+        float* column = key + m / panel * panel * d + m % panel;
+        for (int64_t c = 0; c < d; ++c) column[c * panel] = m < M ? from[m * stride + c] : 0.0f;
       }
-      for (int64_t m = 0; m < M; ++m) {
-        for (int64_t c = 0; c < round_up(d, panel); ++c)
-          value[c / panel * panel * M + m * panel + c % panel] = c < d ? from[m * stride + a.l_channels() + c] : 0.0f;
+      for (int64_t first = 0; first < d; first += panel, value += panel * M) {
+        const int64_t count = std::min(panel, d - first);
+        for (int64_t m = 0; m < M; ++m) {
+          std::copy_n(from + m * stride + a.l_channels() + first, count, value + m * panel);
+          std::fill_n(value + m * panel + count, panel - count, 0.0f);
+        }
       }
     }
   });
