@@ -1,4 +1,4 @@
-"""LITv2-S, M and B against the models of their accuracy, each in all runtimes that are here, measured in one interleaved run.
+"""Compares LITv2-S, M and B with models of similar accuracy, in all available runtimes, measured in one interleaved run.
 
     python benchmarks/models.py --quick  # seven models in float32, under five minutes on two cores that nobody else uses
     python benchmarks/models.py --batch-size 8 --threads 2  # float32; compiling takes a minute or two per model
@@ -6,18 +6,17 @@
     python benchmarks/models.py --models litv2_small resnet50 --dtype int8 --modes native openvino
     python benchmarks/models.py --device cuda --dtype float16 --batch-size 64 --warm-up 50 --rounds 30  # the paper's 50 + 30 forwards
 
-Modes: eager, in the memory format that is the faster one for the model; compiled, on a CPU with frozen weights; native (of LITv2,
-``litv2.optimize``): with products of the dtype where the processor has them, else of float32; OpenVINO and onnxruntime, of the exported
-model. A model's figure is its best over all of them. Rivals that can be re-parameterised are, in every mode, and their parameters and
-FLOPs are counted then; LITv2's are the plain model's. Memory is that of the eager forward. In int8 the runtimes' graphs have their
-products with weights quantized: LITv2 by its own export, rivals with int8 or uint8 activations, whichever is faster. There is no int8 in
-torch for these models, and no bfloat16 in onnxruntime on a CPU.
-Every mode's logits are compared with the eager float32 model's before it is timed: one that is further off than 5 % of their largest
-value, in less precision 30 %, is left out. What is left out is said on stderr, with the reason.
-Peak share: FLOPs x images/s over what the processor's multiply-add instructions of this dtype reach in a loop of their own
-(benchmarks/peak.py), on a GPU over the rate of a large matrix product; either takes turns with the models.
-Weights are random. Published figures stand beside: top-1 on ImageNet at 224 pixels and, from the release, images/s on an RTX 3090 (batch
-64, float16). Models that timm does not have are shown with their published figures alone. Writes JSON, CSV and a plot.
+Modes: eager, in the model's faster memory format; compiled, with frozen weights on a CPU; native (LITv2 only, ``litv2.optimize``), with
+products in the dtype if the processor supports them, else in float32; OpenVINO and onnxruntime, from the exported model. The figure of a
+model is its best over all modes. Other models are re-parameterised in every mode if they support it, and their parameters and FLOPs are
+counted in that form. Memory is that of the eager forward pass. In int8 the products with weights are quantized: LITv2 by its own export,
+other models with int8 or uint8 activations, whichever is faster. torch has no int8 for these models, and onnxruntime no bfloat16 on a CPU.
+Before a mode is timed, its logits are compared with those of the eager float32 model. If the error exceeds 5 % of the largest logit (30 %
+in lower precision), the mode is left out and the reason is printed to stderr.
+Peak share: FLOPs x images/s relative to the rate of the processor's multiply-add instructions for this dtype in a loop of their own
+(benchmarks/peak.py), or on a GPU to the rate of a large matrix product, timed in turns with the models.
+Weights are random. Published figures are shown alongside: top-1 on ImageNet at 224 pixels and, from the release, images/s on an RTX 3090
+(batch 64, float16). Models that timm lacks are listed with their published figures only. Writes JSON, CSV and a plot.
 """
 
 from __future__ import annotations
@@ -146,7 +145,7 @@ def main() -> None:
 
 
 def available(named: list[str] | None, dtype: str, device: str) -> list[str]:
-    """The modes that are here, of those named or of all; one that was named must be."""
+    """Returns the available modes, of those named or of all. It is an error if a named one is not available."""
     reasons = {mode: why_not(mode, dtype, device) for mode in MODES if named is None or mode in named}
     for mode, reason in reasons.items():
         if reason and named:
@@ -157,7 +156,7 @@ def available(named: list[str] | None, dtype: str, device: str) -> list[str]:
 
 
 def reference_rate(args: argparse.Namespace) -> Peak | None:
-    """What peak_share is a share of."""
+    """Returns the rate that peak_share is relative to."""
     if args.device != "cpu":
         a, b = torch.randn(2, GEMM_SIZE, GEMM_SIZE, device=args.device, dtype=getattr(torch, args.dtype))
         return Peak(f"a product of {GEMM_SIZE} x {GEMM_SIZE} matrices", GEMM_SIZE**3, partial(synchronised, torch.mm, a, b))
@@ -183,7 +182,7 @@ def open_branches(model: nn.Module) -> None:
 
 
 def prepare(candidate: Candidate, images: Tensor, args: argparse.Namespace, facts: dict) -> dict[str, Callable[[], object]]:
-    """What is timed of a model, by "name, mode"; its parameters, FLOPs and peak memory go into ``facts``."""
+    """Returns the functions to time for a model, by "name, mode"; adds its parameters, FLOPs and peak memory to ``facts``."""
     torch.manual_seed(0)
     model = timm.create_model(candidate.timm, **dict(candidate.options)).eval().requires_grad_(False).to(images.device)
     open_branches(model)

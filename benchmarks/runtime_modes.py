@@ -91,14 +91,13 @@ MODES: dict[str, Callable[[Case], Run]] = dict(eager=eager, compiled=compiled, n
 
 
 def why_not(mode: str, dtype: str, device: str) -> str | None:
-    """The reason why no model has a mode here, or None."""
+    """Returns the reason why a mode is not available here for any model, or None."""
     if device != "cpu" and mode not in ("eager", "compiled"):
-        return f"it is for the CPU, not for {device}"
+        return f"it supports the CPU only, got {device}"
     if dtype == "int8" and mode in ("eager", "compiled"):
         return "torch has no int8 for these models"
     if mode == "native":
-        missing = dtype == "int8" and "native-int8" not in fastest.FORMS
-        return "there is no native form in int8" if missing else fastest.why_not("native", torch.empty(0))
+        return fastest.why_not("native-int8" if dtype == "int8" else "native", torch.empty(0))
     if mode in ("openvino", "onnxruntime"):
         try:
             runtime = _module(mode)
