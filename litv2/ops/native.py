@@ -13,13 +13,22 @@ import torch
 from mm_modules.dispatch import without_second_derivatives
 from mm_modules.extension import load
 
-__all__ = ["problem"]
+__all__ = ["columns", "problem"]
 
 # Why they are unavailable, or None.
 problem: str | None = "switched off by LITV2_NATIVE=0" if os.environ.get("LITV2_NATIVE", "1") == "0" else load("litv2.ops._C")
 
 
 def _register() -> None:
+    panel = torch.ops.litv2.native_panel()
+
+    @torch.library.register_fake("litv2::native_pack")
+    def _(weight):
+        N, K = weight.shape
+        if weight.dtype == torch.bfloat16:
+            return weight.new_empty(-(-N // columns), K // 2, columns, 2)
+        return weight.new_empty(-(-N // panel), K, panel)
+
     @torch.library.register_fake("litv2::native_depthwise_gelu")
     def _(x, weight, bias):
         return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -52,4 +61,5 @@ def _register() -> None:
 
 
 if problem is None:
+    columns: int = torch.ops.litv2.native_columns()  # that a product writes at once; a constant, for compiled graphs
     _register()

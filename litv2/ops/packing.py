@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import native
 from .folding import merging_weights, token_projections
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def packed(weight: Tensor, bias: Tensor | None, dtype: torch.dtype = torch.float
 def _packed_int8(weight: Tensor) -> Tensor:
     """Weight (N, K) -> int8 (panels, bytes of a panel), see ``int8_panel`` in csrc/operators.h. Symmetric, a scale per row."""
     weight = F.pad(weight.detach().float(), (0, 0, 0, _missing(len(weight))))
-    K, columns = weight.shape[1], torch.ops.litv2.native_columns()
+    K, columns = weight.shape[1], native.columns
     scale = weight.abs().amax(dim=1, keepdim=True) / 127
     steps = (weight / scale.clamp_min(1e-30)).round().to(torch.int8).unflatten(0, (-1, columns))  # (panels, columns, K)
     sums = steps.unflatten(2, (-1, 32)).sum(dim=3, dtype=torch.int32)  # (panels, columns, K / 32)
@@ -49,7 +50,7 @@ def _packed_int8(weight: Tensor) -> Tensor:
 
 def _missing(n: int) -> int:
     """Returns the padding of n to a multiple of the columns that a product writes at once."""
-    return -n % torch.ops.litv2.native_columns()
+    return -n % native.columns
 
 
 def feed_forward_arguments(mlp: Mlp, norm: nn.LayerNorm, dtype: torch.dtype = torch.float32) -> dict[str, Tensor | float]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers import fill, max_difference, normal
+from helpers import fill, max_difference, normal, tiny_model
 from litv2.layers import Block
 from litv2.ops import OPERATORS, use
 from native_helpers import close, in_float64
@@ -216,3 +216,28 @@ def test_forced(calls):
         assert close(block(small), exact) and calls  # too few tokens to choose it, but it can
         with torch.enable_grad(), pytest.raises(RuntimeError, match="block: the backend 'native' is forced .*, but gradients are enabled"):
             block(small)
+
+
+@pytest.mark.extra
+@torch.no_grad()
+def test_in_a_compiled_graph():
+    """One graph holds the native operators, serves another size, and follows the weights, which it packs anew."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph.code)
+        return graph.forward
+
+    model, x = tiny_model().eval(), normal(0, 2, 3, 256, 256)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    assert max_difference(compiled(x), model(x)) < 1e-5 and "native_feed_forward" in graphs[0] and "native_hilo" in graphs[0]
+    other = normal(1, 2, 3, 288, 262)
+    assert max_difference(compiled(other), model(other)) < 1e-5
+    before = compiled(x)
+    for parameter in model.parameters():
+        parameter.mul_(0.9)
+    assert max_difference(compiled(x), model(x)) < 1e-5 < max_difference(compiled(x), before)
+    with torch.enable_grad():
+        compiled(x)
+    assert "native_feed_forward" not in graphs[-1]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_modules.dispatch import Backend
-from mm_modules.torch_state import has_global_hooks, has_hooks, is_watched
+from mm_modules.torch_state import has_global_hooks, has_hooks, is_exporting, is_watched
 
 from .. import native
 from ..packing import feed_forward_arguments, hilo_arguments
@@ -28,9 +28,9 @@ def backend(parts: tuple[type[nn.Module], ...]) -> Backend:
         """With tracing, operation counters or replaced layers the plain modules run, as with torch's own fast path for transformers."""
         if native.problem is not None:
             return native.problem
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return "the model is being compiled or traced"
-        if type(x) is not Tensor:
+        if is_exporting():
+            return "the model is being exported or traced"
+        if not torch.compiler.is_compiling() and type(x) is not Tensor:
             return f"it supports plain tensors only, got {type(x).__name__}"
         if torch.is_grad_enabled():
             return "gradients are enabled; use torch.no_grad or torch.inference_mode"
@@ -40,7 +40,7 @@ def backend(parts: tuple[type[nn.Module], ...]) -> Backend:
             return f"it supports the CPU only, got {x.device.type}"
         if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return "it supports float32 without autocast only"
-        if is_watched():
+        if not torch.compiler.is_compiling() and is_watched():
             return "a dispatch mode or a torch.func transform is active"
         if has_global_hooks():
             return "global module hooks are registered"
