@@ -164,7 +164,7 @@ def _rival_graph(case: Case) -> Path:
         with contextlib.redirect_stdout(io.StringIO()), _quiet():
             try:  # the older exporter's graphs are as fast, and it needs a third of the time
                 torch.onnx.export(model, (images,), draft, dynamo=False, **words)
-            except Exception:
+            except Exception:  # it raises anything for what it does not know; the other one's error is the reason then
                 torch.onnx.export(model, (images,), draft, dynamo=True, verbose=False, external_data=False, **words)
         draft.rename(path)
     return path

@@ -129,6 +129,19 @@ def test_nan_is_not_lost(window, alpha):
     assert infer_block(block, x).isnan().any(-1).all()
 
 
+def check_rounded(block: Block, rounded: nn.Module, form: nn.Module, shapes: tuple, share: float) -> None:
+    """The form is closer to the rounded block than ``share`` of what rounding changes."""
+    dim = block.norm2.normalized_shape[0]
+    for B, H, W in shapes:
+        x = normal(dim, B, H, W, dim)
+        exact, expected = in_float64(block, x), rounded(x.double())
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            ours = form(x)
+            assert ours.dtype == torch.float32
+            assert (ours - expected).abs().mean() < share * (expected - exact).abs().mean()
+
+
 @pytest.mark.parametrize("window, alpha, dim, heads", [(0, 0.5, 32, 4), (1, 0.5, 32, 4), (2, 0.5, 64, 4), (3, 0.9, 96, 3), (2, 0, 64, 2)])
 @torch.no_grad()
 def test_block_of_bfloat16_products(window, alpha, dim, heads):
@@ -140,15 +153,7 @@ def test_block_of_bfloat16_products(window, alpha, dim, heads):
     for linear in [module for module in rounded.modules() if isinstance(module, nn.Linear)]:
         linear.weight.copy_(linear.weight.bfloat16())
         linear.register_forward_pre_hook(lambda _, inputs: inputs[0].bfloat16().double())
-    form = packed_block(block, torch.bfloat16)
-    for B, H, W in ((1, 1, 1), (2, 5, 6), (3, 14, 14)):
-        x = normal(dim, B, H, W, dim)
-        exact, expected = in_float64(block, x), rounded(x.double())
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            ours = form(x)
-            assert ours.dtype == torch.float32
-            assert (ours - expected).abs().mean() < 0.2 * (expected - exact).abs().mean()
+    check_rounded(block, rounded, packed_block(block, torch.bfloat16), ((1, 1, 1), (2, 5, 6), (3, 14, 14)), 0.2)
 
 
 def in_steps(x: Tensor, spread: Tensor, count: float) -> Tensor:
@@ -172,15 +177,7 @@ def test_block_of_int8_products(window, alpha, dim, heads):
     for linear in [module for module in rounded.modules() if isinstance(module, nn.Linear)]:
         linear.weight.copy_(in_steps(linear.weight, linear.weight.abs().amax(1, True), 127))
         linear.register_forward_pre_hook(per_token)
-    form = packed_block(block, torch.int8)
-    for B, H, W in ((2, 5, 6), (3, 14, 14)):
-        x = normal(dim, B, H, W, dim)
-        exact, expected = in_float64(block, x), rounded(x.double())
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            ours = form(x)
-            assert ours.dtype == torch.float32
-            assert (ours - expected).abs().mean() < 0.25 * (expected - exact).abs().mean()
+    check_rounded(block, rounded, packed_block(block, torch.int8), ((2, 5, 6), (3, 14, 14)), 0.25)
 
 
 @pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
