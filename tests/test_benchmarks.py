@@ -16,6 +16,7 @@ import torch
 
 from command_helpers import run
 from document_helpers import Command, commands, documented
+from gpu_helpers import DEVICES
 from helpers import ROOT, normal
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -311,7 +312,7 @@ def test_percentiles(count):
     assert harness.percentiles(values) == pytest.approx(np.percentile(values, [10, 50, 90]).tolist())
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+@pytest.mark.parametrize("device", DEVICES)
 def test_peak_memory(device):
     """Beyond what was held before; what is freed in the call counts no longer."""
     held = torch.zeros(1 << 20, device=device)

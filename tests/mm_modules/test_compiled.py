@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from document_helpers import documented
+from gpu_helpers import DEVICES, on_gpu
 from helpers import ROOT, assert_as_precise, max_difference
 from mm_modules import torch_state
 from mm_modules.DCN import DeformConv2dPack, compiled, deform_conv, reference
@@ -25,7 +26,6 @@ if compiled.problem:
 operator = torch.ops.litv2.deform_conv2d.default
 backward_operator = torch.ops.litv2.deform_conv2d_backward.default
 DTYPES = compiled.DTYPES
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 DTM = ((2, 2), (0, 0), (1, 1))
 GENERAL = ((2, 1), (1, 2), (1, 2))  # stride, padding, dilation: different in h and w
 
@@ -203,7 +203,7 @@ def test_autocast_of_the_operator(device):
     assert_as_precise(low, plain, operator(*values, *DTM))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@on_gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cuda_equals_cpu(case):
     on_cpu = tensors(**case)

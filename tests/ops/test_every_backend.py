@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gpu_helpers import DEVICES
 from helpers import fill, normal
 from litv2.layers import Block
 from litv2.ops import OPERATORS
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [(1, 1), (1, 6), (5, 7), (7, 5), (14, 14), (17, 32)]
 SOMETHING_ELSE = ("onnx",)  # computes nothing
