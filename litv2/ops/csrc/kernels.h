@@ -22,6 +22,9 @@ struct Kernels {
   // Rows of K numbers rounded to the nearest bfloat16 (its bits), one after the other.
   void (*to_bfloat16)(int64_t M, int64_t K, const float* A, int64_t lda, uint16_t* out);
 
+  // Numbers in bfloat16 (their bits) as floats.
+  void (*to_float32)(int64_t count, const uint16_t* x, float* out);
+
   // Rows of K numbers as bytes q, one after the other: each number is close to scale * (q - zero) with the scale and zero
   // of its row. The scale of a row that is not finite is NaN.
   void (*to_bytes)(int64_t M, int64_t K, const float* A, int64_t lda, uint8_t* out, float* scale, int32_t* zero);
@@ -70,11 +73,12 @@ struct Kernels {
   void (*window_attention)(int64_t windows, int64_t size, int64_t d, int64_t channels, const float* qkv,
                            const int64_t* tokens, float* out, const int64_t* out_tokens, float* scratch);
 
-  // Gradients of depthwise_gelu, see depthwise.cpp.
+  // The gradient before the GELU of a row of depthwise_gelu, from that of its result; those of the weight and the bias
+  // are added to sums (10 x channels). Tokens are `channels` floats apart.
   void (*depthwise_gelu_gradient)(int64_t width, int64_t channels, const float* above, const float* here,
-                                  const float* below, int64_t stride, const float* weight, int64_t ldw,
-                                  const float* bias, const float* gradient, int64_t gradient_stride, float* linear,
-                                  float* weight_gradient, float* bias_gradient);
+                                  const float* below, const float* weight, const float* bias, const float* gradient,
+                                  float* out, float* sums);
+  // The convolution alone, without a bias.
   void (*depthwise)(int64_t width, int64_t channels, const float* above, const float* here, const float* below,
                     int64_t stride, const float* weight, int64_t ldw, float* out, int64_t out_stride);
 };

@@ -137,6 +137,18 @@ void to_bfloat16(int64_t M, int64_t K, const float* A, int64_t lda, uint16_t* ou
   }
 }
 
+void to_float32(int64_t count, const uint16_t* x, float* out) {
+  int64_t i = 0;
+  for (; i + V <= count; i += V) {
+    const Integers bits = __builtin_convertvector(*reinterpret_cast<const Halves*>(x + i), Integers) << 16;
+    store(out + i, reinterpret_cast<const Vector&>(bits));
+  }
+  for (; i < count; ++i) {
+    const uint32_t bits = uint32_t(x[i]) << 16;
+    out[i] = reinterpret_cast<const float&>(bits);
+  }
+}
+
 // A row's numbers are scaled to 254.99 steps: two roundings to the nearest cannot leave the 256 values then.
 void to_bytes(int64_t M, int64_t K, const float* A, int64_t lda, uint8_t* out, float* scale, int32_t* zero) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which the last bits are
@@ -229,18 +241,26 @@ void deformed_patches(int64_t row, int64_t width, const float* image, int64_t in
   }
 }
 
-// bias + the products of 3 x 3 taps of one vector of channels at one token; the map ends at its left or right.
-template <bool kLeft, bool kRight>
-INLINE Vector taps(const float* above, const float* here, const float* below, int64_t stride, const Vector* w,
-                   Vector total) {
-  const float* rows[3] = {above, here, below};
-  for (int i = 0; i < 3; ++i) {
-    if (kLeft) total += load(rows[i] - stride) * w[3 * i];
-    total += load(rows[i]) * w[3 * i + 1];
-    if (kRight) total += load(rows[i] + stride) * w[3 * i + 2];
-  }
-  return total;
+// Calls use(x, there is a token to the left, to the right) along a row; what the last two are the compiler knows.
+template <typename Use>
+INLINE void each_token(int64_t width, const Use& use) {
+  if (width == 1) return use(0, std::false_type{}, std::false_type{});
+  use(0, std::false_type{}, std::true_type{});
+  for (int64_t x = 1; x < width - 1; ++x) use(x, std::true_type{}, std::true_type{});
+  use(width - 1, std::true_type{}, std::false_type{});
 }
+
+// Calls use(tap, vector) of the taps of a 3 x 3 kernel that are inside of the map.
+template <typename Left, typename Right, typename Use>
+INLINE void each_tap(const float* const (&rows)[3], int64_t at, int64_t stride, Left left, Right right, const Use& use) {
+  for (int i = 0; i < 3; ++i) {
+    if (left) use(3 * i, load(rows[i] + at - stride));
+    use(3 * i + 1, load(rows[i] + at));
+    if (right) use(3 * i + 2, load(rows[i] + at + stride));
+  }
+}
+
+#define ALWAYS_INLINE __attribute__((always_inline))  // of a lambda
 
 // Calls use(token, channel, value of the convolution, a vector) along a row.
 template <typename Use>
@@ -250,76 +270,58 @@ INLINE void convolve(int64_t width, int64_t channels, const float* above, const 
     Vector w[9];
     for (int tap = 0; tap < 9; ++tap) w[tap] = load(weight + tap * ldw + c);
     const Vector start = bias != nullptr ? load(bias + c) : Vector{};
-    const float *a = above + c, *h = here + c, *b = below + c;
-    if (width == 1) {
-      use(0, c, taps<false, false>(a, h, b, stride, w, start));
-      continue;
-    }
-    use(0, c, taps<false, true>(a, h, b, stride, w, start));
-    for (int64_t x = 1; x < width - 1; ++x) {
-      const int64_t at = x * stride;
-      use(x, c, taps<true, true>(a + at, h + at, b + at, stride, w, start));
-    }
-    const int64_t at = (width - 1) * stride;
-    use(width - 1, c, taps<true, false>(a + at, h + at, b + at, stride, w, start));
+    const float* rows[3] = {above + c, here + c, below + c};
+    each_token(width, [&](int64_t x, auto left, auto right) ALWAYS_INLINE {
+      Vector value = start;
+      each_tap(rows, x * stride, stride, left, right, [&](int tap, Vector v) ALWAYS_INLINE { value += v * w[tap]; });
+      use(x, c, value);
+    });
   }
 }
 
 void depthwise_gelu(int64_t width, int64_t channels, const float* above, const float* here, const float* below,
                     int64_t stride, const float* weight, int64_t ldw, const float* bias, float* out,
                     int64_t out_stride) {
-  convolve(
-      width, channels, above, here, below, stride, weight, ldw,
-      bias, [&](int64_t x, int64_t c, Vector value) __attribute__((always_inline)) {
-        store(out + x * out_stride + c, gelu(value));
-      });
+  convolve(width, channels, above, here, below, stride, weight, ldw, bias,
+           [&](int64_t x, int64_t c, Vector value) ALWAYS_INLINE { store(out + x * out_stride + c, gelu(value)); });
 }
 
 void depthwise_fast_gelu(int64_t width, int64_t channels, const float* above, const float* here, const float* below,
                          int64_t stride, const float* weight, int64_t ldw, const float* bias, float* out,
                          int64_t out_stride) {
-  convolve(
-      width, channels, above, here, below, stride, weight, ldw,
-      bias, [&](int64_t x, int64_t c, Vector value) __attribute__((always_inline)) {
-        store(out + x * out_stride + c, fast_gelu(value));
-      });
+  convolve(width, channels, above, here, below, stride, weight, ldw, bias,
+           [&](int64_t x, int64_t c, Vector value) ALWAYS_INLINE { store(out + x * out_stride + c, fast_gelu(value)); });
 }
 
 void depthwise(int64_t width, int64_t channels, const float* above, const float* here, const float* below,
                int64_t stride, const float* weight, int64_t ldw, float* out, int64_t out_stride) {
-  convolve(
-      width, channels, above, here, below, stride, weight, ldw,
-      nullptr, [&](int64_t x, int64_t c, Vector value) __attribute__((always_inline)) {
-        store(out + x * out_stride + c, value);
-      });
+  convolve(width, channels, above, here, below, stride, weight, ldw, nullptr,
+           [&](int64_t x, int64_t c, Vector value) ALWAYS_INLINE { store(out + x * out_stride + c, value); });
 }
 
 void depthwise_gelu_gradient(int64_t width, int64_t channels, const float* above, const float* here, const float* below,
-                             int64_t stride, const float* weight, int64_t ldw, const float* bias, const float* gradient,
-                             int64_t gradient_stride, float* linear, float* weight_gradient, float* bias_gradient) {
+                             const float* weight, const float* bias, const float* gradient, float* out, float* sums) {
   for (int64_t c = 0; c < channels; c += V) {
-    Vector sums[9], total{};
-    for (int tap = 0; tap < 9; ++tap) sums[tap] = Vector{};
-    convolve(
-        width, V, above + c, here + c, below + c, stride, weight + c, ldw,
-        bias + c, [&](int64_t x, int64_t, Vector value) __attribute__((always_inline)) {
-          const Vector g = load(gradient + x * gradient_stride + c) * gelu_slope(value);
-          store(linear + x * gradient_stride + c, g);
-          total += g;
-        });
+    Vector w[9], products[9];  // of the gradients with what is under the taps
+    for (int tap = 0; tap < 9; ++tap) w[tap] = load(weight + tap * channels + c), products[tap] = Vector{};
+    const Vector start = load(bias + c);
+    Vector total{};
     const float* rows[3] = {above + c, here + c, below + c};
-    for (int64_t x = 0; x < width; ++x) {
-      const Vector g = load(linear + x * gradient_stride + c);
-      for (int i = 0; i < 3; ++i) {
-        const float* at = rows[i] + x * stride;
-        if (x > 0) sums[3 * i] += g * load(at - stride);
-        sums[3 * i + 1] += g * load(at);
-        if (x < width - 1) sums[3 * i + 2] += g * load(at + stride);
-      }
+    each_token(width, [&](int64_t x, auto left, auto right) ALWAYS_INLINE {
+      const int64_t at = x * channels;
+      Vector value = start;
+      each_tap(rows, at, channels, left, right, [&](int tap, Vector v) ALWAYS_INLINE { value += v * w[tap]; });
+      const Vector g = load(gradient + at + c) * gelu_slope(value);
+      store(out + at + c, g);
+      total += g;
+      each_tap(rows, at, channels, left, right, [&](int tap, Vector v) ALWAYS_INLINE { products[tap] += g * v; });
+    });
+    for (int tap = 0; tap < 9; ++tap) {
+      float* sum = sums + tap * channels + c;
+      store(sum, load(sum) + products[tap]);
     }
-    for (int tap = 0; tap < 9; ++tap)
-      store(weight_gradient + tap * ldw + c, load(weight_gradient + tap * ldw + c) + sums[tap]);
-    store(bias_gradient + c, load(bias_gradient + c) + total);
+    float* sum = sums + 9 * channels + c;
+    store(sum, load(sum) + total);
   }
 }
 
@@ -404,6 +406,7 @@ const Kernels KERNELS = {KERNELS_NAME,
                          kPanel,
                          product,
                          to_bfloat16,
+                         to_float32,
                          to_bytes,
                          from_sums,
                          layer_norm,

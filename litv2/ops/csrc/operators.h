@@ -113,11 +113,11 @@ inline void check_sizes(const char* name, std::initializer_list<std::pair<Tensor
                       ": ", vector.sizes(), " ", vector.scalar_type(), ", expected ", size, " float32 numbers");
 }
 
-inline Tensor checked_map(const char* name, const Tensor& x) {
-  TORCH_CHECK_VALUE(x.dim() == 4 && x.scalar_type() == at::kFloat && x.device().is_cpu() && x.size(1) > 0 &&
-                        x.size(2) > 0 && x.size(3) > 0,
-                    name, ": x is ", x.sizes(), " ", x.scalar_type(), " on ", x.device(),
-                    ", expected a float32 map (B, H, W, C) on the CPU");
+inline Tensor checked_map(const char* name, const Tensor& x, bool or_bfloat16 = false) {
+  const bool known = x.scalar_type() == at::kFloat || (or_bfloat16 && x.scalar_type() == at::kBFloat16);
+  TORCH_CHECK_VALUE(x.dim() == 4 && known && x.device().is_cpu() && x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, name,
+                    ": x is ", x.sizes(), " ", x.scalar_type(), " on ", x.device(), ", expected a float32 ",
+                    or_bfloat16 ? "or bfloat16 " : "", "map (B, H, W, C) on the CPU");
   return x.contiguous();
 }
 

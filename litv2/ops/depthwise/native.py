@@ -7,7 +7,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mm_modules import torch_state
 from mm_modules.dispatch import Backend
 from mm_modules.torch_state import compute_dtype, has_hooks, is_exporting, is_watched
 
@@ -27,8 +26,6 @@ def why_not(x: Tensor, conv: nn.Conv2d) -> str | None:
     if x.dtype != weight.dtype and not torch.is_autocast_enabled("cpu"):
         return f"x is {x.dtype}, but the weights are {weight.dtype}"
     dtype = compute_dtype(x)
-    if dtype == torch.bfloat16 and not torch_state.bfloat16_is_emulated():
-        return "this processor has bfloat16 instructions, which torch's convolution uses"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"it has no kernel for {dtype}"
     if x.shape[-1] % 16:
