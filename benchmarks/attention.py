@@ -198,9 +198,15 @@ def measure(layers: dict[str, nn.Module], size: Size, args: argparse.Namespace) 
             continue
         for mode in args.modes:
             calls[f"{name}, {mode}"] = partial(_train if args.training else _call, MODES[mode](layer), x, size)
-    for name, call in calls.items():  # compiles
+    for name, call in tuple(calls.items()):  # compiles and captures
         say(f"preparing {name}, {size[0]} x {size[1]}")
-        call()
+        try:
+            call()
+        except RuntimeError as error:
+            if name.endswith(", eager"):
+                raise
+            say(f"without {name}: {error}")
+            del calls[name]
     memory = {name: peak_memory(call, x.device) / 2**20 for name, call in calls.items()}
     seconds = samples(calls, args.rounds, args.warm_up, device=args.device)
     columns = {}

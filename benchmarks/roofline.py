@@ -195,10 +195,14 @@ def main() -> None:
 
 
 def summary(kernels: list[Kernel], batch: int) -> dict:
-    """The columns of some kernels; multiply-adds are of one image."""
+    """The columns of some kernels."""
+    return totals(kernels, batch) | {f"{gpu}_ms": round(1e3 * ceilings.seconds(kernels), 3) for gpu, ceilings in GPUS.items()}
+
+
+def totals(kernels: list[Kernel], batch: int) -> dict:
+    """Their number, bytes, and multiply-adds of one image."""
     multiply_adds = sum(kernel.operations for kernel in kernels) / 2 / batch
-    result = dict(kernels=len(kernels), MB=round(sum(kernel.bytes for kernel in kernels) / 1e6, 1), GFLOPs=round(multiply_adds / 1e9, 3))
-    return result | {f"{gpu}_ms": round(1e3 * ceilings.seconds(kernels), 3) for gpu, ceilings in GPUS.items()}
+    return dict(kernels=len(kernels), MB=round(sum(kernel.bytes for kernel in kernels) / 1e6, 1), GFLOPs=round(multiply_adds / 1e9, 3))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from litv2.inference import fastest
 from litv2.preprocess import MEAN, STD
 
 Run = Callable[[], Tensor]  # -> logits, which a GPU may still be computing
-CUDA_OPTIONS = {"freezing": True, "triton.cudagraphs": True, "max_autotune": True}  # of the rivals' torch.compile on a GPU
+CUDA_OPTIONS = {"freezing": True, "triton.cudagraphs": True, "max_autotune": True}  # of rivals on a GPU, as of LITv2's compiled form
 
 
 @dataclass(frozen=True)
