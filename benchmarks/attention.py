@@ -86,7 +86,7 @@ def main() -> None:
     if args.over != "resolution" and len(args.sides) > 1:
         flags.error(f"--sides: --over {args.over} takes one side only")
     if "graph" in args.modes and (args.device == "cpu" or args.training):
-        flags.error("--modes graph: it needs a GPU, and has no backward pass here; choose eager or compiled")
+        raise UserError("--modes graph: it needs a GPU, and has no backward pass here; choose eager or compiled")
     torch.set_num_threads(args.threads)
     torch._inductor.config.freezing = args.device == "cpu" and not args.training
     torch._dynamo.config.recompile_limit = 256  # layers of one class are compiled one by one

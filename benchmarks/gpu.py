@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness import ROOT, device_name, parser, positive, say, table, write_json
-from litv2.errors import run_program
+from litv2.errors import UserError, run_program
 
 LOG = 4000  # last characters of a stage's output that are kept
 CARD = "clocks.sm,clocks.mem,temperature.gpu,power.draw,memory.used"  # as nvidia-smi calls them
@@ -87,30 +87,35 @@ def main() -> int:
     flags.add_argument("--dry-run", action="store_true", help="tiny sizes; the extension is not built, and on a CPU nothing is compiled")
     args = flags.parse_args()
     if args.device == "cpu" and not args.dry_run:
-        flags.error("--device cpu: the sizes are those of a GPU; add --dry-run")
+        raise UserError("--device cpu: a CPU would take days for these sizes; add --dry-run")
     results = args.out.with_suffix(".json")
     chosen = stages(args.device, results)
     chosen = [stage for stage in chosen if not args.only or stage.name in args.only]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that what a stage has done is recorded, and its process ends
-    before = json.loads(results.read_text()) if args.only and results.exists() else {}
-    run = Session(results, args.device, args.dry_run, before)
-    run.all(chosen, args.budget)
-    print(summary(run.results))
+    session = Session(results, args.device, args.dry_run)
+    if args.only:
+        session.go_on()
+    session.run_all(chosen, args.budget)
+    print(summary(session.results))
     print(f"written to {results}")
-    return int(any("error" in run.results["stages"][stage.name] for stage in chosen))
+    return int(any("error" in session.results["stages"][stage.name] for stage in chosen))
 
 
 class Session:
     """Runs stages and keeps the file of their results."""
 
-    def __init__(self, path: Path, device: str, dry_run: bool, before: dict | None = None):
-        self.path, self.dry_run = path, dry_run
-        self.results = dict(device=device, dry_run=dry_run, environment=None, ceilings=None, stages={}) | (before or {})
-        self.environment = dict(os.environ)
-        if dry_run and device == "cpu":
-            self.environment["TORCHDYNAMO_DISABLE"] = "1"  # torch.compile returns the model as it is, not minutes later
+    def __init__(self, path: Path, device: str, dry_run: bool):
+        self.path = path
+        self.results: dict = dict(device=device, dry_run=dry_run, environment=None, ceilings=None, stages={})
 
-    def all(self, chosen: list[Stage], budget: float) -> None:
+    def go_on(self) -> None:
+        """Keeps what an earlier run has written."""
+        before = json.loads(self.path.read_text()) if self.path.exists() else self.results
+        if any(before[key] != self.results[key] for key in ("device", "dry_run")):
+            raise UserError(f"{self.path} is of device {before['device']}, dry run {before['dry_run']}; choose another --out, or remove it")
+        self.results = before
+
+    def run_all(self, chosen: list[Stage], budget: float) -> None:
         write_json(self.path, self.results)
         end = time.monotonic() + budget
         for stage in chosen:
@@ -127,12 +132,11 @@ class Session:
         """Runs a stage in a process group of its own, which is gone afterwards, and records its rows as they come."""
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             out, log = Path(folder) / stage.name, Path(folder) / "log"
-            command = stage.command + (["--out", str(out)] if stage.rows else []) + (stage.tiny if self.dry_run else [])
+            command = stage.command + (["--out", str(out)] if stage.rows else []) + (stage.tiny if self.results["dry_run"] else [])
             start, seen = time.monotonic(), None
             with open(log, "wb") as file:
-                process = subprocess.Popen(
-                    command, cwd=ROOT, env=self.environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-                )
+                output = dict(stdout=file, stderr=subprocess.STDOUT)
+                process = subprocess.Popen(command, cwd=ROOT, env=self.variables(), start_new_session=True, **output)
             error: str | None = "the run was stopped"
             try:
                 while process.poll() is None and time.monotonic() - start < limit:
@@ -148,12 +152,18 @@ class Session:
                 process.wait()
                 self.record(stage, time.monotonic() - start, out, error, log)
 
+    def variables(self) -> dict[str, str]:
+        """The environment of a stage: the extension is built for this GPU alone; a dry run compiles nothing on a CPU."""
+        capability = (self.results["environment"] or {}).get("capability")
+        architecture = dict(TORCH_CUDA_ARCH_LIST=capability) if capability else {}
+        no_compiler = dict(TORCHDYNAMO_DISABLE="1") if self.results["dry_run"] and self.results["device"] == "cpu" else {}
+        return {**os.environ, **architecture, **no_compiler}
+
     def record(self, stage: Stage, seconds: float, out: Path | None = None, error: str | None = None, log: Path | None = None) -> None:
         """Writes what is known of a stage: {seconds, rows, error, log, card}; no error if it ended well."""
         content = json.loads(out.with_suffix(".json").read_text()) if out and modified(out) else {}
-        self.results |= {key: content[key] for key in ("environment", "ceilings") if key in content and stage.name == "environment"}
-        if stage.name == "environment" and "capability" in content.get("environment", {}):
-            self.environment["TORCH_CUDA_ARCH_LIST"] = content["environment"]["capability"]
+        if stage.name == "environment":
+            self.results |= {key: content.get(key) for key in ("environment", "ceilings")}
         own = dict(seconds=round(seconds, 1), rows=content.get("rows", []))
         own |= dict(error=error) if error else {}
         own |= dict(log=tail(log), card=card()) if log else {}

@@ -15,6 +15,7 @@ import platform
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -111,6 +112,20 @@ def peak_memory(function: Callable[[], object], device: Device = "cpu") -> int:
         held += change
         peak = max(peak, held)
     return peak
+
+
+def synchronisations(function: Callable[[], object], device: Device) -> int | None:
+    """Returns how often the processor waits for a GPU in a call, as torch sees it: copies to the host, mostly."""
+    if torch.device(device).type != "cuda":
+        return None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            function()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -30,7 +30,19 @@ from pathlib import Path
 
 import torch
 
-from harness import COLOURS, device_name, figure, milliseconds, parser, peak_memory, positive, publish, samples, say
+from harness import (
+    COLOURS,
+    device_name,
+    figure,
+    milliseconds,
+    parser,
+    peak_memory,
+    positive,
+    publish,
+    samples,
+    say,
+    synchronisations,
+)
 from litv2.errors import UserError, run_program
 from models import CANDIDATES
 from training_step import KNOWN, PRECISIONS, random_batch, training_step
@@ -110,20 +122,6 @@ def run(rank: int, processes: int, args: argparse.Namespace) -> list[dict]:
     }
     return [row(case, processes, threads, values, args.batch_size) | facts[case] for case, values in seconds.items()]
 
-
-
-def synchronisations(step: Callable[[], None], device: torch.device) -> int | None:
-    """Returns how often the processor waits for the GPU in a step, as torch sees it: copies to the host, mostly."""
-    if device.type != "cuda":
-        return None
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
 def row(case: Case, processes: int, threads: int, seconds: list[float], batch_size: int) -> dict:
