@@ -123,8 +123,9 @@ class Session:
             if left < 1:
                 self.record(stage, 0, error=f"not started: the budget of {budget:.0f} s is used up")
                 continue
-            say(f"{stage.name}, at most {min(stage.limit, left):.0f} s")
-            self.run(stage, min(stage.limit, left))
+            limit = left if self.results["dry_run"] else min(stage.limit, left)  # limits are of GPUs
+            say(f"{stage.name}, at most {limit:.0f} s")
+            self.run(stage, limit)
             own = self.results["stages"][stage.name]
             say(f"{stage.name}: {own['seconds']:.0f} s" + (f", {own['error']}" if "error" in own else ""))
 
