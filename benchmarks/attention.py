@@ -35,10 +35,12 @@ from attention_plots import plot_case, plot_choice, plot_layers, plot_resolution
 from harness import device_name, milliseconds, parser, peak_memory, positive, publish, rounded, samples, say
 from hilo import HiLo
 from litv2.errors import UserError, run_program
+from runtime_modes import captured
 
-# How each mode prepares a layer; None if the mode does not apply to it.
-MODES: dict[str, Callable[[nn.Module], Callable | None]] = {
+# How each mode prepares a layer.
+MODES: dict[str, Callable[[nn.Module], Callable]] = {
     "eager": lambda layer: layer,
+    "graph": lambda layer: Graph(layer),
     "compiled": lambda layer: torch.compile(layer, dynamic=False),
 }
 # Layers beyond the table: HiLo with the windows intended for larger maps.
@@ -83,6 +85,8 @@ def main() -> None:
             setattr(args, name, value)
     if args.over != "resolution" and len(args.sides) > 1:
         flags.error(f"--sides: --over {args.over} takes one side only")
+    if "graph" in args.modes and (args.device == "cpu" or args.training):
+        raise UserError("--modes graph: it needs a GPU, and has no backward pass here; choose eager or compiled")
     torch.set_num_threads(args.threads)
     torch._inductor.config.freezing = args.device == "cpu" and not args.training
     torch._dynamo.config.recompile_limit = 256  # layers of one class are compiled one by one
@@ -193,14 +197,18 @@ def measure(layers: dict[str, nn.Module], size: Size, args: argparse.Namespace) 
         if times_forward * args.batch_size * layer.flops(*size) > args.limit * 1e9:
             continue
         for mode in args.modes:
-            ready = MODES[mode](layer)
-            if ready is not None:
-                calls[f"{name}, {mode}"] = partial(_train if args.training else _call, ready, x, size)
-    for name, call in calls.items():  # compiles
+            calls[f"{name}, {mode}"] = partial(_train if args.training else _call, MODES[mode](layer), x, size)
+    for name, call in tuple(calls.items()):  # compiles and captures
         say(f"preparing {name}, {size[0]} x {size[1]}")
-        call()
+        try:
+            call()
+        except RuntimeError as error:
+            if name.endswith(", eager"):
+                raise
+            say(f"without {name}: {error}")
+            del calls[name]
     memory = {name: peak_memory(call, x.device) / 2**20 for name, call in calls.items()}
-    seconds = samples(calls, args.rounds, args.warm_up)
+    seconds = samples(calls, args.rounds, args.warm_up, device=args.device)
     columns = {}
     for name in layers:
         columns[name] = {}
@@ -230,21 +238,29 @@ def _tokens(size: Size, args: argparse.Namespace) -> Tensor:
     return x.requires_grad_(args.training)
 
 
+class Graph:
+    """A layer's CUDA graph, captured in the first call, of the tensors of that call."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer, self.replay = layer, None
+
+    def __call__(self, x: Tensor, *size: int) -> Tensor:
+        if self.replay is None:
+            self.replay = captured(partial(self.layer, x, *size))
+        return self.replay()
+
+
 def _parameters(layer: nn.Module) -> int:
     return sum(parameter.numel() for parameter in layer.parameters())
 
 
 def _call(layer: Callable, x: Tensor, size: Size) -> None:
     layer(x, *size)
-    if x.is_cuda:
-        torch.cuda.synchronize()
 
 
 def _train(layer: nn.Module, x: Tensor, size: Size) -> None:
     y = layer(x, *size)
     torch.autograd.grad(y, [x, *layer.parameters()], torch.ones_like(y))
-    if x.is_cuda:
-        torch.cuda.synchronize()
 
 
 PARTS = ["projections", "window_attention", "global_attention", "pooling", "moving_data", "rest"]

@@ -87,14 +87,13 @@ def main() -> None:
     def backbone(model: torch.nn.Module) -> None:
         for batch in batches:
             model.backbone(model.data_preprocessor(batch, False)["inputs"])
-        if args.device != "cpu":
-            torch.cuda.synchronize()
 
     rows = []
     with torch.inference_mode():
         for part, run in (("image to result", whole), ("backbone", backbone)):
             calls = {name: partial(run, model) for name, model in models.items()}
-            seconds = {name: [each / len(batches) for each in own] for name, own in samples(calls, args.rounds, args.warm_up).items()}
+            times = samples(calls, args.rounds, args.warm_up, device=args.device)
+            seconds = {name: [each / len(batches) for each in own] for name, own in times.items()}
             theirs = statistics.median(seconds["Swin-T"])
             for name, own in seconds.items():
                 row = dict(part=part, model=name, **milliseconds(own), times_as_fast=round(theirs / statistics.median(own), 2))

@@ -7,12 +7,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,11 +26,24 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 sys.path.append(str(ROOT / "classification"))  # last, because its module names are generic, such as config
 
+from litv2.files import atomic_write  # noqa: E402
 
-def samples(functions: dict[str, Callable[[], object]], rounds: int, warm_up: int = 2, pause: float = 0.0) -> dict[str, list[float]]:
+Device = str | torch.device
+
+
+def synchronise(device: Device) -> None:
+    """Waits until a GPU has done what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def samples(
+    functions: dict[str, Callable[[], object]], rounds: int, warm_up: int = 2, pause: float = 0.0, device: Device = "cpu"
+) -> dict[str, list[float]]:
     """Returns the seconds of each function in each of ``rounds`` rounds; in a round, each function runs once.
 
     ``pause`` seconds before each call let the threads of other libraries fall asleep: they spin for a while after their work.
+    On a GPU the wait for its results counts.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(warm_up + rounds):
@@ -35,8 +51,30 @@ def samples(functions: dict[str, Callable[[], object]], rounds: int, warm_up: in
             time.sleep(pause)
             start = time.perf_counter()
             function()
+            synchronise(device)
             if i >= warm_up:
                 seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def event_samples(functions: dict[str, Callable[[], object]], rounds: int, warm_up: int, device: Device) -> dict[str, list[float]]:
+    """The same on the GPU's own clock: the functions of a round are queued one after the other, and none is waited for.
+
+    Where the processor queues more slowly than the GPU computes, that is what is measured. On a CPU it is ``samples``.
+    """
+    if torch.device(device).type != "cuda":
+        return samples(functions, rounds, warm_up)
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for i in range(warm_up + rounds):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(functions) + 1)]
+        events[0].record()
+        for function, end in zip(functions.values(), events[1:]):
+            function()
+            end.record()
+        torch.cuda.synchronize(device)
+        if i >= warm_up:
+            for values, start, end in zip(seconds.values(), events, events[1:]):
+                values.append(start.elapsed_time(end) / 1e3)
     return seconds
 
 
@@ -59,7 +97,7 @@ def milliseconds(seconds: list[float], digits: int = 1) -> dict[str, float]:
     return dict(ms=median, p10_ms=low, p90_ms=high)
 
 
-def peak_memory(function: Callable[[], object], device: str | torch.device = "cpu") -> int:
+def peak_memory(function: Callable[[], object], device: Device = "cpu") -> int:
     """Returns the peak bytes that torch's allocator held on the device during a call, minus what it held before."""
     if torch.device(device).type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -74,6 +112,20 @@ def peak_memory(function: Callable[[], object], device: str | torch.device = "cp
         held += change
         peak = max(peak, held)
     return peak
+
+
+def synchronisations(function: Callable[[], object], device: Device) -> int | None:
+    """Returns how often the processor waits for a GPU in a call, as torch sees it: copies to the host, mostly."""
+    if torch.device(device).type != "cuda":
+        return None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            function()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -115,6 +167,19 @@ def environment(device: str = "cpu") -> dict:
         threads=torch.get_num_threads(),
         torch=str(torch.__version__),
         python=platform.python_version(),
+        **({} if device == "cpu" else _gpu(device)),
+    )
+
+
+def _gpu(device: str) -> dict:
+    return dict(
+        capability=".".join(map(str, torch.cuda.get_device_capability(device))),
+        memory_GiB=round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1),
+        cuda=torch.version.cuda,
+        cudnn=torch.backends.cudnn.version(),
+        triton=importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
+        tf32_convolutions=torch.backends.cudnn.allow_tf32,
+        tf32_products=torch.backends.cuda.matmul.allow_tf32,
     )
 
 
@@ -163,13 +228,19 @@ def parser(doc: str, name: str, threads: bool = True) -> argparse.ArgumentParser
     return result
 
 
+def write_json(path: Path, content: object) -> None:
+    """At once: whoever reads it, or is killed while writing it, has the old file or the new one."""
+    with atomic_write(path) as draft:
+        draft.write_text(json.dumps(content, indent=2) + "\n")
+
+
 def publish(rows: list[dict], out: Path, title: str, draw: Callable[[list[dict], Path], None] | None = None, **about) -> None:
     """Writes OUT.json (with the environment and ``about``), OUT.csv and OUT.png, and prints the Markdown table.
 
     Rows are flat and have the same keys; None is an empty cell. ``draw(rows, path)`` draws the plot (see ``figure``); None skips it.
     """
     about = dict(title=title, environment=environment(about.get("device", "cpu")), **about)
-    out.with_suffix(".json").write_text(json.dumps(dict(about, rows=rows), indent=2) + "\n")
+    write_json(out.with_suffix(".json"), dict(about, rows=rows))
     with open(out.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

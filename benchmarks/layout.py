@@ -1,6 +1,7 @@
 """Measures the benefit of channels-last tokens: LITv2 against the same model with channels-first copies.
 
     python benchmarks/layout.py --batch-size 8 --threads 2
+    python benchmarks/layout.py --device cuda --batch-size 64
 
 The second model works like the public release: it copies tokens into a (B, C, H, W) map before each depthwise convolution
 and token merging, and back afterwards. Both have the same weights and give the same outputs, which is checked.
@@ -16,7 +17,7 @@ from functools import partial
 
 import torch
 
-from harness import milliseconds, parser, positive, publish, samples
+from harness import device_name, milliseconds, parser, positive, publish, samples
 from litv2 import litv2_small
 from litv2.errors import run_program
 from litv2.layers import DeformableTokenMerging, DepthwiseConv
@@ -52,21 +53,24 @@ def main() -> None:
     flags = parser(__doc__, "layout")
     flags.add_argument("--batch-size", type=positive, default=8)
     flags.add_argument("--img-size", type=positive, default=224)
+    flags.add_argument("--device", type=device_name, default="cpu")
     args = flags.parse_args()
     torch.set_num_threads(args.threads)
-    ours = litv2_small().eval()
+    ours = litv2_small().eval().to(args.device)
     models = {"channels-last": ours, "channels-first copies": with_copies(ours)}
-    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size)
-    with torch.inference_mode():
+    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         torch.testing.assert_close(*(model(images) for model in models.values()), rtol=1e-4, atol=1e-5)
-        seconds = samples({name: partial(model, images) for name, model in models.items()}, args.rounds, args.warm_up)
+    with torch.inference_mode():
+        calls = {name: partial(model, images) for name, model in models.items()}
+        seconds = samples(calls, args.rounds, args.warm_up, device=args.device)
     slower = statistics.median(seconds["channels-first copies"])
     rows = [
         dict(tokens=name, **milliseconds(values), times_as_fast=round(slower / statistics.median(values), 2))
         for name, values in seconds.items()
     ]
     title = f"LITv2-S, float32, batch {args.batch_size}, {args.img_size} x {args.img_size}, medians of {args.rounds} interleaved rounds"
-    publish(rows, args.out, title, batch_size=args.batch_size, img_size=args.img_size)
+    publish(rows, args.out, title, device=args.device, batch_size=args.batch_size, img_size=args.img_size)
 
 
 if __name__ == "__main__":

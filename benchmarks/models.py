@@ -6,11 +6,12 @@
     python benchmarks/models.py --models litv2_small resnet50 --dtype int8 --modes native openvino
     python benchmarks/models.py --device cuda --dtype float16 --batch-size 64 --warm-up 50 --rounds 30  # the paper's 50 + 30 forwards
 
-Modes: eager, in the model's faster memory format; compiled, with frozen weights on a CPU; native (LITv2 only, ``litv2.optimize``), with
-products in the dtype if the processor supports them, else in float32; OpenVINO and onnxruntime, from the exported model. The figure of a
-model is its best over all modes. Other models are re-parameterised in every mode if they support it, and their parameters and FLOPs are
-counted in that form. Memory is that of the eager forward pass. In int8 the products with weights are quantized: LITv2 by its own export,
-other models with int8 or uint8 activations, whichever is faster. torch has no int8 for these models, and onnxruntime no bfloat16 on a CPU.
+Modes: eager, in the model's faster memory format; graph, a CUDA graph of that (LITv2: of its folded form); compiled, with frozen weights;
+native (LITv2 only, ``litv2.optimize``), with products in the dtype if the processor supports them, else in float32; OpenVINO and
+onnxruntime, from the exported model. The figure of a model is its best over all modes. Other models are re-parameterised in every mode if
+they support it, and their parameters and FLOPs are counted in that form. Memory is that of the eager forward pass. In int8 the products
+with weights are quantized: LITv2 by its own export, other models with int8 or uint8 activations, whichever is faster. torch has no int8 for
+these models, and onnxruntime no bfloat16 on a CPU.
 Before a mode is timed, its logits are compared with those of the eager float32 model. If the error exceeds 5 % of the largest logit (30 %
 in lower precision), the mode is left out and the reason is printed to stderr.
 Peak share: FLOPs x images/s relative to the rate of the processor's multiply-add instructions for this dtype in a loop of their own
@@ -43,7 +44,7 @@ from harness import COLOURS, device_name, figure, milliseconds, parser, peak_mem
 from litv2 import LITv2
 from litv2.errors import UserError, run_program
 from peak import NoPeak, Peak, peak
-from runtime_modes import MODES, Case, synchronised, why_not
+from runtime_modes import MODES, Case, inferred, why_not
 
 FORMATS = {"channels-first": torch.contiguous_format, "channels-last": torch.channels_last}
 PAUSE = 0.02  # seconds between the runs of two runtimes
@@ -81,9 +82,11 @@ CANDIDATES = [
     Candidate("FastViT-SA24", "fastvit_sa24", 82.6, None, group="today"),
     Candidate("RepViT-M1.5", "repvit_m1_5", 82.3, None, group="today"),
     Candidate("TinyViT-21M", "tiny_vit_21m_224", 83.1, None, group="today"),
+    Candidate("EfficientViT-B2", "efficientvit_b2", 82.1, None, group="today"),
     Candidate("EfficientViT-B3", "efficientvit_b3", 83.5, None, group="today"),
     Candidate("Hiera-T", "hiera_tiny_224", 82.8, None, group="today"),
     Candidate("DaViT-T", "davit_tiny", 82.8, None, group="today"),
+    Candidate("DeiT-III-S", "deit3_small_patch16_224", 81.4, None, group="today"),
     Candidate("ConvNeXtV2-T", "convnextv2_tiny", 82.5, None, group="today"),
 ]
 
@@ -129,7 +132,7 @@ def main() -> None:
         modes, args.modes = args.modes, [mode for mode in args.modes if any(name.endswith(f", {mode}") for name in functions)]
         top = reference_rate(args)
         say(f"timing: {args.warm_up} + {args.rounds} rounds of {len(functions)} functions")
-        seconds = samples(functions | ({"peak": top.run} if top else {}), args.rounds, args.warm_up, PAUSE)
+        seconds = samples(functions | ({"peak": top.run} if top else {}), args.rounds, args.warm_up, PAUSE, args.device)
     rate = top.multiply_adds / statistics.median(seconds.pop("peak")) if top else None
 
     if args.quick and "compiled" in modes and "compiled" not in args.modes:
@@ -159,7 +162,7 @@ def reference_rate(args: argparse.Namespace) -> Peak | None:
     """Returns the rate that peak_share is relative to."""
     if args.device != "cpu":
         a, b = torch.randn(2, GEMM_SIZE, GEMM_SIZE, device=args.device, dtype=getattr(torch, args.dtype))
-        return Peak(f"a product of {GEMM_SIZE} x {GEMM_SIZE} matrices", GEMM_SIZE**3, partial(synchronised, torch.mm, a, b))
+        return Peak(f"a product of {GEMM_SIZE} x {GEMM_SIZE} matrices", GEMM_SIZE**3, partial(torch.mm, a, b))
     try:
         top = peak(args.dtype, args.threads)
     except NoPeak as reason:
@@ -222,7 +225,7 @@ def prepare(candidate: Candidate, images: Tensor, args: argparse.Namespace, fact
                     kind = f" with {variant.activations} activations" if len(case.variants()) > 1 else ""
                     say(f"{candidate.name} without {mode}{kind}: {type(error).__name__}: {in_a_line(error)}")
             if runs:
-                functions[f"{candidate.name}, {mode}"] = faster(runs)
+                functions[f"{candidate.name}, {mode}"] = faster(runs, images.device)
     return functions
 
 
@@ -232,14 +235,14 @@ def in_faster_format(model: nn.Module, images: Tensor, rounds: int) -> tuple[nn.
     def both(name: str) -> tuple[nn.Module, Tensor]:
         return model.to(memory_format=FORMATS[name]), images.to(memory_format=FORMATS[name])
 
-    times = {name: samples({name: partial(synchronised, *both(name))}, rounds, 1)[name] for name in FORMATS}
+    times = {name: samples({name: inferred(*both(name))}, rounds, 1, device=images.device)[name] for name in FORMATS}
     return both(min(times, key=lambda name: statistics.median(times[name])))
 
 
-def faster(runs: list[Callable[[], object]]) -> Callable[[], object]:
+def faster(runs: list[Callable[[], object]], device: torch.device) -> Callable[[], object]:
     if len(runs) == 1:
         return runs[0]
-    seconds = samples(dict(enumerate(runs)), 3, 1, PAUSE)
+    seconds = samples(dict(enumerate(runs)), 3, 1, PAUSE, device)
     return runs[min(seconds, key=lambda i: statistics.median(seconds[i]))]
 
 

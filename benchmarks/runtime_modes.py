@@ -25,7 +25,8 @@ from litv2.export import Settings, classifier, export
 from litv2.inference import fastest
 from litv2.preprocess import MEAN, STD
 
-Run = Callable[[], Tensor]  # -> logits
+Run = Callable[[], Tensor]  # -> logits, which a GPU may still be computing
+CUDA_OPTIONS = {"freezing": True, "triton.cudagraphs": True, "max_autotune": True}  # of rivals on a GPU, as of LITv2's compiled form
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,47 @@ class Case:
         return [self, replace(self, activations="QInt8")] if both else [self]
 
 
+def inferred(function: Callable[..., Tensor], *tensors: Tensor) -> Run:
+    return torch.inference_mode()(partial(function, *tensors))
+
+
 def eager(case: Case) -> Run:
-    return partial(synchronised, case.model, case.images)
+    return inferred(case.model, case.images)
+
+
+def graph(case: Case) -> Run:
+    """A CUDA graph, which launches what the eager model launches without the time that Python takes for it."""
+    if isinstance(case.model, LITv2):
+        return inferred(fastest.make_form(case.model, "graph", case.images.dtype), case.images)
+    return captured(eager(case))
+
+
+def captured(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A function's CUDA graph. All calls return the same tensor, which each of them overwrites."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # libraries allocate and choose their algorithms now, which a capture cannot hold
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    recording = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recording):
+        result = run()
+
+    def replay() -> Tensor:
+        recording.replay()
+        return result
+
+    return replay
 
 
 def compiled(case: Case) -> Run:
     if isinstance(case.model, LITv2):
         module = fastest.make_form(case.model, "compiled", case.images.dtype)
     else:
-        module = torch.compile(copy.deepcopy(case.model).to(memory_format=torch.channels_last))
-    return partial(synchronised, module, case.images.to(memory_format=torch.channels_last))
+        options = CUDA_OPTIONS if case.images.is_cuda else None
+        module = torch.compile(copy.deepcopy(case.model).to(memory_format=torch.channels_last), options=options)
+    return inferred(module, case.images.to(memory_format=torch.channels_last))
 
 
 def native(case: Case) -> Run:
@@ -68,7 +100,7 @@ def native(case: Case) -> Run:
     if None not in reasons:
         raise RuntimeError(reasons[-1])
     form = forms[reasons.index(None)]
-    return partial(synchronised, fastest.make_form(case.model, form, case.images.dtype), case.images)
+    return inferred(fastest.make_form(case.model, form, case.images.dtype), case.images)
 
 
 def openvino(case: Case) -> Run:
@@ -87,15 +119,20 @@ def onnxruntime(case: Case) -> Run:
     return _on_arrays(onnx_graph.load(path), case)
 
 
-MODES: dict[str, Callable[[Case], Run]] = dict(eager=eager, compiled=compiled, native=native, openvino=openvino, onnxruntime=onnxruntime)
+MODES: dict[str, Callable[[Case], Run]] = dict(
+    eager=eager, graph=graph, compiled=compiled, native=native, openvino=openvino, onnxruntime=onnxruntime
+)
+TORCH_MODES = ("eager", "graph", "compiled")
 
 
 def why_not(mode: str, dtype: str, device: str) -> str | None:
     """Returns the reason why a mode is not available here for any model, or None."""
-    if device != "cpu" and mode not in ("eager", "compiled"):
+    if device != "cpu" and mode not in TORCH_MODES:
         return f"it supports the CPU only, got {device}"
-    if dtype == "int8" and mode in ("eager", "compiled"):
+    if dtype == "int8" and mode in TORCH_MODES:
         return "torch has no int8 for these models"
+    if mode == "graph" and device == "cpu":
+        return "it needs a GPU, got cpu"
     if mode == "native":
         return fastest.why_not("native-int8" if dtype == "int8" else "native", torch.empty(0))
     if mode in ("openvino", "onnxruntime"):
@@ -113,14 +150,6 @@ def why_not(mode: str, dtype: str, device: str) -> str | None:
 def _module(mode: str) -> ModuleType:
     """The export's module of a runtime; without the runtime it cannot be imported."""
     return importlib.import_module(f"litv2.export.{dict(openvino='openvino_ir', onnxruntime='onnx_graph')[mode]}")
-
-
-def synchronised(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    with torch.inference_mode():
-        result = function(*tensors)
-    if result.is_cuda:
-        torch.cuda.synchronize()
-    return result
 
 
 def _on_arrays(run: Callable[[Tensor], tuple[Tensor, ...]], case: Case) -> Run:

@@ -8,9 +8,9 @@ The step is the trainer's own (``classification/engine.py``): forward under auto
 norm to 5.0, AdamW. Models and images are channels-last, drop path is 0.2, weights and images are random. LITv2 is also run with gradient
 checkpointing. --processes 2 starts two processes that share the batch and the threads, with DistributedDataParallel (gloo on a CPU, NCCL
 on GPUs). Memory is the peak of one process during a step minus what it held before: it includes activations, gradients and buffers, but
-not the weights and the optimizer state. Compiling takes minutes per model on a CPU. On a CPU without bfloat16 instructions, torch emulates
-them twenty times slower than float32: allow an hour with --rounds 1 --warm-up 1. LITv2's eager blocks multiply in float32 there
-(litv2/ops/block_forward/bfloat16.py).
+not the weights and the optimizer state. On a GPU, ``synchronisations`` counts how often a step waits for it. Compiling takes minutes per
+model on a CPU. On a CPU without bfloat16 instructions, torch emulates them twenty times slower than float32: allow an hour with --rounds 1
+--warm-up 1. LITv2's eager blocks multiply in float32 there (litv2/ops/block_forward/bfloat16.py).
 Writes JSON, CSV and a plot.
 """
 
@@ -30,7 +30,19 @@ from pathlib import Path
 
 import torch
 
-from harness import COLOURS, device_name, figure, milliseconds, parser, peak_memory, positive, publish, samples, say
+from harness import (
+    COLOURS,
+    device_name,
+    figure,
+    milliseconds,
+    parser,
+    peak_memory,
+    positive,
+    publish,
+    samples,
+    say,
+    synchronisations,
+)
 from litv2.errors import UserError, run_program
 from models import CANDIDATES
 from training_step import KNOWN, PRECISIONS, random_batch, training_step
@@ -103,18 +115,22 @@ def run(rank: int, processes: int, args: argparse.Namespace) -> list[dict]:
                 steps |= {(KNOWN[name].name, mode, dtype, checkpointing): partial(step, PRECISIONS[dtype]) for dtype in args.dtypes}
     if rank == 0:
         say(f"{processes} process(es): {args.warm_up} + {args.rounds} rounds of {len(steps)} steps; each is compiled in its first")
-    seconds = samples(steps, args.rounds, args.warm_up)
-    return [row(case, processes, threads, values, peak_memory(steps[case], device), args.batch_size) for case, values in seconds.items()]
+    seconds = samples(steps, args.rounds, args.warm_up, device=device)
+    facts = {
+        case: dict(memory_MiB=round(peak_memory(step, device) / 2**20), synchronisations=synchronisations(step, device))
+        for case, step in steps.items()
+    }
+    return [row(case, processes, threads, values, args.batch_size) | facts[case] for case, values in seconds.items()]
 
 
-def row(case: Case, processes: int, threads: int, seconds: list[float], memory: int, batch_size: int) -> dict:
+
+def row(case: Case, processes: int, threads: int, seconds: list[float], batch_size: int) -> dict:
     """Returns a row of the table; threads and memory are per process."""
     return dict(zip(("model", "mode", "dtype", "checkpointing"), case)) | dict(
         processes=processes,
         threads=threads,
         **milliseconds(seconds),
         images_per_s=round(batch_size / statistics.median(seconds), 2),
-        memory_MiB=round(memory / 2**20),
     )
 
 

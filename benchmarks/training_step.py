@@ -46,7 +46,5 @@ def training_step(
     def step(mode: str) -> None:
         once = engine.Step(runner, optimizer, scheduler, nn.CrossEntropyLoss(), Precision(device, mode), clip_grad=5.0)
         engine.train_one_epoch(once, [batch], 1, engine.Progress(), bad_files=BadFiles(0, print))
-        if device.type == "cuda":
-            torch.cuda.synchronize()
 
     return step

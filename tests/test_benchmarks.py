@@ -184,6 +184,8 @@ def test_compiling_is_not_timed():
     "script, flags, words",
     [
         ("attention.py", "--over window --heads 7", "num_heads=7"),
+        ("attention.py", "--modes graph", "--modes graph: it needs a GPU"),
+        ("gpu.py", "--device cpu", "add --dry-run"),
         ("models.py", "--models litv2_small --img-size 16", "--img-size 16: LITv2-S does not support it"),
     ],
 )
@@ -329,5 +331,6 @@ def test_peak_memory(device):
 
 def test_every_benchmark_is_run():
     imported = {"harness.py", "attention_layers.py", "attention_plots.py", "training_step.py", "runtime_modes.py", "peak.py"}
+    imported |= {"gpu_stages.py", "gpu_predictions.py"}
     shown = {command.words[1].removeprefix("benchmarks/") for command in commands() if command.document == DOCUMENT}
     assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} == shown | imported

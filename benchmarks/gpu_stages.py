@@ -1,0 +1,286 @@
+"""The stages of gpu.py that no other benchmark has, each as a process of its own: python benchmarks/gpu_stages.py STAGE --out STEM.
+
+A stage writes STEM.json whenever it has new rows, so that one that is stopped keeps what it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch._inductor.config
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from gpu_predictions import predicted_ms
+from harness import ROOT, device_name, environment, event_samples, percentiles, rounded, samples, say, stem, synchronise, write_json
+from litv2.errors import UserError, listed, run_program
+from models import CANDIDATES, GEMM_SIZE, Candidate, in_a_line, prepare
+from roofline import GPU_MODELS, Ceilings, totals, trace
+
+Key = tuple[str, str, int]  # a model's name in timm, dtype, batch
+COMPILERS = 8  # processes
+# For all models alike, products and convolutions are the libraries': to try Triton's variants takes minutes per model.
+torch._inductor.config.max_autotune_gemm_backends = torch._inductor.config.max_autotune_conv_backends = "ATEN"
+torch._inductor.config.compile_threads = 2  # of each process
+
+
+@dataclass(frozen=True)
+class Sizes:
+    models: tuple[str, ...]
+    dtypes: tuple[str, ...]  # compiled in the first one only: it takes a minute or two per model and batch
+    batches: tuple[int, ...]
+    image: int
+    rounds: int
+    warm_up: int
+    product: int  # side of the matrices whose product's rate is the ceiling
+    copy: int  # bytes
+    tests: tuple[str, ...]
+
+    def groups(self) -> Iterator[tuple[str, int]]:
+        """What is timed in turns."""
+        return ((dtype, batch) for dtype in self.dtypes for batch in self.batches)
+
+
+FULL = Sizes(tuple(GPU_MODELS), ("float16", "bfloat16"), (64, 1), 224, 30, 10, GEMM_SIZE, 2**30, ("-n", "4"))
+TINY = Sizes(("litv2_small", "resnet50"), ("float16",), (2, 1), 64, 2, 1, 64, 2**16, ("-n", "0", "tests/ops/test_every_backend.py"))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a stage is called with.
+
+    Attributes:
+        before: rows of the stages that ran earlier, by stage.
+        ceilings: of this GPU, if they were measured.
+    """
+
+    device: str
+    sizes: Sizes
+    out: Path
+    before: dict[str, list[dict]]
+    ceilings: Ceilings | None
+
+    def write(self, rows: list[dict], **about) -> None:
+        write_json(self.out.with_suffix(".json"), dict(about, rows=rows))
+
+
+def environment_stage(run: Run) -> None:
+    """The machine, and its two ceilings: bytes/s of a copy, read and written, and operations/s of large products."""
+    about = environment(run.device)
+    torch.backends.cuda.matmul.allow_tf32 = True  # after the default was recorded: what convolutions in float32 have
+    source, side = torch.rand(run.sizes.copy // 4, device=run.device), run.sizes.product
+    work: dict[str, float] = {"copy": 2 * source.nbytes}
+    functions: dict[str, Callable[[], object]] = {"copy": partial(torch.empty_like(source).copy_, source)}
+    for dtype in dict.fromkeys((*run.sizes.dtypes, "float32")):
+        a, b = torch.randn(2, side, side, device=run.device).to(getattr(torch, dtype))
+        work[dtype], functions[dtype] = 2 * side**3, partial(torch.mm, a, b)
+    seconds = event_samples(functions, run.sizes.rounds, run.sizes.warm_up, run.device)
+    rates = {name: work[name] / statistics.median(values) for name, values in seconds.items()}
+    rows = [dict(ceiling=name, **spread(values), T_per_s=rounded(rates[name] / 1e12, 4)) for name, values in seconds.items()]
+    run.write(rows, environment=about, ceilings=dict(bandwidth=rates.pop("copy"), rates=rates))
+
+
+def tests_stage(run: Run) -> None:
+    """The test suite's tests on a GPU, a row each; files that cannot be imported are rows, too."""
+    import pytest
+
+    rows: dict[str, dict] = {}
+
+    class Recorder:
+        def pytest_collectreport(self, report) -> None:
+            if report.failed:
+                self.record(report, "not collected")
+
+        def pytest_runtest_logreport(self, report) -> None:
+            if report.when == "call" or not report.passed:
+                self.record(report, report.outcome)
+
+        def record(self, report, outcome: str) -> None:
+            why = str(report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr or "").strip().splitlines()
+            rows[report.nodeid] = dict(
+                test=report.nodeid, outcome=outcome, seconds=rounded(getattr(report, "duration", None), 2), why=why[-1] if why else None
+            )
+            run.write(list(rows.values()))
+
+    os.chdir(ROOT)
+    pytest.main(["-m", "gpu", "--continue-on-collection-errors", "-p", "no:cacheprovider", *run.sizes.tests], plugins=[Recorder()])
+    if not rows:
+        raise UserError("pytest found no tests of GPUs")
+    wrong = {outcome: [name for name, row in rows.items() if row["outcome"] == outcome] for outcome in ("failed", "not collected")}
+    if any(wrong.values()):
+        raise UserError(f"{len(rows)} tests; " + "; ".join(f"{outcome}: {listed(names)}" for outcome, names in wrong.items() if names))
+
+
+def compile_stage(run: Run) -> None:
+    """Fills torch.compile's caches for the models to come, several models at a time, and traces their bounds meanwhile."""
+    rows = []
+    keys = [(name, dtype, batch) for dtype, batch in run.sizes.groups() for name in run.sizes.models]
+    processes = min(COMPILERS, max(1, (os.cpu_count() or 1) // 2))
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        jobs = [pool.submit(compile_one, key, run.sizes, run.device, run.ceilings) for key in keys]
+        for job in as_completed(jobs):
+            rows.append(job.result())
+            run.write(rows)
+
+
+def compile_one(key: Key, sizes: Sizes, device: str, ceilings: Ceilings | None) -> dict:
+    """Returns a row: the sums of a model's trace, and the seconds of compiling it; or why that is not possible."""
+    name, dtype, batch = key
+    row = dict(model=name, dtype=dtype, batch=batch) | dict.fromkeys(("kernels", "MB", "GFLOPs", "bound_ms", "compile_s", "error"))
+    try:
+        kernels = trace(name, batch, sizes.image, getattr(torch, dtype))
+        row |= totals(kernels, batch) | dict(bound_ms=rounded(ceilings and 1e3 * ceilings.seconds(kernels), 4))
+        if dtype == sizes.dtypes[0]:
+            start = time.perf_counter()
+            functions = prepared(name, dtype, random_images(batch, sizes, device), ["compiled"], {})
+            row |= dict(compile_s=round(time.perf_counter() - start, 1), error=None if functions else "the log of this stage says why")
+    except Exception as error:  # the other models go on
+        row["error"] = f"{type(error).__name__}: {in_a_line(error)}"
+    torch._dynamo.reset()  # so that the next batch is no dynamic size
+    return row
+
+
+def random_images(batch: int, sizes: Sizes, device: str) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(batch, 3, sizes.image, sizes.image, device=device)
+
+
+@torch.no_grad()
+def prepared(name: str, dtype: str, images: Tensor, modes: list[str], facts: dict[str, dict]) -> dict[str, Callable[[], object]]:
+    """What models.py times: functions by "model, mode"; it says which modes it leaves out, and why."""
+    say(f"preparing {name}, {dtype}, batch {len(images)}")
+    return prepare(candidate(name), images, SimpleNamespace(dtype=dtype, modes=modes, quick=False), facts)
+
+
+def candidate(name: str) -> Candidate:
+    return next(each for each in CANDIDATES if each.timm == name)
+
+
+def modes_of(name: str, of_group: list[dict], run: Run) -> list[str]:
+    """The modes to time of a model: compiled only where the stage "compile" has filled the cache."""
+    is_compiled = any(row["model"] == name and row["compile_s"] and not row["error"] for row in of_group)
+    return ["eager", *(["graph"] if run.device != "cpu" else []), *(["compiled"] if is_compiled else [])]
+
+
+def models_stage(run: Run) -> None:
+    """The table: each group of models in turns."""
+    rows: list[dict] = []
+    for dtype, batch in run.sizes.groups():
+        of_group = [row for row in run.before.get("compile", []) if (row["dtype"], row["batch"]) == (dtype, batch)]
+        images, facts = random_images(batch, run.sizes, run.device), {}
+        functions: dict[str, Callable[[], object]] = {}
+        for name in run.sizes.models:
+            try:
+                functions |= prepared(name, dtype, images, modes_of(name, of_group, run), facts)
+            except Exception as error:  # the other models go on
+                say(f"without {name}: {type(error).__name__}: {in_a_line(error)}")
+        first = next(iter(functions))
+        functions[f"{first} again"] = functions[first]  # a drift within a round shows in the difference
+        times = event_samples(functions, run.sizes.rounds, run.sizes.warm_up, run.device)
+        waits = samples(functions, run.sizes.rounds, run.sizes.warm_up, device=run.device) if batch == 1 else {}
+        bounds = {candidate(row["model"]).name: row["bound_ms"] for row in of_group}
+        rows += [model_row(name, dtype, batch, values, waits.get(name), facts, bounds) for name, values in times.items()]
+        run.write(rows)
+        functions.clear()
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def model_row(
+    name: str, dtype: str, batch: int, seconds: list[float], waits: list[float] | None, facts: dict, bounds: dict[str, float | None]
+) -> dict:
+    """A line of the table: ms on the GPU's clock, latency_ms with the wait for the result; share is of the bound."""
+    model, mode = name.split(", ")
+    own, bound = spread(seconds), bounds.get(model)
+    return dict(
+        model=model,
+        mode=mode,
+        dtype=dtype,
+        batch=batch,
+        **own,
+        latency_ms=waits and spread(waits)["ms"],
+        images_per_s=rounded(batch / statistics.median(seconds), 1),
+        MiB=rounded(facts[model]["memory"], 1) if mode == "eager" else None,
+        bound_ms=bound,
+        share=rounded(bound and bound / own["ms"], 3),
+        predicted_ms=predicted_ms(model, mode, dtype, batch, bound),
+    )
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    low, median, high = (round(1e3 * value, 4) for value in percentiles(seconds))
+    return dict(ms=median, p10=low, p90=high)
+
+
+def profile_stage(run: Run) -> None:
+    """Where the time of LITv2-S's forward pass goes, by kernel; on a CPU by operator."""
+    dtype, batch = next(run.sizes.groups())
+    name, rows = run.sizes.models[0], []
+    of_group = [row for row in run.before.get("compile", []) if (row["dtype"], row["batch"]) == (dtype, batch)]
+    functions = prepared(name, dtype, random_images(batch, run.sizes, run.device), modes_of(name, of_group, run), {})
+    for label, function in functions.items():
+        model, mode = label.split(", ")
+        rows += [dict(model=model, mode=mode, dtype=dtype, batch=batch, **row) for row in kernels_of(function, run)]
+        run.write(rows)
+
+
+def kernels_of(function: Callable[[], Tensor], run: Run) -> list[dict]:
+    on_gpu = run.device != "cpu"
+    activity, kind = (ProfilerActivity.CUDA, DeviceType.CUDA) if on_gpu else (ProfilerActivity.CPU, DeviceType.CPU)
+    function()
+    synchronise(run.device)
+    with profile(activities=[activity]) as profiler:
+        for _ in range(run.sizes.rounds):
+            function()
+        synchronise(run.device)
+    events = [event for event in profiler.key_averages() if event.device_type == kind]
+    times = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events}
+    calls = {event.key: event.count / run.sizes.rounds for event in events}
+    whole = sum(times.values())
+    return [
+        dict(kernel=key, calls=round(calls[key], 2), us=round(us / run.sizes.rounds, 2), share=round(us / whole, 4))
+        for key, us in sorted(times.items(), key=lambda item: -item[1])
+        if us
+    ]
+
+
+STAGES: dict[str, Callable[[Run], None]] = dict(
+    environment=environment_stage, tests=tests_stage, compile=compile_stage, models=models_stage, profile=profile_stage
+)
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("stage", choices=STAGES)
+    flags.add_argument("--out", type=stem, required=True, metavar="STEM")
+    flags.add_argument("--results", type=Path, metavar="FILE", help="what gpu.py has written so far")
+    flags.add_argument("--device", type=device_name, default="cuda")
+    flags.add_argument("--tiny", action="store_true")
+    args = flags.parse_args()
+    results = json.loads(args.results.read_text()) if args.results else dict(stages={}, ceilings=None)
+    sizes = TINY if args.tiny else FULL
+    if args.device == "cpu":
+        sizes = replace(sizes, dtypes=("float32",))
+    before = {name: stage.get("rows", []) for name, stage in results["stages"].items()}
+    ceilings = Ceilings(**results["ceilings"]) if results["ceilings"] else None
+    STAGES[args.stage](Run(args.device, sizes, args.out, before, ceilings))
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
