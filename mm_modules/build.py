@@ -1,8 +1,9 @@
 """Compiles the extensions: the common part of ``python -m litv2 build`` and the three ``setup.py``.
 
 The extensions are built against the torch of this environment. The CUDA kernels, if an extension has any, are included if that torch
-was built with CUDA and nvcc is found (no GPU is needed); LITV2_DCN_CUDA=0 leaves them out. CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST and
-MAX_JOBS are respected. Linux and macOS with GCC or clang are supported. torch is imported only by the functions that need it.
+was built with CUDA and nvcc is found; LITV2_DCN_CUDA=0 leaves them out. They are compiled for the GPUs of this machine, on one without
+a GPU for all of ARCHITECTURES. CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS are respected. Linux and macOS with GCC or clang are
+supported. torch is imported only by the functions that need it.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import sysconfig
 from functools import cache
 from pathlib import Path
 
-__all__ = ["compiler_tag", "folder_of", "identity", "setup_arguments", "sources_digest", "why_no_cuda", "why_not"]
+__all__ = ["architectures", "compiler_tag", "folder_of", "identity", "nvcc", "setup_arguments", "sources_digest", "why_no_cuda", "why_not"]
 
 ROOT = Path(__file__).resolve().parents[1]  # folder of the importable packages, in a checkout or in site-packages
 FLAGS = {
     "mm_modules.DCN._C": ["-O3"],
     "litv2.ops._C": ["-O3", "-ffp-contract=fast", "-Wno-psabi"],
 }
+ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")  # Turing to Blackwell: the GPUs of torch's own builds for CUDA
 SAMPLE = "mm_modules/DCN/csrc/sample.h"  # part of one extension, included by the other
 # No debugging symbols, which are most of a library's size. Compiled with -fopenmp (otherwise at::parallel_for is serial) but linked
 # without it: the symbols come from torch's own OpenMP runtime, and a second runtime would add a second thread pool.
@@ -94,15 +96,13 @@ def setup_arguments(*names: str) -> dict:
     import torch
     from torch.utils import cpp_extension
 
-    if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
-        os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;8.6;9.0+PTX"  # Ampere to Hopper, and newer GPUs by PTX
-
     def extension(name: str, with_cuda: bool):
         csrc = Path(os.path.relpath(folder_of(name) / "csrc"))  # setuptools accepts no absolute paths
+        headers = {path for path in csrc.iterdir() if path.suffix in (".h", ".inl", ".cuh")} | {Path(os.path.relpath(ROOT / SAMPLE))}
         files = [str(path) for path in sorted(csrc.glob("*.cpp"))]
         flags = {"cxx": [*FLAGS[name], *COMMON_FLAGS, f"-DLITV2_SOURCES={sources_digest(name)}"]}
         arguments = dict(
-            depends=[str(path) for path in sorted((*csrc.glob("*.h"), *csrc.glob("*.inl"), os.path.relpath(ROOT / SAMPLE)), key=str)],
+            depends=sorted(map(str, headers)),
             include_dirs=[str((ROOT / SAMPLE).parent)],
             extra_compile_args=flags,
         )
@@ -110,6 +110,10 @@ def setup_arguments(*names: str) -> dict:
             return cpp_extension.CppExtension(name, files, **arguments)
         flags["cxx"].append("-DDCN_WITH_CUDA")
         flags["nvcc"] = ["-O3"]
+        if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
+            known = architectures()
+            flags["nvcc"] += [f"-gencode=arch=compute_{number},code=sm_{number}" for number in known]
+            flags["nvcc"].append(f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}")  # for newer GPUs, by PTX
         return cpp_extension.CUDAExtension(name, [*files, *(str(csrc / file) for file in _cuda_sources(name))], **arguments)
 
     class BuildExtension(cpp_extension.BuildExtension):
@@ -146,18 +150,34 @@ def why_no_cuda() -> str | None:
     """Returns the reason why the CUDA kernels cannot be built, or None."""
     import torch
 
-    home = _cuda_home()
+    program = nvcc()
     if os.environ.get("LITV2_DCN_CUDA") == "0":
         return "LITV2_DCN_CUDA=0"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
-    if home is None or not (home / "bin" / "nvcc").is_file():
-        return f"no nvcc in {home / 'bin'}" if home else "no CUDA toolkit was found; set CUDA_HOME"
-    answer = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+    if program is None or not program.is_file():
+        return f"no nvcc in {program.parent}" if program else "no CUDA toolkit was found; set CUDA_HOME"
+    answer = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)\.\d+", answer)
+    for variable in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"):  # no macro tells the sources of this option
+        if "use_fast_math" in os.environ.get(variable, ""):
+            return f"{variable} has -use_fast_math, which rounds small numbers to zero; the kernels must compute what the CPU does"
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
-        return f"nvcc in {home} is {release[0] if release else 'unreadable'}, but torch was built with CUDA {torch.version.cuda}"
+        return f"{program} is {release[0] if release else 'unreadable'}, but torch was built with CUDA {torch.version.cuda}"
     return None
+
+
+def nvcc() -> Path | None:
+    """Returns where the CUDA compiler is, or would be; None if no CUDA toolkit is found."""
+    home = _cuda_home()
+    return None if home is None else home / "bin/nvcc"
+
+
+@cache
+def architectures() -> list[str]:
+    """Returns those of ARCHITECTURES that the CUDA compiler knows; requires that there is one."""
+    answer = subprocess.run([str(nvcc()), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    return [number for number in ARCHITECTURES if f"compute_{number}" in answer]
 
 
 def _cuda_home() -> Path | None:

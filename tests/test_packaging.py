@@ -21,7 +21,7 @@ from helpers import ROOT
 from mm_modules.build import why_not
 
 NEEDS_A_COMPILER = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-SOURCES = (".cpp", ".cu", ".h", ".inl")
+SOURCES = (".cpp", ".cu", ".cuh", ".h", ".inl")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 INFERENCE = """

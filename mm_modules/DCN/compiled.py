@@ -6,6 +6,9 @@ inference and autograd are registered here.
 
 from __future__ import annotations
 
+import sys
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -26,9 +29,28 @@ def why_not(input: Tensor, *_) -> str | None:
         return f"it was built for {' and '.join(_DEVICES)} only, got {input.device.type}"
     if input.dtype not in DTYPES:
         return f"it has no kernel for {input.dtype}"
+    if input.device.type == "cuda" and not _fits(input.device):
+        number = "{}.{}".format(*torch.cuda.get_device_capability(input.device))
+        name = torch.cuda.get_device_name(input.device)
+        return f"it was compiled for other GPUs than {name}; compile it again with TORCH_CUDA_ARCH_LIST={number} in the environment"
     if not torch.compiler.is_compiling() and torch_state.in_transform():
         return "it has no rules for torch.func's transforms and forward derivatives"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _fits(device: torch.device) -> bool:
+    """Whether the library has kernels for this GPU; a constant of compiled graphs."""
+    return _asked_once(device)
+
+
+@cache
+def _asked_once(device: torch.device) -> bool:
+    # A machine without a GPU has fake tensors only, which no kernel ever sees.
+    if not torch.cuda.is_available():
+        return True
+    with torch.cuda.device(device):
+        return sys.modules["mm_modules.DCN._C"].cuda_kernels_fit()
 
 
 def why_rather_not(*_) -> str | None:

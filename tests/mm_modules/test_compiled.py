@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,15 +204,122 @@ def test_autocast_of_the_operator(device):
     assert_as_precise(low, plain, operator(*values, *DTM))
 
 
+def to_cuda(values):
+    return [None if value is None else value.detach().cuda().requires_grad_() for value in values]
+
+
+def assert_cuda_equals_cpu(on_cpu, on_cuda, geometry):
+    seed = torch.randn_like(operator(*on_cpu, *geometry))
+    expected = gradients(compiled.deform_conv2d, on_cpu, geometry, seed)
+    for a, b in zip(gradients(compiled.deform_conv2d, on_cuda, geometry, seed.cuda()), expected):
+        assert torch.equal(a.isnan().cpu(), b.isnan())
+        a, b = a.cpu().nan_to_num(0), b.nan_to_num(0)
+        assert max_difference(a, b) <= 16 * torch.finfo(on_cpu[0].dtype).eps * b.abs().max().item()
+
+
 @on_gpu
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_cuda_equals_cpu(case):
-    on_cpu = tensors(**case)
-    on_cuda = [None if value is None else value.detach().cuda().requires_grad_() for value in on_cpu]
-    seed = torch.randn_like(operator(*on_cpu, *case["geometry"]))
-    expected = gradients(compiled.deform_conv2d, on_cpu, case["geometry"], seed)
-    for a, b in zip(gradients(compiled.deform_conv2d, on_cuda, case["geometry"], seed.cuda()), expected):
-        assert max_difference(a.cpu(), b) < 1e-11
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *CASES,
+        dict(geometry=DTM, C=96, H=8, W=14, O=32),
+        dict(geometry=DTM, C=264, H=14, W=6, O=32),  # more vectors of 128 bits than a warp has lanes
+        dict(geometry=GENERAL, C=64, H=5, W=12, groups=2, offset_groups=4, masked=True),
+        dict(geometry=GENERAL, C=7, masked=True),  # no multiple of a vector
+    ],
+    ids=str,
+)
+def test_cuda_equals_cpu(case, dtype):
+    on_cpu = tensors(**case, dtype=dtype)
+    with torch.no_grad():
+        on_cpu[1][0, :2, 0, 0] = torch.tensor([0.5, float("nan")])
+        on_cpu[1][-1, :2, -1, -1] = torch.tensor([-1e30, float("inf")])
+    assert_cuda_equals_cpu(on_cpu, to_cuda(on_cpu), case["geometry"])
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_address_that_fits_no_vector(dtype):
+    """Channels-last input that begins within 128 bits of memory."""
+    on_cpu = tensors(DTM, dtype=dtype, C=32)
+    on_cuda = to_cuda(on_cpu)
+    B, C, H, W = on_cpu[0].shape
+    moved = torch.empty(on_cpu[0].numel() + 1, dtype=dtype, device="cuda")[1:].view(B, H, W, C).permute(0, 3, 1, 2)
+    on_cuda[0] = moved.copy_(on_cuda[0].detach()).requires_grad_()
+    assert_cuda_equals_cpu(on_cpu, on_cuda, DTM)
+
+
+@on_gpu
+def test_deterministic_algorithms():
+    """Two runs give the same bits, where many samples add to a pixel, in two chunks of positions. In a process of its own: cuBLAS reads
+    its setting once."""
+    code = """
+import torch
+from mm_modules.DCN import deform_conv2d
+def run(dtype):
+    torch.manual_seed(0)
+    values = [torch.randn(64, 96, 28, 54), torch.randn(64, 8, 14, 27) * 4, torch.randn(192, 96, 2, 2)]
+    input, offset, weight = (value.cuda().requires_grad_() for value in values)
+    out = deform_conv2d(input.to(dtype), offset, weight.to(dtype), stride=2)
+    return [out, *torch.autograd.grad(out.float().square().sum(), (input, offset, weight))]
+for dtype in (torch.float32, torch.float16):
+    free = run(dtype)
+    torch.use_deterministic_algorithms(True)
+    first, second = run(dtype), run(dtype)
+    torch.use_deterministic_algorithms(False)
+    print(all(torch.equal(a, b) for a, b in zip(first, second)))
+    print(all(((a - b).abs().max() < 1e-3 * b.abs().max()).item() for a, b in zip(first, free)))
+"""
+    done = run(["-c", code], CUBLAS_WORKSPACE_CONFIG=":4096:8", LITV2_OPS="deform_conv2d=compiled")
+    assert done.stdout.split() == ["True"] * 4, done.stderr[-2000:]
+
+
+@on_gpu
+def test_weight_gradient_is_summed_in_float32():
+    """Three chunks of positions: rounded to float16 they would make 186.25 of what is 186.156."""
+    shape = (23, 128, 256)
+    input = torch.ones(shape[0], 64, *shape[1:], device="cuda", dtype=torch.float16)
+    offset, weight = torch.zeros(shape[0], 2, *shape[1:], device="cuda"), torch.zeros(1, 64, 1, 1, device="cuda", dtype=torch.float16)
+    gradient = torch.full((shape[0], 1, *shape[1:]), 2.0**-12 * (1 + 12 / 1024), device="cuda", dtype=torch.float16)
+    operator(input, offset, weight.requires_grad_(), None, None, (1, 1), (0, 0), (1, 1)).backward(gradient)
+    assert (weight.grad == 186.125).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_empty_batch(device):
+    values = tensors(GENERAL, groups=2, offset_groups=4, masked=True, B=0, device=device)
+    seed = torch.zeros_like(operator(*values, *GENERAL))
+    for gradient, value in zip(gradients(compiled.deform_conv2d, values, GENERAL, seed)[1:], values):
+        assert gradient.shape == value.shape and not gradient.any()
+
+
+def test_a_gpu_without_kernels(monkeypatch):
+    """The library was compiled for other GPUs: said before a launch fails, with the remedy."""
+    monkeypatch.setattr(compiled, "_DEVICES", ["cpu", "cuda"])
+    monkeypatch.setattr(compiled, "_fits", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float16)
+    expected = "it was compiled for other GPUs than Tesla V100; compile it again with TORCH_CUDA_ARCH_LIST=7.0 in the environment"
+    assert compiled.why_not(x) == expected
+    monkeypatch.setattr(compiled, "_fits", lambda device: True)
+    assert compiled.why_not(x) is None
+
+
+@pytest.mark.skipif("cuda" not in compiled._DEVICES, reason="built without CUDA kernels")
+def test_the_library_knows_its_gpus(monkeypatch):
+    """It finds a kernel for a GPU of this machine, and none where there is no GPU; a compiled graph takes the answer as a constant."""
+    assert sys.modules["mm_modules.DCN._C"].cuda_kernels_fit() == torch.cuda.is_available()
+    for fits in (True, False):
+        def asked(device, fits=fits):
+            with open(os.devnull):  # which no graph can hold
+                return fits
+
+        monkeypatch.setattr(compiled, "_asked_once", asked)
+        graph = torch.compile(lambda x: x + 1 if compiled._fits(x.device) else x - 1, fullgraph=True, backend="eager")
+        assert graph(torch.zeros(())).item() == (1 if fits else -1)
+        torch.compiler.reset()
 
 
 @pytest.mark.skipif(torch.version.cuda is None or shutil.which("nvcc") is None, reason="no nvcc, or a torch without CUDA")
@@ -302,7 +410,8 @@ def test_build_falls_back_when_cuda_does_not_compile(tmp_path):
     shutil.copytree(ROOT / "mm_modules", tmp_path / "mm_modules", ignore=shutil.ignore_patterns("_C*", "build"))
     bin = tmp_path / "cuda/bin"
     bin.mkdir(parents=True)
-    answer = f'case "$*" in *--version*) echo "release {torch.version.cuda}, V{torch.version.cuda}.0"; exit 0;; esac'
+    version = f'*--version*) echo "release {torch.version.cuda}, V{torch.version.cuda}.0"; exit 0;;'
+    answer = f'case "$*" in {version} *--list-gpu-arch*) echo compute_90; exit 0;; esac'
     (bin / "nvcc").write_text(f"#!/bin/sh\n{answer}\nexit 1\n")
     for name in ("c++", "g++"):
         real = shutil.which(name)

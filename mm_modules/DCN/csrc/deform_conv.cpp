@@ -34,7 +34,7 @@ const Kernels& kernels_of(const Tensor& input) {
 
 at::ScalarType position_dtype(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
-Strides strides_of(const Tensor& map) { return {map.stride(0), map.stride(1), map.stride(2), map.stride(3)}; }
+Strides<int64_t> strides_of(const Tensor& map) { return {map.stride(0), map.stride(1), map.stride(2), map.stride(3)}; }
 
 // Checks everything that the kernels rely on to stay inside of the tensors.
 Geometry check(const Tensor& input, const Tensor& offset, const Tensor& weight, const Tensor& bias, const Tensor& mask,
@@ -65,22 +65,22 @@ Geometry check(const Tensor& input, const Tensor& offset, const Tensor& weight, 
 
   Geometry g;
   g.batch = input.size(0), g.channels = input.size(1), g.height = input.size(2), g.width = input.size(3);
-  g.kernel_h = weight.size(2), g.kernel_w = weight.size(3);
+  g.kernel_h = weight.size(2), g.kernel_w = weight.size(3), g.taps = g.kernel_h * g.kernel_w;
   g.stride_h = stride[0], g.stride_w = stride[1];
   g.padding_h = padding[0], g.padding_w = padding[1];
   g.dilation_h = dilation[0], g.dilation_w = dilation[1];
   DCN_CHECK(weight.numel() > 0 && g.channels > 0 && g.channels % weight.size(1) == 0, "weight ", weight.sizes(),
             " does not fit input ", input.sizes());
   DCN_CHECK(std::max(g.height, g.width) <= kMaxSide, "input ", input.sizes(), " has a side of more than ", kMaxSide);
-  g.groups = g.channels / weight.size(1);
+  g.groups = g.channels / weight.size(1), g.group_channels = weight.size(1);
   DCN_CHECK(weight.size(0) % g.groups == 0, "weight ", weight.sizes(), " has ", weight.size(0), " outputs for ",
             g.groups, " groups");
   DCN_CHECK(!bias.defined() || bias.size(0) == weight.size(0), "bias ", bias.sizes(), " does not fit weight ",
             weight.sizes());
-  g.offset_groups = offset.size(1) / (2 * g.taps());
+  g.offset_groups = offset.size(1) / (2 * g.taps);
   DCN_CHECK(
-      g.offset_groups > 0 && offset.size(1) == 2 * g.taps() * g.offset_groups && g.channels % g.offset_groups == 0,
-      "offset ", offset.sizes(), " does not fit input ", input.sizes(), " and a kernel of ", g.taps(), " taps");
+      g.offset_groups > 0 && offset.size(1) == 2 * g.taps * g.offset_groups && g.channels % g.offset_groups == 0,
+      "offset ", offset.sizes(), " does not fit input ", input.sizes(), " and a kernel of ", g.taps, " taps");
   const auto outputs = [](int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
     const int64_t room = size + 2 * padding - dilation * (kernel - 1) - 1;
     return room < 0 ? 0 : room / stride + 1;
@@ -93,14 +93,14 @@ Geometry check(const Tensor& input, const Tensor& offset, const Tensor& weight, 
     DCN_CHECK(map.sizes() == at::IntArrayRef({g.batch, channels, g.out_height, g.out_width}), name, " has shape ",
               map.sizes(), ", expected [", g.batch, ", ", channels, ", ", g.out_height, ", ", g.out_width, "]");
   };
-  check_map("offset", offset, 2 * g.taps() * g.offset_groups);
+  check_map("offset", offset, 2 * g.taps * g.offset_groups);
   g.offset = strides_of(offset);
   g.mask = {0, 0, 0, 0};
   if (mask.defined()) {
-    check_map("mask", mask, g.taps() * g.offset_groups);
+    check_map("mask", mask, g.taps * g.offset_groups);
     g.mask = strides_of(mask);
   }
-  g.blocks = std::lcm(g.groups, g.offset_groups);
+  set_blocks(g, std::lcm(g.groups, g.offset_groups));
   return g;
 #undef DCN_CHECK
 }
@@ -108,7 +108,7 @@ Geometry check(const Tensor& input, const Tensor& offset, const Tensor& weight, 
 // Calls function(first, count, columns) for each chunk of positions, with room for its columns.
 template <typename Function>
 void for_each_chunk(const Geometry& g, const at::TensorOptions& options, const Function& function) {
-  const int64_t per_position = g.channels * g.taps();
+  const int64_t per_position = g.channels * g.taps;
   const int64_t bytes = per_position * static_cast<int64_t>(options.dtype().itemsize());
   const int64_t chunks =
       (g.positions() + std::max<int64_t>(1, kColumnBytes / bytes) - 1) / std::max<int64_t>(1, kColumnBytes / bytes);
@@ -126,7 +126,7 @@ Tensor channels_last(const Tensor& x) { return x.permute({0, 2, 3, 1}).contiguou
 
 // (O, C / groups, kh, kw) -> (groups, O / groups, taps * C / groups); a view of a channels-last weight.
 Tensor weight_matrices(const Tensor& weight, const Geometry& g) {
-  return weight.permute({0, 2, 3, 1}).reshape({g.groups, weight.size(0) / g.groups, g.taps() * weight.size(1)});
+  return weight.permute({0, 2, 3, 1}).reshape({g.groups, weight.size(0) / g.groups, g.taps * weight.size(1)});
 }
 
 // The part of group i of a matrix with the outputs of all groups in a row.
@@ -148,6 +148,14 @@ void product(Tensor out, const Tensor& A, const Tensor& B, bool wide, const Tens
   } else {
     at::mm_out(out, a, b);
   }
+}
+
+// A B in float32, for factors of less; the CPU and an older torch round it to theirs.
+Tensor sums_of_product(const Tensor& A, const Tensor& B) {
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 8
+  if (A.is_cuda()) return at::mm(A, B, at::kFloat);
+#endif
+  return at::mm(A, B);
 }
 
 Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& weight,
@@ -206,9 +214,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(const Tensor& 
   const Tensor gradients = channels_last(gradient).view({g.positions(), weight.size(0)});
 
   Geometry pieces = g;
-  pieces.blocks = blocks_for_scatter(g, kernels.pieces());
+  set_blocks(pieces, blocks_for_scatter(g, kernels.pieces()));
   const auto sums = input.options().dtype(position_dtype(input.scalar_type()));
-  const int64_t parts = pieces.blocks_per_offset_group(), samples = g.offset_groups * g.taps();
+  const int64_t parts = pieces.blocks_per_offset_group, samples = g.offset_groups * g.taps;
   Tensor input_gradient, offset_gradient, mask_gradient, weight_gradient;
   if (need_input) input_gradient = at::zeros(pixels.sizes(), sums);
   if (need_offset) offset_gradient = at::empty({parts, g.batch, g.out_height, g.out_width, 2 * samples}, sums);
@@ -225,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(const Tensor& 
         if (sums.dtype() == inputs.dtype()) {
           weight_gradient[i].addmm_(gradient_of_outputs, inputs);
         } else {
-          weight_gradient[i] += at::mm(gradient_of_outputs, inputs);
+          weight_gradient[i] += sums_of_product(gradient_of_outputs, inputs);
         }
       }
     }
@@ -296,12 +304,19 @@ TORCH_LIBRARY_IMPL(litv2, AutocastCUDA, m) { m.impl("deform_conv2d", deform_conv
 
 }  // namespace litv2::dcn
 
-// Importing the module is all that Python needs to do: the registrations above run then. Before, the loader looks for the end of
-// the documentation in the file (mm_modules/extension.py).
+// The registrations above run when the module is imported. Before, the loader looks for the end of the documentation in
+// the file (mm_modules/extension.py). The module has one function, which asks about the GPU and not about a tensor.
 PyMODINIT_FUNC PyInit__C() {
+  static PyMethodDef methods[] = {
+#ifdef DCN_WITH_CUDA
+      {"cuda_kernels_fit",
+       [](PyObject*, PyObject*) { return PyBool_FromLong(litv2::dcn::cuda_kernels_fit()); }, METH_NOARGS,
+       "Whether the current GPU is one of those that the kernels were compiled for."},
+#endif
+      {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef module = {
       PyModuleDef_HEAD_INIT, "_C",
       "Operators litv2::deform_conv2d and its backward, built for torch " TORCH_VERSION
-      " from the sources " C10_STRINGIZE(LITV2_SOURCES) ".", -1};
+      " from the sources " C10_STRINGIZE(LITV2_SOURCES) ".", -1, methods};
   return PyModule_Create(&module);
 }

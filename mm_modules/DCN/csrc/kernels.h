@@ -24,7 +24,10 @@ struct Kernels {
 };
 
 extern const Kernels cpu_kernels;
-extern const Kernels cuda_kernels;  // only where DCN_WITH_CUDA is defined
+// The rest only where DCN_WITH_CUDA is defined.
+extern const Kernels cuda_kernels;
+// Whether the current GPU is one of those that the kernels were compiled for.
+bool cuda_kernels_fit();
 
 template <typename T>
 T* pointer(const at::Tensor& tensor) {

@@ -28,9 +28,9 @@ struct Gather {
 
   DCN_INLINE void run(int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; ++i) {
-      const SampleIndex s = decode(g, first * g.taps() * g.blocks + i);
+      const SampleIndex s = decode(g, first * g.taps * g.blocks + i);
       gather(sample_corners(g, s, offset), sample_mask(g, s, mask), input + input_start(g, s), g.channels,
-             columns + column_start(g, s, first, count), 0, g.block_channels(), 1);
+             columns + column_start(g, s, first, count), 0, g.block_channels, 1);
     }
   }
 };
@@ -46,21 +46,21 @@ struct Scatter {
 
   // A piece is one channel block of one image: no two pieces write the same place.
   DCN_INLINE void run(int64_t begin, int64_t end) const {
-    const int64_t per_image = g.out_height * g.out_width, channels = g.block_channels();
+    const int64_t per_image = g.out_height * g.out_width, channels = g.block_channels;
     for (int64_t piece = begin; piece < end; ++piece) {
       const auto [image, block] = divide(piece, g.blocks);
       const int64_t from = std::max(first, image * per_image), to = std::min(first + count, (image + 1) * per_image);
       for (int64_t position = from; position < to; ++position) {
-        for (int64_t tap = 0; tap < g.taps(); ++tap) {
+        for (int64_t tap = 0; tap < g.taps; ++tap) {
           const SampleIndex s = sample_index(g, position, tap, block);
           const Corners<A> c = sample_corners(g, s, offset);
           const A m = sample_mask(g, s, mask);
           const T* gradient = column_gradient + column_start(g, s, first, count);
           if (input_gradient != nullptr)
-            scatter(c, m, gradient, input_gradient + input_start(g, s), g.channels, 0, channels, 1);
+            scatter(c, m, gradient, input_gradient + input_start(g, s), g.channels, channels);
           if (offset_gradient == nullptr && mask_gradient == nullptr) continue;
           A dot[4];
-          dots(c, gradient, input + input_start(g, s), g.channels, dot, 0, channels, 1);
+          dots(c, gradient, input + input_start(g, s), g.channels, dot, channels);
           store(sample_gradient(c, m, dot), offset_gradient_start(g, s), offset_gradient, mask_gradient);
         }
       }
@@ -82,8 +82,8 @@ void gather_cpu(const Geometry& g, int64_t first, int64_t count, const at::Tenso
     using A = accumulate_t<scalar_t>;
     const Gather<scalar_t> pass{
         g, first, count, pointer<scalar_t>(input), pointer<A>(offset), pointer<A>(mask), pointer<scalar_t>(columns)};
-    const int64_t grain = std::max<int64_t>(1, 16384 / g.block_channels());
-    at::parallel_for(0, count * g.taps() * g.blocks, grain, [&](int64_t begin, int64_t end) { run(pass, begin, end); });
+    const int64_t grain = std::max<int64_t>(1, 16384 / g.block_channels);
+    at::parallel_for(0, count * g.taps * g.blocks, grain, [&](int64_t begin, int64_t end) { run(pass, begin, end); });
   });
 }
 
