@@ -103,6 +103,7 @@ _C.TEST.CROP = True  # resize the short side to 256/224 of the size, then crop t
 _C.TEST.IMG_SIZE = 0  # side of the evaluation image; 0 = DATA.IMG_SIZE
 
 _C.AMP = "auto"  # mixed precision: auto = fp16 on CUDA, else off | on = fp16 on CUDA, else bf16 | off | fp16 | bf16; --amp
+_C.TF32 = False  # on CUDA: float32 products and convolutions with factors of 10 bits; offsets of token merging included
 _C.DEVICE = "auto"  # auto | cpu | cuda | mps; --device
 _C.COMPILE = False  # torch.compile; --compile
 _C.SEED = 0  # --seed

@@ -169,7 +169,7 @@ def test_throughput():
     calls = []
     model = linear()
     model.register_forward_hook(lambda *_: calls.append(1))
-    result = measure_throughput(model, torch.randn(4, 3, 8, 8), Precision(CPU), warm_up=3, timed=5)
+    result = measure_throughput(model, torch.randn(4, 3, 8, 8), warm_up=3, timed=5)
     assert len(calls) == 8
     assert result["latency_ms_p10"] <= result["latency_ms_median"] <= result["latency_ms_p90"]
     assert result["images_per_second"] == pytest.approx(4e3 / result["latency_ms_median"]) and result["peak_memory_mb"] > 0
