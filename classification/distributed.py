@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -109,7 +110,10 @@ def parallel(model: nn.Module, device: torch.device, compiled: bool = False) -> 
     """
     if world_size() > 1:
         ids = [device] if device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        known = inspect.signature(DistributedDataParallel).parameters
+        broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its older name
+        options: dict[str, Any] = {broadcast: False}
+        model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **options)
     # Compiled outside of DDP, the graph is split where DDP's buckets end. Compiled inside, the backward pass would be one graph, and
     # the gradients would be sent only after all of it.
     return cast(nn.Module, torch.compile(model)) if compiled else model

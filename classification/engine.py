@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,10 +63,9 @@ class _Figures(NamedTuple):
 
     loss: float
     grad_norm: float
-    broken: float  # this process had a loss or gradient that is not finite
-    any_broken: float  # some process had one
-    any_overflow: float  # the gradient norm is not finite: with a gradient scaler, its scale was too large
-    any_stop: float
+    bad: float  # the step was skipped because a loss or gradient is not finite
+    bad_loss: float  # a loss is not finite, in this or another process
+    stop: float  # a process was asked to stop
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Step:
 
         Raises:
             NonFiniteLoss: more than ``max_nonfinite`` steps had a non-finite loss; raised on every rank. With ``lag`` it is the step
-                before that had it, and nothing of this one remains.
+                before that had it, and nothing of this one remains but the random numbers that it drew.
         """
         # The statistics of batch norm are set aside until the step is applied: a non-finite loss has already corrupted them.
         buffers = list(self.model.buffers())
@@ -116,18 +116,17 @@ class Step:
         limit = self.clip_grad if self.clip_grad > 0 else float("inf")
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
 
-        overflow = ~grad_norm.isfinite()
-        broken = ~losses.isfinite().all()
-        if not self.precision.scaler.is_enabled():
-            broken |= overflow
-        flags = torch.stack([broken.float(), overflow.float(), losses.new_full((), stop)])
+        flags = torch.stack([~losses.isfinite().all(), ~grad_norm.isfinite(), losses.new_full((), stop)])
         distributed.any_of(flags)
-        figures = torch.stack([losses.mean(), grad_norm, broken, *flags])
-        any_broken, any_overflow, _ = flags.unbind()
+        bad_loss, bad_norm, stops = flags
+        skip = torch.maximum(bad_loss, bad_norm)
+        # With a gradient scaler infinite gradients are normal: the scale was too large, and is reduced.
+        bad = bad_loss if self.precision.scaler.is_enabled() else skip
+        figures = torch.stack([losses.mean(), grad_norm, bad, bad_loss, stops])
 
         update = self.finish(progress)
-        _copy_all(buffers, [torch.where(any_broken > 0, old, new) for old, new in zip(before, after)])
-        self._apply_unless(torch.maximum(any_broken, any_overflow))
+        _copy_all(buffers, [torch.where(bad > 0, old, new) for old, new in zip(before, after)])
+        self._apply_unless(skip)
         self.precision.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self._pending = _Pending(Reading(torch.cat([figures, losses])), [batch.names for batch in group])
@@ -141,19 +140,17 @@ class Step:
         self._pending = None
         count = len(_Figures._fields)
         figures, losses = _Figures(*numbers[:count]), numbers[count:]
-        if figures.any_broken:
+        if figures.bad:
             if progress.nonfinite >= self.max_nonfinite:
-                files = [name for loss, batch in zip(losses, names) if not _finite(loss) for name in batch]
-                files = files or [name for batch in names for name in batch]
-                raise NonFiniteLoss(_report(progress, losses, figures.grad_norm, files if figures.broken else None))
+                raise NonFiniteLoss(_report(progress, losses, figures, names))
             progress.nonfinite += 1
         lr = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step_update(progress.updates)
         progress.updates += 1
         progress.step += len(names)
-        if self.ema is not None and not figures.any_broken:
+        if self.ema is not None and not figures.bad:
             self.ema.update(distributed.unwrap(self.model), step=progress.updates)
-        return Update(figures.loss, figures.grad_norm, lr, sum(map(len, names)), figures.any_stop > 0)
+        return Update(figures.loss, figures.grad_norm, lr, sum(map(len, names)), figures.stop > 0)
 
     def _backward(self, batch: Batch, parts: int, last: bool) -> Tensor:
         """Accumulates the gradients of one of the ``parts`` batches of a group; returns its loss, a scalar."""
@@ -171,13 +168,14 @@ class Step:
 
     def _apply_unless(self, skip: Tensor) -> None:
         """Changes the weights, unless ``skip``, 0 or 1 on the device, forbids it. The gradients are unscaled already."""
-        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+        optimizer: Any = self.optimizer
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
             # Torch's fused optimizers skip a step on the device. GradScaler.step would give them its own flag only.
-            self.optimizer.found_inf = skip
-            self.optimizer.step()
-            del self.optimizer.found_inf
+            optimizer.found_inf = skip
+            optimizer.step()
+            del optimizer.found_inf
         elif not skip.item():  # for the others the host has to wait
-            self.optimizer.step()
+            optimizer.step()
 
 
 def train_one_epoch(
@@ -276,7 +274,7 @@ def evaluate(
         top = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         images += len(targets)
         rows.append(torch.stack([top[:, 0].sum(), top.any(dim=1).sum(), F.cross_entropy(logits, targets, reduction="sum")]))
-    sums = [sum(column) for column in zip(*torch.stack(rows).tolist())] if rows else [0.0, 0.0, 0.0]
+    sums = [sum(column) for column in zip(*Reading(torch.stack(rows)).numbers())] if rows else [0.0, 0.0, 0.0]
     count, left_out, top1, top5, loss = distributed.all_sum([images, unreadable, *sums])
     if expected is not None and count + left_out != expected:
         raise RuntimeError(f"evaluation saw {count:.0f} images (+ {left_out:.0f} unreadable), but the data set has {expected}")
@@ -303,16 +301,13 @@ def _agreeing(batches: Iterator[Batch]) -> Iterator[Batch]:
         yield batch
 
 
-def _finite(value: float) -> bool:
-    return value - value == 0
-
-
-def _report(progress: Progress, losses: list[float], grad_norm: float, files: list[str] | None) -> str:
+def _report(progress: Progress, losses: list[float], figures: _Figures, names: list[list[str]]) -> str:
     where = f"epoch {progress.epoch}, step {progress.step}, update {progress.updates}"
-    if files is None:
+    bad = [batch for batch, loss in zip(names, losses) if not math.isfinite(loss)]
+    if figures.bad_loss and not bad:
         return f"the loss of another process is not finite ({where})"
-    listing = "\n  ".join(files)
-    return f"loss {losses}, gradient norm {grad_norm:g}: not finite at {where}; the images of this step:\n  {listing}"
+    listing = "\n  ".join(name for batch in bad or names for name in batch)
+    return f"loss {losses}, gradient norm {figures.grad_norm:g}: not finite at {where}; the images of this step:\n  {listing}"
 
 
 @torch.no_grad()

@@ -78,8 +78,8 @@ def main(argv: list[str] | None = None) -> int:
 def throughput(config: CfgNode, precision: Precision, folder: Path, log: logging.Logger) -> int:
     """Times the model of the configuration, with random weights."""
     size, device = config.DATA.IMG_SIZE, precision.device
-    model = build_model(config, config.MODEL.NUM_CLASSES if config.MODEL.NUM_CLASSES > 0 else 1000).to(device)
-    model = precision.for_inference(model)
+    network = build_model(config, config.MODEL.NUM_CLASSES if config.MODEL.NUM_CLASSES > 0 else 1000).to(device)
+    model = precision.for_inference(network)
     if config.COMPILE:
         model = cast(nn.Module, torch.compile(model))
     images = torch.randn(config.DATA.BATCH_SIZE, config.MODEL.LIT.IN_CHANS, size, size, device=device, dtype=precision.dtype)

@@ -15,7 +15,7 @@ class Reading:
         if self._arrived is not None:
             self._arrived.record()
 
-    def numbers(self) -> list[float]:
+    def numbers(self) -> list:
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._copy.tolist()
