@@ -52,9 +52,12 @@ class Run:
         config.TRAIN.OPTIMIZER.NAME = optimizer
         optimizer = build_optimizer(config, model, 512)
         runner = distributed.parallel(model, self.device, compiled)
+        precision = Precision(self.device, mode)
+        if mode == "fp16":  # a scale that does not overflow in this model
+            precision.scaler = torch.amp.GradScaler(device, init_scale=8.0)
         mixup = AnyBatchMixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=10)
         self.step = Step(
-            runner, optimizer, build_scheduler(config, optimizer, 4, 512), SoftTargetCrossEntropy(), Precision(self.device, mode), mixup,
+            runner, optimizer, build_scheduler(config, optimizer, 4, 512), SoftTargetCrossEntropy(), precision, mixup,
             ModelEmaV3(model, decay=0.9), lag=lag, **{**dict(clip_grad=5.0), **settings},
         )  # fmt: skip
         self.progress = Progress()
