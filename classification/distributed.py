@@ -1,4 +1,4 @@
-"""Single- and multi-process runs: set-up from torchrun's environment, and the few collectives that the trainer needs."""
+"""Single- and multi-process runs: set-up from torchrun's environment, the few collectives that the trainer needs, and its DDP."""
 
 from __future__ import annotations
 

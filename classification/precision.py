@@ -26,7 +26,9 @@ class Precision:
     @contextmanager
     def context(self) -> Iterator[None]:
         """The forward pass of training runs in it."""
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.mode != "off"), ExitStack() as stack:
+        with ExitStack() as stack:
+            if self.mode != "off":
+                stack.enter_context(torch.autocast(self.device.type, self.dtype))
             if self.device.type == "cpu" and self.mode == "bf16" and torch.is_grad_enabled():
                 # On the CPU the backward pass of torch's fused attention is several times slower in bfloat16 than plain attention,
                 # which torch computes in float32.
