@@ -8,7 +8,6 @@ import timm
 import torch
 from timm.scheduler import CosineLRScheduler
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from models import CANDIDATES
 
@@ -38,9 +37,7 @@ def training_step(
         model.set_grad_checkpointing()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
     scheduler = CosineLRScheduler(optimizer, t_initial=1000, t_in_epochs=False)
-    runner = torch.compile(model) if compiled else model
-    if distributed.world_size() > 1:
-        runner = DistributedDataParallel(runner, device_ids=[device] if device.type == "cuda" else None)
+    runner = distributed.parallel(model, device, compiled)
     batch = batch._replace(images=batch.images.to(device), targets=batch.targets.to(device))
 
     def step(mode: str) -> None:

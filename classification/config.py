@@ -96,13 +96,14 @@ _C.AUG.CUTMIX = 1.0  # alpha; 0 = off
 _C.AUG.CUTMIX_MINMAX = []  # range of the side of cutmix's rectangle relative to the image, instead of CUTMIX; [] = off
 _C.AUG.MIXUP_PROB = 1.0  # probability of applying either
 _C.AUG.MIXUP_SWITCH_PROB = 0.5  # probability of cutmix if both are on
-_C.AUG.MIXUP_MODE = "batch"  # batch | pair | elem
+_C.AUG.MIXUP_MODE = "batch"  # batch | pair | elem; with the last two the host waits for CUDA in each step
 
 _C.TEST = CN()
 _C.TEST.CROP = True  # resize the short side to 256/224 of the size, then crop the centre; False = resize to the square
 _C.TEST.IMG_SIZE = 0  # side of the evaluation image; 0 = DATA.IMG_SIZE
 
 _C.AMP = "auto"  # mixed precision: auto = fp16 on CUDA, else off | on = fp16 on CUDA, else bf16 | off | fp16 | bf16; --amp
+_C.TF32 = False  # CUDA rounds the factors of float32 products and convolutions, those of offsets too, to 10 bits
 _C.DEVICE = "auto"  # auto | cpu | cuda | mps; --device
 _C.COMPILE = False  # torch.compile; --compile
 _C.SEED = 0  # --seed

@@ -1,12 +1,16 @@
-"""Single- and multi-process runs: set-up from torchrun's environment, and the few collectives that the trainer needs."""
+"""Single- and multi-process runs: set-up from torchrun's environment, the few collectives that the trainer needs, and its DDP."""
 
 from __future__ import annotations
 
+import inspect
 import os
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from litv2.errors import UserError
 
@@ -31,7 +35,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def init(device: torch.device) -> None:
-    """Joins the process group if a launcher has set RANK and WORLD_SIZE, with NCCL for CUDA and gloo otherwise.
+    """Joins the process group if a launcher has set RANK and WORLD_SIZE, with NCCL for tensors on CUDA and gloo for all others.
+
+    On CUDA, too, numbers of the host are exchanged by gloo, which does not wait for the device.
 
     After a restart, torchrun (2.14) reuses the store of the processes that died, including their addresses, and the new processes
     would wait for the dead ones. On a single node each restart therefore gets its own prefix in the store. On several nodes the
@@ -39,7 +45,7 @@ def init(device: torch.device) -> None:
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if restarts and os.environ.get("GROUP_WORLD_SIZE") == "1":
         store, rank, world_size = next(dist.rendezvous("env://"))
@@ -65,13 +71,19 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def all_sum(values: list[float], device: torch.device) -> list[float]:
-    """Sums each value over all processes, in float64 if the device supports it."""
+def all_sum(values: list[float]) -> list[float]:
+    """Sums each number over all processes."""
     if world_size() == 1:
         return values
-    total = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def any_of(flags: Tensor) -> None:
+    """Sets each flag, 0 or 1 on the device, to 1 if it is 1 in any process. On CUDA the host does not wait for the result."""
+    if world_size() > 1:
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
 
 
 def gather(value: Any) -> list:
@@ -83,11 +95,40 @@ def gather(value: Any) -> list:
     return values
 
 
-def broadcast_buffers(module: torch.nn.Module) -> None:
+def broadcast_buffers(module: nn.Module) -> None:
     """Copies rank 0's buffers to every process: batch-norm statistics differ between ranks after a training step."""
     if world_size() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
+
+
+def parallel(model: nn.Module, device: torch.device, compiled: bool = False) -> nn.Module:
+    """Prepares a model for training steps: over all processes, if there are several, and with torch.compile, if ``compiled``.
+
+    Gradients are views of the buffers that are sent, which saves a copy of each. Buffers stay each process's own: batch norm's
+    statistics play no part in training, and ``broadcast_buffers`` copies them before an evaluation.
+    """
+    if world_size() > 1:
+        ids = [device] if device.type == "cuda" else None
+        known = inspect.signature(DistributedDataParallel).parameters
+        broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its older name
+        options: dict[str, Any] = {broadcast: False}
+        model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **options)
+    # Compiled outside of DDP, the graph is split where DDP's buckets end. Compiled inside, the backward pass would be one graph, and
+    # the gradients would be sent only after all of it.
+    return cast(nn.Module, torch.compile(model)) if compiled else model
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Returns the plain model inside ``parallel``'s."""
+    model = getattr(model, "_orig_mod", model)
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def without_sync(model: nn.Module) -> AbstractContextManager:
+    """A backward pass within it keeps its gradients to this process: those of a later pass are exchanged with them."""
+    model = getattr(model, "_orig_mod", model)
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def barrier() -> None:

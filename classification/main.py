@@ -40,7 +40,7 @@ from litv2.weights.reading import read_checkpoint
 from litv2.weights.state_dict import find_weights, load_weights
 from logger import close_log, open_log
 from network import build_model
-from precision import Precision, choose_precision
+from precision import Precision, choose_precision, set_tf32
 from signals import StopRequested, StopSignals
 from throughput import measure_throughput
 from training import Training, seed_everything
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             log.info(f"torch {torch.__version__}, timm {timm.__version__}, {distributed.world_size()} x {device}, results in {folder}")
             precision, choice = choose_precision(config.AMP, device)
-            for line in (choice, *notes):
+            for line in (choice, set_tf32(config.TF32, device), *notes):
                 log.info(line)
             run = throughput if config.THROUGHPUT_MODE else train_or_evaluate
             return run(config, precision, folder, log)
@@ -78,19 +78,21 @@ def main(argv: list[str] | None = None) -> int:
 def throughput(config: CfgNode, precision: Precision, folder: Path, log: logging.Logger) -> int:
     """Times the model of the configuration, with random weights."""
     size, device = config.DATA.IMG_SIZE, precision.device
-    model: nn.Module = build_model(config, config.MODEL.NUM_CLASSES if config.MODEL.NUM_CLASSES > 0 else 1000).to(device)
+    network = build_model(config, config.MODEL.NUM_CLASSES if config.MODEL.NUM_CLASSES > 0 else 1000).to(device)
+    model = precision.for_inference(network)
     if config.COMPILE:
         model = cast(nn.Module, torch.compile(model))
-    images = torch.randn(config.DATA.BATCH_SIZE, config.MODEL.LIT.IN_CHANS, size, size, device=device)
+    images = torch.randn(config.DATA.BATCH_SIZE, config.MODEL.LIT.IN_CHANS, size, size, device=device, dtype=precision.dtype)
     result = dict(
         model=config.MODEL.NAME,
         image_size=size,
         device=str(device),
         threads=torch.get_num_threads(),
         amp=precision.mode,
+        weights=str(precision.dtype).removeprefix("torch."),
         compile=config.COMPILE,
         torch=str(torch.__version__),
-        **measure_throughput(model, images, precision),
+        **measure_throughput(model, images),
     )
     if distributed.rank() == 0:
         for key, value in result.items():

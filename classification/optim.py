@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from yacs.config import CfgNode
 
 from litv2 import LITv2
@@ -64,11 +65,16 @@ def _create(settings: CfgNode, groups: list[dict], lr: float, fused: bool) -> Op
         raise UserError(f"TRAIN.OPTIMIZER.BETAS={list(betas)}: {name} takes {info.num_betas} betas")
     options: dict[str, Any] = dict(fused=True) if fused and name in _FUSED else {}
     try:
-        return create_optimizer_v2(groups, name, lr=lr, momentum=settings.MOMENTUM, eps=settings.EPS, betas=betas, **options)
+        optimizer = create_optimizer_v2(groups, name, lr=lr, momentum=settings.MOMENTUM, eps=settings.EPS, betas=betas, **options)
     except ImportError as error:
         raise MissingPackage(f"TRAIN.OPTIMIZER.NAME={name}: {error}") from error
     except AssertionError as error:  # timm's error if apex or bitsandbytes have no GPU
         raise UserError(f"TRAIN.OPTIMIZER.NAME={name}: {error}") from error
+    if options and isinstance(optimizer, SGD) and settings.MOMENTUM:
+        # The fused SGD leaves its momentum uninitialised if its first step is skipped; zeros give the same first step.
+        for parameter in (parameter for group in groups for parameter in group["params"]):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def scaled_lr(lr: float, total_batch: int) -> float:

@@ -47,9 +47,8 @@ def plot_predictions(
     batch = collate([dataset[i] for i in chosen])
     if not len(batch.targets):
         return
-    model.eval()
-    with precision.context():
-        logits = model(batch.images.to(precision.device))
+    model = precision.for_inference(model).eval()
+    logits = model(batch.images.to(precision.device, precision.dtype))
     confidence, predicted = logits.float().softmax(dim=1).cpu().max(dim=1)
     pictures = denormalise(batch.images, config).permute(0, 2, 3, 1)
 

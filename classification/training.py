@@ -18,7 +18,6 @@ import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from yacs.config import CfgNode
 
@@ -71,12 +70,9 @@ class Training:
         seed_everything(config.SEED + 1000 + distributed.rank())
         self._random_states: list[dict] | None = None
 
-        runner: nn.Module = cast(nn.Module, torch.compile(model)) if config.COMPILE else model
-        if distributed.world_size() > 1:
-            ids = [precision.device] if precision.device.type == "cuda" else None
-            runner = DistributedDataParallel(runner, device_ids=ids)
         self.step = engine.Step(
-            runner, optimizer, scheduler, _loss(config, soft_targets=mixup is not None), precision, mixup, ema,
+            distributed.parallel(model, precision.device, config.COMPILE),
+            optimizer, scheduler, _loss(config, soft_targets=mixup is not None), precision, mixup, ema,
             clip_grad=config.TRAIN.CLIP_GRAD, max_nonfinite=config.TRAIN.MAX_NONFINITE,
         )  # fmt: skip
 
@@ -153,14 +149,13 @@ class Training:
                               f"lr {update.lr:.6g} time {seconds:.4f} ({mean_time:.4f}) loss {update.loss:.4f} ({loss:.4f}) "
                               f"grad_norm {update.grad_norm:.4f} ({norm:.4f}) mem {mem}")  # fmt: skip
                 since.clear()
-            if config.SAVE_STEPS and progress.updates % config.SAVE_STEPS == 0:
-                self._save_latest()
 
         step = self.step
         try:
             engine.train_one_epoch(
                 step, self.loaders.train, steps, progress, accumulation=self.accumulation, streaming=sampler is None,
-                bad_files=self.bad_files, stop=self.stop, on_start=self._restore_random_state, on_update=on_update,
+                save_steps=config.SAVE_STEPS, bad_files=self.bad_files, stop=self.stop,
+                on_start=self._restore_random_state, on_update=on_update, on_save=self._save_latest,
             )  # fmt: skip
         except (engine.NonFiniteLoss, StopRequested):
             self._save_latest()

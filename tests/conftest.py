@@ -7,6 +7,9 @@ import signal
 import pytest
 import torch
 
+# Numbers of a GPU are compared with the CPU's: its float32 must not round factors to 10 bits.
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
 
 @pytest.fixture(autouse=True)
 def repeatable():

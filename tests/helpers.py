@@ -10,6 +10,7 @@ import sys
 import zlib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,6 +113,22 @@ def rounded_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def same(a: Any, b: Any, where: str = "state") -> None:
+    """Asserts that two states, nested dictionaries and lists, are equal to the bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
 # A model and a schedule that train in seconds, as --opts of the trainer.
 FAST = """
 MODEL.LIT.EMBED_DIM 16 MODEL.LIT.DEPTHS [1,1,1,1] MODEL.LIT.NUM_HEADS [1,2,4,8] MODEL.LIT.PATCH_SIZE 2
@@ -147,6 +164,22 @@ def run_trainer(*flags, check: bool = True, timeout: int = 240, **kwargs) -> sub
     if check and done.returncode != 0:
         raise AssertionError(f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return done
+
+
+def run_ranks(code: str) -> None:
+    """Runs the code in two processes that belong to one group and can import the trainer's modules; both must succeed."""
+    code = f"""
+import sys
+sys.path[:0] = ["classification", "."]
+import distributed, torch
+distributed.init(torch.device("cpu"))
+{code}
+distributed.shutdown()
+"""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    command = [sys.executable, *launcher, sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=trainer_environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[:6000]
 
 
 def write_images(root: Path, counts: dict[str, int], size: int = 40) -> Path:

@@ -14,9 +14,10 @@ from data.dataset import Batch
 from data.loader import BadFiles
 from data.sources import DataError
 from engine import NonFiniteLoss, Progress, Step, evaluate, train_one_epoch
-from helpers import ROOT, normal, tiny_model
+from gpu_helpers import DEVICES
+from helpers import ROOT, assert_as_precise, normal, tiny_model
 from optim import build_scheduler
-from precision import Precision, choose_precision
+from precision import Precision, choose_precision, set_tf32
 from signals import StopRequested, StopSignals
 from throughput import measure_throughput
 
@@ -169,7 +170,7 @@ def test_throughput():
     calls = []
     model = linear()
     model.register_forward_hook(lambda *_: calls.append(1))
-    result = measure_throughput(model, torch.randn(4, 3, 8, 8), Precision(CPU), warm_up=3, timed=5)
+    result = measure_throughput(model, torch.randn(4, 3, 8, 8), warm_up=3, timed=5)
     assert len(calls) == 8
     assert result["latency_ms_p10"] <= result["latency_ms_median"] <= result["latency_ms_p90"]
     assert result["images_per_second"] == pytest.approx(4e3 / result["latency_ms_median"]) and result["peak_memory_mb"] > 0
@@ -191,6 +192,41 @@ def test_throughput():
 def test_the_precision_and_why(amp, device, mode, words):
     precision, line = choose_precision(amp, torch.device(device))
     assert precision.mode == mode and line.startswith("mixed precision: ") and words in line
+
+
+@pytest.mark.parametrize("amp, line", [("auto", "float16"), ("bf16", "bfloat16")])
+@pytest.mark.filterwarnings("ignore:.*GradScaler.*")
+def test_the_log_says_how_evaluation_computes(amp, line):
+    assert choose_precision(amp, torch.device("cuda"))[1].endswith(f"; evaluation takes {line} weights instead of autocast")
+    assert "evaluation" not in choose_precision("off", torch.device("cuda"))[1]
+
+
+def test_tf32_is_stated_and_set():
+    for allowed in (True, False):
+        line = set_tf32(allowed, torch.device("cuda"))
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == allowed
+        assert line.startswith("TF32: on" if allowed else "TF32: off")
+    assert "no effect" in set_tf32(True, CPU) and not torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", ["bf16", "fp16"])
+@torch.inference_mode()
+def test_inference_with_half_precision_weights(mode, device):
+    """As precise as autocast, without it; offsets and batch norm keep their float32 weights, and the model is left alone."""
+    model, x = tiny_model().to(device).eval(), normal(0, 4, 3, 64, 64).to(device)
+    exact = model(x)
+    precision = Precision(torch.device(device), mode)
+    half = precision.for_inference(model)
+    with precision.context():
+        autocast = model(x)
+    assert_as_precise(half(x.to(precision.dtype)), autocast, exact, factor=1.5)
+    for name, value in half.state_dict().items():
+        kept = "conv_offset" in name or "norm_layer" in name and "downsample" in name
+        assert value.dtype == (model.state_dict()[name].dtype if kept else precision.dtype), name
+        if kept:
+            assert torch.equal(value, model.state_dict()[name]), name
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
 def test_attention_of_bfloat16_training_on_the_cpu():

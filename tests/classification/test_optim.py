@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from timm.loss import LabelSmoothingCrossEntropy
@@ -89,3 +91,34 @@ def test_layer_decay():
     assert len(rates) == len(full)
     for name, parameter in model.named_parameters():
         assert rates[id(parameter)] == pytest.approx(full[id(parameter)] * 0.5 ** (9 - depth[name])), name
+
+
+def test_sgd_whose_first_step_is_skipped(monkeypatch):
+    """The fused SGD of torch does not then initialise its momentum, which would be whatever the memory held: here NaN."""
+    model = tiny_model()
+    optimizer = build_optimizer(config("TRAIN.OPTIMIZER.NAME", "sgd"), model, 512)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    assert optimizer.param_groups[0]["fused"]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    monkeypatch.setattr(torch, "empty_like", lambda tensor: torch.full_like(tensor, math.nan))
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before))
+    plain = tiny_model()
+    expected = torch.optim.SGD(
+        [{**group, "params": [dict(plain.named_parameters())[name] for name in names_of(group, model)], "fused": None}
+         for group in optimizer.param_groups], lr=0.1, momentum=0.9, nesterov=True,
+    )  # fmt: skip
+    for parameter in plain.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.found_inf = torch.zeros(())
+    optimizer.step()
+    expected.step()
+    for a, b in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def names_of(group: dict, model: nn.Module) -> list[str]:
+    members = set(map(id, group["params"]))
+    return [name for name, parameter in model.named_parameters() if id(parameter) in members]

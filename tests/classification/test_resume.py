@@ -10,9 +10,8 @@ import time
 from functools import cache
 
 import pytest
-import torch
 
-from helpers import ROOT, run_trainer, start_trainer, trainer_environment, write_images
+from helpers import run_ranks, run_trainer, same, start_trainer, write_images
 from litv2.weights.reading import read_checkpoint
 
 # Everything random at once: workers, mixup and cutmix, erasing, drop path, EMA, accumulation with a short last group.
@@ -22,21 +21,6 @@ MODEL.DROP_PATH_RATE 0.2 MODEL.DROP_RATE 0.1 TRAIN.ACCUMULATION_STEPS 3 DATA.DAT
 
 def checkpoint_of(folder):
     return read_checkpoint(folder / "litv2_digits/default/latest.pth")
-
-
-def same(a, b, where="state"):
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            same(x, y, f"{where}[{i}]")
-    else:
-        assert a == b, where
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +131,6 @@ def test_two_processes_evaluate_as_one(tmp_path):
 def test_streams_of_different_length_do_not_hang():
     """Ranks of a streaming reader with 3 and 5 batches train 3 steps each and end together."""
     code = """
-import os, sys
-sys.path[:0] = ["classification", "."]
 import torch, torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -156,7 +138,6 @@ from data.dataset import Batch
 from data.loader import BadFiles
 from engine import Progress, Step, train_one_epoch
 from precision import Precision
-dist.init_process_group("gloo")
 class Scheduler:
     def step_update(self, update): pass
 count = 3 if dist.get_rank() == 0 else 5
@@ -166,20 +147,5 @@ optimizer, progress = torch.optim.SGD(model.parameters(), lr=0.1), Progress()
 step = Step(model, optimizer, Scheduler(), nn.CrossEntropyLoss(), Precision(torch.device("cpu")))
 train_one_epoch(step, loader, 5, progress, accumulation=2, streaming=True, bad_files=BadFiles(0, print))
 assert (progress.step, progress.updates) == (3, 2), progress
-dist.destroy_process_group()
 """
-    import sys
-
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "--no-python",
-        sys.executable,
-        "-c",
-        code,
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=trainer_environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_ranks(code)
