@@ -36,7 +36,7 @@ H100 = SimpleNamespace(
 )  # fmt: skip
 
 
-NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "lift_fresh", "_unsafe_view", "reshape", "_reshape_alias"}
+NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "_reshape_alias"}
 OPTIONS = {name: value for name, value in CUDA_OPTIONS.items() if name not in ("max_autotune", "triton.cudagraphs")}  # these need a device
 
 
@@ -51,10 +51,16 @@ class Kernels:
     def triton(self, pattern: str = "") -> list[str]:
         return [name for name in self.names if name.startswith("triton_") and re.search(pattern, name)]
 
-    def buffers(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """The sizes and strides of all that the generated code allocates."""
-        allocations = re.findall(r"empty_strided_cuda\((\([\d, ]*\)), (\([\d, ]*\)), ", self.source)
-        return [(ast.literal_eval(size), ast.literal_eval(stride)) for size, stride in allocations]
+    def transposed(self) -> list[str]:
+        """The generated code's buffers whose channels, the last dimension of tokens or the second of images, are not side by side."""
+        allocated = re.findall(r"empty_strided_cuda\((\([\d, ]*\)), (\([\d, ]*\)), ", self.source)
+        found = []
+        for size, stride in (map(ast.literal_eval, pair) for pair in allocated):
+            of_tokens = 1 in (stride[-1], size[-1])
+            of_images = len(size) == 4 and stride[1] == 1 and size[1] >= size[-1]
+            if not (of_tokens or of_images):
+                found.append(f"{size} with strides {stride}")
+        return found
 
 
 def generated(module: nn.Module, *inputs: Tensor, dtype: torch.dtype = torch.float16, **options: Any) -> Kernels:
@@ -79,9 +85,9 @@ def generated(module: nn.Module, *inputs: Tensor, dtype: torch.dtype = torch.flo
 
     torch._dynamo.reset()
     # Constants would be folded on the device.
-    with _on_fake_cuda(module, inputs, dtype) as (fake, arguments), config.patch({"joint_graph_constant_folding": False, **OPTIONS, **options}):
-        with pytest.raises(_NotRun):
-            torch.compile(fake, backend=backend, fullgraph=True)(*arguments)
+    options = {"joint_graph_constant_folding": False, **OPTIONS, **options}
+    with _on_fake_cuda(module, inputs, dtype) as (fake, arguments), config.patch(options), pytest.raises(_NotRun):
+        torch.compile(fake, backend=backend, fullgraph=True)(*arguments)
     (kernels,) = found
     return kernels
 
@@ -102,9 +108,10 @@ class _Log(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         name = function._schema.name.removeprefix("aten::")
-        if not (function.is_view or name in NO_KERNEL):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+        if not (name.startswith(("prim::", "prims::")) or function.is_view or name in NO_KERNEL):
             self.names.append(name)
-            self.bytes += sum(t.numel() * t.element_size() for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor))
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return result
 
 
@@ -165,9 +172,9 @@ def _read(graph: GraphLowering):
     raise _Read(Kernels(["".join(names) for names in launches], graph.count_bytes()[0], source))
 
 
-def _flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, scale: float | None = None) -> Tensor:
     """Torch asks the device itself which kernel it has."""
-    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, scale=scale)[0]
 
 
 @contextmanager
@@ -194,7 +201,11 @@ def _described_device() -> Iterator[None]:
         _exchange_device=lambda index: 0,
         _maybe_exchange_device=lambda index: 0,
     )
-    interface = dict(get_compute_capability=lambda device=None: H100.cc, is_available=lambda: True, get_device_properties=lambda device=None: H100)
+    interface = dict(
+        is_available=lambda: True,
+        get_device_properties=lambda device=None: H100,
+        get_compute_capability=lambda device=None: H100.cc,
+    )
     worker = dict(get_device_properties=lambda device=None: H100, current_device=lambda: 0)
     with ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(torch.cuda, **cuda))

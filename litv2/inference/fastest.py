@@ -122,17 +122,17 @@ def optimize(
 
     device = next(model.parameters()).device
     if device != example.device:
-        log(f"the model is on {device}, and the example on {example.device}: so will be the result")
+        log(f"the model is on {device}, the images are on {example.device}: all forms are made there")
     model = inference_copy(model).to(example.device)
     plain = Optimized(inference_copy(model).to(dtype), "plain", dtype, dtype)
     # In float32 torch's convolutions on CUDA may round to TF32.
     wide = torch.float64 if example.is_cuda else torch.float32
     exact = _tensors(Optimized(inference_copy(model).to(wide), "plain", wide, wide)(example))
-    allowed = INT8_ERROR if int8 else max(1e-4, 2 * _error(_tensors(plain(example)), exact))
     candidates = {"plain": plain}
     for form in forms:
         candidates[form] = make_form(model, form, dtype)
     errors = {form: _error(_tensors(candidate(example)), exact) for form, candidate in candidates.items()}
+    allowed = INT8_ERROR if int8 else max(1e-4, 2 * errors["plain"])
     for form in tuple(forms):
         if not errors[form] <= allowed:
             refused = f"its error against the plain model is {errors[form]:.1e}, more than {allowed:.1e}"

@@ -120,15 +120,12 @@ class FusedHiLo(nn.Module):
     def _hifi(self, qkv: Tensor) -> Tensor:
         """(B, H, W, 3 * h_dim) -> (B, H, W, h_dim), not projected."""
         s, heads, d = self.window_size, self.h_heads, self.head_dim
-        B, H, W, _ = qkv.shape
+        H, W = qkv.shape[1:3]
         nh, nw, padded = _windows(H, W, s)
         if padded:
             qkv = F.pad(qkv - self.h_bias, (0, 0, 0, nw * s - W, 0, nh * s - H)) + self.h_bias
-        # Split into windows and merged back with at most five dimensions, the limit of mobile runtimes.
-        qkv = qkv.reshape(B * nh, s, nw, s * 3 * heads * d).transpose(1, 2).reshape(B * nh * nw, s * s, 3, heads, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        y = _window_attention(q, k, v)  # (B * nh * nw, heads, s * s, d)
-        y = y.transpose(1, 2).reshape(B * nh, nw, s, s * heads * d).transpose(1, 2).reshape(B, nh * s, nw * s, heads * d)
+        attention = _window_attention_on_cuda if qkv.device.type == "cuda" else _window_attention
+        y = attention(qkv, s, heads, d)
         if padded:
             y = F.pad(y, (0, 0, 0, W - nw * s, 0, H - nh * s))  # a negative pad crops, and leaves no strides for tracing to fix
         return y
@@ -163,18 +160,35 @@ class FusedHiLo(nn.Module):
         return self.l_kv(_pool(x, s)) - self.l_shift * outside
 
 
-def _window_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention in windows: q (already scaled), k and v (windows, heads, s * s, d) -> (windows, heads, s * s, d).
+def _window_attention(qkv: Tensor, s: int, heads: int, d: int) -> Tensor:
+    """Attention in s x s windows of a map of scaled queries, keys and values: (B, H, W, 3 * heads * d) -> (B, H, W, heads * d)."""
+    B, H, W, _ = qkv.shape
+    nh, nw = H // s, W // s
+    # Split into windows and merged back with at most five dimensions, the limit of mobile runtimes.
+    qkv = qkv.reshape(B * nh, s, nw, s * 3 * heads * d).transpose(1, 2).reshape(B * nh * nw, s * s, 3, heads, d)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    y = F.scaled_dot_product_attention(q, k, v, scale=1.0)  # (B * nh * nw, heads, s * s, d)
+    return y.transpose(1, 2).reshape(B * nh, nw, s, s * heads * d).transpose(1, 2).reshape(B, H, W, heads * d)
 
-    For CUDA it is written out, for the reasons in :meth:`hilo.HiLo._products`. If it is compiled, the products are sums, of which
-    Inductor makes two kernels that read q, k and v where they are; a library's products would read copies.
+
+def _window_attention_on_cuda(qkv: Tensor, s: int, heads: int, d: int) -> Tensor:
+    """The same written out, as in HiLo and for the same reasons.
+
+    In generated code the products are sums, of which Inductor makes two kernels that read q, k and v where they are. A library's products
+    would read copies.
     """
-    if q.device.type != "cuda":
-        return F.scaled_dot_product_attention(q, k, v, scale=1.0)
-    if not _is_compiling_for_cuda(q):
-        return (q @ k.mT).softmax(-1) @ v
-    weights = (q.unsqueeze(-2).float() * k.unsqueeze(-3)).sum(-1).softmax(-1)
-    return (weights.unsqueeze(-1) * v.unsqueeze(-3)).sum(-2).to(v.dtype)
+    B, H, W, _ = qkv.shape
+    windows = B, H // s, W // s, heads
+    qkv = qkv.reshape(B, H // s, s, W // s, s, 3, heads, d).permute(5, 0, 1, 3, 6, 2, 4, 7)  # (3, *windows, s, s, d)
+    if _is_compiling_for_cuda(qkv):
+        q, k, v = qkv.unbind(0)
+        logits = (q[..., None, None, :].float() * k[..., None, None, :, :, :]).sum(-1)  # (*windows, s, s, s, s)
+        weights = logits.flatten(-2).softmax(-1).unflatten(-1, (s, s))
+        y = (weights.unsqueeze(-1) * v[..., None, None, :, :, :]).sum((-3, -2)).to(v.dtype)
+    else:
+        q, k, v = qkv.reshape(3, -1, s * s, d).unbind(0)
+        y = ((q @ k.mT).softmax(-1) @ v).reshape(*windows, s, s, d)
+    return y.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, H, W, heads * d)
 
 
 def _is_compiling_for_cuda(x: Tensor) -> bool:
