@@ -34,8 +34,6 @@ H100 = SimpleNamespace(
     regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, max_threads_per_block=1024, total_memory=80 << 30,
     L2_cache_size=50 << 20, shared_memory_per_block=49152, shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472,
 )  # fmt: skip
-
-
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "_reshape_alias"}
 OPTIONS = {name: value for name, value in CUDA_OPTIONS.items() if name not in ("max_autotune", "triton.cudagraphs")}  # these need a device
 
@@ -109,7 +107,7 @@ class _Log(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         name = function._schema.name.removeprefix("aten::")
         tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
-        if not (name.startswith(("prim::", "prims::")) or function.is_view or name in NO_KERNEL):
+        if tensors and not (name.startswith("prim::") or function.is_view or name in NO_KERNEL):
             self.names.append(name)
             self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return result

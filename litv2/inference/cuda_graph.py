@@ -36,18 +36,17 @@ class CudaGraph(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Any:
         with self.lock, torch.cuda.device(x.device):
-            if self.graph is None:
-                self._capture(x)
-            elif (x.shape, x.dtype, x.device) != (self.input.shape, self.input.dtype, self.input.device):
+            if self.graph and (x.shape, x.dtype, x.device) != (self.input.shape, self.input.dtype, self.input.device):
                 return self.module(x)
+            graph = self.graph or self._capture(x)
             self.free.wait()
             self.input.copy_(x)
-            self.graph.replay()
+            graph.replay()
             result = each_tensor(torch.clone, self.output)
             self.free.record()
             return result
 
-    def _capture(self, x: Tensor) -> None:
+    def _capture(self, x: Tensor) -> torch.cuda.CUDAGraph:
         self.input = x.clone()
         stream = torch.cuda.Stream(x.device)
         stream.wait_stream(torch.cuda.current_stream())
@@ -61,3 +60,4 @@ class CudaGraph(nn.Module):
             self.output = self.module(self.input)
         self.free = torch.cuda.Event()  # recorded by the last call: the graph's memory may be overwritten
         self.graph = graph
+        return graph
