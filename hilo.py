@@ -120,7 +120,8 @@ class HiLo(nn.Module):
         s, B, heads, d = self.window_size, x.shape[0], self.h_heads, self.head_dim
         qkv = self.h_qkv(x).reshape(B, nh, s, nw, s, 3, heads, d)
         qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, B * nh * nw, heads, s * s, d)
-        y = self._attention(*qkv.unbind(0))  # (B*nh*nw, heads, s*s, d)
+        attention = self._products if x.device.type == "cuda" else self._attention
+        y = attention(*qkv.unbind(0))  # (B*nh*nw, heads, s*s, d)
         y = y.reshape(B, nh, nw, heads, s, s, d).permute(0, 1, 4, 2, 5, 3, 6)
         return self.h_proj(y.reshape(B, nh * s, nw * s, self.h_dim))
 
@@ -138,6 +139,12 @@ class HiLo(nn.Module):
     def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         drop = self.attn_drop if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=self.scale)
+
+    def _products(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``_attention`` written out, for windows on CUDA. Torch's fused kernels there take at most 65535 sequences, and work on
+        tiles of 128 tokens, where a window has s * s."""
+        weights = (q * self.scale @ k.mT).softmax(-1)
+        return F.dropout(weights, self.attn_drop, self.training) @ v
 
     def flops(self, H: int, W: int) -> int:
         """Returns the multiply-adds for one H x W map, counted as in the paper: padded cells included, softmax and pooling not."""

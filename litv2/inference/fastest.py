@@ -13,9 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mm_modules.DCN import compiled as deform_conv
+
 from ..model import LITv2
 from ..ops import native
 from ..ops.folding import inference_copy
+from .compiled import Compiled
+from .cuda_graph import CudaGraph, each_tensor
 from .fused import fuse
 from .packed import packed_model
 
@@ -26,6 +30,7 @@ FORMS = {
     "native-bfloat16": "the same with bfloat16 products",
     "native-int8": "the same with int8 products",
     "compiled": "folded by fuse(), frozen weights, generated code",
+    "graph": "folded by fuse(), torch's operators, launched as one CUDA graph",
     "fused": "folded by fuse(), torch's operators",
 }
 PRODUCTS = {"native": torch.float32, "native-bfloat16": torch.bfloat16, "native-int8": torch.int8}  # dtype of the products
@@ -41,7 +46,7 @@ class Optimized(nn.Module):
         dtype: dtype of the images and the outputs.
         compute_dtype: dtype of the weights and of the computation.
         seconds: time for the example by form, the plain model included.
-        errors: largest error by form, relative to the largest output of the plain float32 model; rejected forms included.
+        errors: largest error by form, relative to the largest output of the exact model; rejected forms included.
     """
 
     def __init__(self, module: Callable[[Tensor], Any], form: str, dtype: torch.dtype, compute_dtype: torch.dtype):
@@ -53,9 +58,7 @@ class Optimized(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Any:
         result = self.module(x.to(self.compute_dtype))
-        if self.dtype == self.compute_dtype:
-            return result
-        return result.to(self.dtype) if isinstance(result, Tensor) else type(result)(level.to(self.dtype) for level in result)
+        return result if self.dtype == self.compute_dtype else each_tensor(lambda tensor: tensor.to(self.dtype), result)
 
     def extra_repr(self) -> str:
         return f"form={self.form}, dtype={self.dtype}, compute_dtype={self.compute_dtype}"
@@ -70,25 +73,29 @@ def optimize(
 ) -> Optimized:
     """Returns the fastest form of a model for inference on images like ``example``, with the same outputs.
 
-    The result accepts other sizes too, but was chosen for the shape, device and number of threads of the example.
+    The result accepts other sizes too, but was chosen for the shape, device and number of threads of the example. It is on the
+    example's device, wherever the model is. The form "graph" replays a CUDA graph at the example's shape and computes other shapes
+    without one.
 
     Args:
         model: a classifier or backbone; it is not modified. Later changes to its weights do not affect the result.
         example: images (B, in_chans, H, W) on the target device, with the batch size that will be used.
         dtype: dtype of the images and the outputs; None for the model's. With bfloat16 on a processor without bfloat16
-            instructions, the native form computes in float32, which is faster there and more accurate. On a processor that
+            instructions, the native form computes in float32, which is faster there and more accurate. On CUDA all weights are in
+            this dtype, float16 and bfloat16 included: nothing is cast on the way, as autocast would. On a processor that
             has them there is also "native-bfloat16", which rounds only the factors of its matrix products. With int8
             ("int8" or ``torch.int8``) images and outputs keep the model's dtype, and the form is "native-int8": see
             ``packed_model``. It needs no calibration, since each token is scaled by its own largest and smallest value.
-        forms: names from ``FORMS`` to try; None for all that this machine supports. Compiling takes about a minute.
+        forms: names from ``FORMS`` to try; None for all that this machine supports. Compiling takes about a minute,
+            on CUDA, where kernels are tuned, several.
         report: function that is called with each line of progress; None for no output.
 
     Raises:
         TypeError: the model is not a LITv2.
         ValueError: the dtype or a form is unknown, or none of the forms is available here.
-        RuntimeError: no form is accurate enough. The error relative to the plain float32 model may be 1e-4 of the largest output,
-            or in lower precision twice the error of the plain model in that precision, with int8 0.1 of the largest output. If
-            some forms are accurate enough, the others are reported and left out.
+        RuntimeError: no form is accurate enough. The error relative to the plain float32 model (on CUDA float64, as float32 may be
+            TF32 there) may be 1e-4 of the largest output, or in lower precision twice the error of the plain model in that precision,
+            with int8 0.1 of the largest output. If some forms are accurate enough, the others are reported and left out.
     """
     if not isinstance(model, LITv2):
         raise TypeError(f"optimize: expected a LITv2, got {type(model).__name__}; for a detector or segmenter, optimize its backbone")
@@ -113,15 +120,19 @@ def optimize(
     if not forms:
         raise ValueError(f"optimize: none of these forms is available: {missing}")
 
+    device = next(model.parameters()).device
+    if device != example.device:
+        log(f"the model is on {device}, the images are on {example.device}: all forms are made there")
+    model = inference_copy(model).to(example.device)
     plain = Optimized(inference_copy(model).to(dtype), "plain", dtype, dtype)
-    exact = _tensors(Optimized(inference_copy(model).to(torch.float32), "plain", torch.float32, torch.float32)(example))
-    allowed = 1e-4 if dtype == torch.float32 else max(1e-4, 2 * _error(_tensors(plain(example)), exact))
-    if int8:
-        allowed = INT8_ERROR
+    # In float32 torch's convolutions on CUDA may round to TF32.
+    wide = torch.float64 if example.is_cuda else torch.float32
+    exact = _tensors(Optimized(inference_copy(model).to(wide), "plain", wide, wide)(example))
     candidates = {"plain": plain}
     for form in forms:
         candidates[form] = make_form(model, form, dtype)
     errors = {form: _error(_tensors(candidate(example)), exact) for form, candidate in candidates.items()}
+    allowed = INT8_ERROR if int8 else max(1e-4, 2 * errors["plain"])
     for form in tuple(forms):
         if not errors[form] <= allowed:
             refused = f"its error against the plain model is {errors[form]:.1e}, more than {allowed:.1e}"
@@ -135,14 +146,19 @@ def optimize(
     best.seconds, best.errors = seconds, errors
     for form in candidates:
         about = FORMS.get(form, "the model as it is")
-        kind = "" if candidates[form].compute_dtype == dtype else f" in {candidates[form].compute_dtype}".replace("torch.", "")
+        kind = str(candidates[form].compute_dtype).removeprefix("torch.")
         chosen = "  <- chosen" if form == best.form else ""
-        log(f"{form + ':':17}{1e3 * seconds[form]:9.1f} ms{kind}, error {errors[form]:.0e}, {about}{chosen}")
+        log(f"{form + ':':17}{1e3 * seconds[form]:9.1f} ms in {kind}, error {errors[form]:.0e}, {about}{chosen}")
     return best
 
 
 def why_not(form: str, example: Tensor) -> str | None:
     """Returns the reason why a form is not available for these images, or None."""
+    if form == "graph":
+        if example.device.type != "cuda":
+            return f"it needs a CUDA device, got {example.device.type}"
+        if problem := deform_conv.why_not(example):
+            return f"it needs the compiled deformable convolution, as torchvision's is not launched where graphs record; {problem}"
     if not form.startswith("native"):
         return None
     if native.problem is not None:
@@ -162,9 +178,8 @@ def make_form(model: LITv2, form: str, dtype: torch.dtype) -> Optimized:
         packed = packed_model(inference_copy(model).to(torch.float32), PRODUCTS[form])
         return Optimized(packed, form, dtype, torch.float32)
     fused = fuse(model).to(dtype)
-    if form == "compiled":
-        return Optimized(torch.compile(fused, options={"freezing": True}), form, dtype, dtype)
-    return Optimized(fused, form, dtype, dtype)
+    wrapper = {"compiled": Compiled, "graph": CudaGraph}.get(form)
+    return Optimized(wrapper(fused) if wrapper else fused, form, dtype, dtype)
 
 
 def _tensors(result: Any) -> list[Tensor]:
@@ -173,7 +188,7 @@ def _tensors(result: Any) -> list[Tensor]:
 
 def _error(results: list[Tensor], exact: list[Tensor]) -> float:
     """Returns the largest error relative to the largest value, for the worst output."""
-    errors = [(a.float() - b).abs().max() / b.abs().max() for a, b in zip(results, exact)]
+    errors = [(a.to(b.dtype) - b).abs().max() / b.abs().max() for a, b in zip(results, exact)]
     return torch.stack(errors).max().item()  # NaN if any is NaN
 
 

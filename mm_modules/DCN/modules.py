@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
+from ..torch_state import is_exporting
 from .deform_conv import deform_conv2d
 
 __all__ = ["DeformConv2d", "DeformConv2dPack", "DeformConv2dPackMore", "ModulatedDeformConv2d", "ModulatedDeformConv2dPack"]
@@ -185,4 +186,18 @@ def _in_float32(conv: Any, x: Tensor) -> Tensor:
     """Runs the convolution in float32 or better even under autocast, since rounded offsets would move samples."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        return F.conv2d(x.to(dtype), conv.weight.to(dtype), conv.bias.to(dtype), conv.stride, conv.padding, conv.dilation)
+        weight, bias = conv.weight.to(dtype), conv.bias.to(dtype)
+        plain = conv.stride == conv.kernel_size and conv.dilation == (1, 1) and conv.padding == (0, 0)
+        if plain and x.device.type == "cuda" and torch.compiler.is_compiling() and not is_exporting() and not torch.is_grad_enabled():
+            return _of_patches(x, weight, bias)
+        return F.conv2d(x.to(dtype), weight, bias, conv.stride, conv.padding, conv.dilation)
+
+
+def _of_patches(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A convolution of patches that do not overlap, as a sum of products: of it ``torch.compile`` makes one kernel, which reads x in its
+    own precision. A library's convolution reads a float32 copy."""
+    kh, kw = weight.shape[2:]
+    h, w = x.shape[2] // kh, x.shape[3] // kw
+    x = x.narrow(2, 0, h * kh).narrow(3, 0, w * kw).unflatten(3, (w, kw)).unflatten(2, (h, kh))  # (B, C, h, kh, w, kw)
+    products = x.permute(0, 2, 4, 3, 5, 1).unsqueeze(3).to(weight.dtype) * weight.permute(0, 2, 3, 1)  # (B, h, w, O, kh, kw, C)
+    return (products.sum(dim=(4, 5, 6)) + bias).permute(0, 3, 1, 2)
