@@ -37,7 +37,10 @@ def training_step(
         model.set_grad_checkpointing()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
     scheduler = CosineLRScheduler(optimizer, t_initial=1000, t_in_epochs=False)
-    runner = distributed.parallel(model, device, compiled)
+    ours = name.startswith("litv2")
+    runner = distributed.parallel(model, device, compiled and ours)
+    if compiled and not ours:
+        runner = torch.compile(runner)  # with the defaults: COMPILE_OPTIONS are for LITv2
     batch = batch._replace(images=batch.images.to(device), targets=batch.targets.to(device))
 
     def step(mode: str) -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from litv2.compilation import COMPILE_OPTIONS
 from litv2.errors import UserError
 
 
@@ -116,7 +117,7 @@ def parallel(model: nn.Module, device: torch.device, compiled: bool = False) -> 
         model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **options)
     # Compiled outside of DDP, the graph is split where DDP's buckets end. Compiled inside, the backward pass would be one graph, and
     # the gradients would be sent only after all of it.
-    return cast(nn.Module, torch.compile(model)) if compiled else model
+    return cast(nn.Module, torch.compile(model, options=COMPILE_OPTIONS)) if compiled else model
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -33,6 +33,7 @@ from config import parse_args
 from data import build_loaders
 from data.loader import BadFiles, Loaders
 from data.sources import DataError
+from litv2.compilation import COMPILE_OPTIONS
 from litv2.errors import UserError, run_program
 from litv2.files import atomic_write
 from litv2.weights.download import fetch
@@ -81,7 +82,7 @@ def throughput(config: CfgNode, precision: Precision, folder: Path, log: logging
     network = build_model(config, config.MODEL.NUM_CLASSES if config.MODEL.NUM_CLASSES > 0 else 1000).to(device)
     model = precision.for_inference(network)
     if config.COMPILE:
-        model = cast(nn.Module, torch.compile(model))
+        model = cast(nn.Module, torch.compile(model, options=COMPILE_OPTIONS))
     images = torch.randn(config.DATA.BATCH_SIZE, config.MODEL.LIT.IN_CHANS, size, size, device=device, dtype=precision.dtype)
     result = dict(
         model=config.MODEL.NAME,

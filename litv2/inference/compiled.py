@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compilation import COMPILE_OPTIONS
 from .cuda_graph import each_tensor
 
 __all__ = ["CUDA_OPTIONS", "Compiled"]
 
 CUDA_OPTIONS: dict[str, Any] = {
-    # Inductor would take tokens (B, H, W, C) for images (B, C, H, W), and store them transposed for the few convolutions among them.
-    "layout_optimization": False,
+    **COMPILE_OPTIONS,
     # HiLo's window attention is computed where its result is joined with the other branch, instead of in a kernel of its own.
     "realize_opcount_threshold": 64,
     "force_pointwise_cat": True,
@@ -28,7 +28,7 @@ class Compiled(nn.Module):
     def __init__(self, module: nn.Module):
         super().__init__()
         self.on_cuda = next(module.parameters()).is_cuda
-        self.module = torch.compile(module, options=CUDA_OPTIONS if self.on_cuda else {})
+        self.module = torch.compile(module, options=CUDA_OPTIONS if self.on_cuda else COMPILE_OPTIONS)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Any:
