@@ -19,9 +19,12 @@ INLINE Vector all(float x) { return Vector{} + x; }
 INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }  // b where one is NaN
 
 INLINE float sum(Vector x) {
-  float total = 0;
-  for (int i = 0; i < V; ++i) total += x[i];
-  return total;
+  float part[V];
+  store(part, x);
+  for (int n = V / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) part[i] += part[i + n];
+  }
+  return part[0];
 }
 
 // c[0] x^(N-1) + ... + c[N-1]
