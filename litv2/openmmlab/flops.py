@@ -41,9 +41,13 @@ def count_flops(model: nn.Module, height: int, width: int) -> dict[str, int]:
         (sh, sw), (ph, pw) = hilo.window, hilo.pool
         cells, pooled = -(-H // sh) * sh * -(-W // sw) * sw, -(-H // ph) * -(-W // pw)
         layers = [(name, layer.weight.numel()) for name, layer in hilo.named_children() if isinstance(layer, nn.Linear)]
-        extra["products"] += hilo.flops(H, W) - sum(weights * (pooled if name == "l_kv" else cells) for name, weights in layers)
-        if hilo.l_heads and hilo.pool != (1, 1):
-            extra["unseen"] += pooled * ph * pw * hilo.dim
+        linear = sum(weights * (pooled if name == "l_kv" else cells) for name, weights in layers)
+        extra["products"] += hilo.flops(H, W) - linear
+        extra["unseen"] += linear + (pooled * ph * pw * hilo.dim if hilo.l_heads and hilo.pool != (1, 1) else 0)
+
+    def count_linear(linear: Any, args: tuple, kwargs: dict, output: Tensor) -> None:
+        """Of HiLo: mmcv sees the cells that it is called with, some without the padding, but the release's count has it everywhere."""
+        extra["unseen"] -= args[0].numel() * output.shape[-1]
 
     def count_deformable(conv: Any, args: tuple, kwargs: dict, output: Tensor) -> None:
         cells = output.shape[2] * output.shape[3]
@@ -51,8 +55,10 @@ def count_flops(model: nn.Module, height: int, width: int) -> dict[str, int]:
         extra["unseen"] += cells * (conv.conv_offset.weight.numel() + conv.conv_offset.bias.numel())
 
     counters = {HiLo: count_hilo, HiLo2d: count_hilo, DeformConv2dPack: count_deformable}
-    counted = [module for module in model.modules() if type(module) in counters]
-    hooks = [module.register_forward_hook(counters[type(module)], with_kwargs=True) for module in counted]
+    counted = [(module, counters[type(module)]) for module in model.modules() if type(module) in counters]
+    parts = [part for module, _ in counted if isinstance(module, HiLo) for part in module.children() if isinstance(part, nn.Linear)]
+    counted += [(part, count_linear) for part in parts]
+    hooks = [module.register_forward_hook(counter, with_kwargs=True) for module, counter in counted]
     try:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):  # only shapes are computed, which takes no time
             seen, _ = get_model_complexity_info(CountedForward(model), (3, height, width), print_per_layer_stat=False, as_strings=False)

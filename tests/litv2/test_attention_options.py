@@ -185,6 +185,17 @@ def test_flops(options, form):
 
 
 @pytest.mark.extra
+@pytest.mark.parametrize("options", [dict(window_size=4), dict(window_size=(4, 3), pool_size=2)], ids=str)
+def test_flops_of_padded_maps(options):
+    """Padding is part of the release's count, whether it is computed or not."""
+    count_flops = pytest.importorskip("litv2.openmmlab.flops", exc_type=ImportError).count_flops
+    attn = HiLo(32, 4, alpha=0.5, **options)
+    (ph, pw), (H, W) = attn.pool, (11, 23)
+    pooling = -(-H // ph) * ph * -(-W // pw) * pw * 32
+    assert count_flops(Maps(attn, "tokens"), H, W)["published"] == attn.flops(H, W) + pooling
+
+
+@pytest.mark.extra
 def test_flops_that_are_not_counted():
     count_flops = pytest.importorskip("litv2.openmmlab.flops", exc_type=ImportError).count_flops
     with pytest.raises(NotImplementedError, match="a HiLo to a context or with extra tokens is not counted"):
