@@ -75,7 +75,7 @@ def packed_model(model: LITv2, products: torch.dtype = torch.float32) -> LITv2:
     With ``products=torch.bfloat16`` the factors of the products with weights are rounded to bfloat16 and accumulated in float32. With
     ``torch.int8`` the weights are rounded to 127 steps of the largest of each output channel, and each token to 255 steps of its range;
     sums are exact. GELU between the products has an error of up to 5e-5 then. Everything else stays in float32: the patch embedding,
-    the offsets of token merging, the products in attention, the classifier, and all of an attention that is not the paper's HiLo (``is_plain``).
+    the offsets of token merging, the products in attention, the classifier, and all of an attention that ``is_plain`` does not accept.
     """
     model = inference_copy(model)
     model.patch_embed = PackedPatchEmbed(model.patch_embed)
