@@ -8,21 +8,40 @@ One layer, two kinds of heads over the same map of tokens:
 This file depends only on torch, so it can be copied into another project:
 
     >>> import torch
-    >>> from hilo import HiLo
+    >>> from hilo import HiLo, HiLo2d
     >>> hilo = HiLo(dim=384, num_heads=12, window_size=2, alpha=0.5)
-    >>> hilo(torch.randn(64, 14 * 14, 384), H=14, W=14).shape
+    >>> hilo(torch.randn(64, 14 * 14, 384), H=14, W=14).shape  # tokens
     torch.Size([64, 196, 384])
+    >>> hilo(torch.randn(64, 14, 14, 384)).shape  # a channels-last map
+    torch.Size([64, 14, 14, 384])
+    >>> HiLo2d(dim=384, num_heads=12)(torch.randn(64, 384, 14, 14)).shape  # a map as convolutions take it
+    torch.Size([64, 384, 14, 14])
     >>> hilo.flops(14, 14)
     83467776
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["HiLo"]
+__all__ = ["HiLo", "HiLo2d", "HiLoWeights"]
+
+
+class HiLoWeights(NamedTuple):
+    """The attention of both branches before dropout; None for a branch without heads. Rows are queries and sum to 1."""
+
+    hifi: Tensor | None  # (B, windows, h_heads, sh * sw, sh * sw), windows and their cells in row-major order
+    lofi: Tensor | None  # (B, l_heads, E + H * W, M + E), M pooled cells in row-major order; E extra tokens
+
+
+class _Tokens(NamedTuple):
+    extra: Tensor  # (B, E, dim)
+    map: Tensor  # (B, H, W, dim)
 
 
 class HiLo(nn.Module):
@@ -35,49 +54,41 @@ class HiLo(nn.Module):
         qk_scale: scale of the attention logits; None for ``head_dim ** -0.5``.
         attn_drop: dropout rate of the attention weights.
         proj_drop: dropout rate of the output.
-        window_size: side s of the windows and of the pooling. 1 is plain multi-head self-attention:
+        window_size: side s of the windows and of the pooling, or (sh, sw). 1 is plain multi-head self-attention:
             all heads are Lo-Fi, nothing is pooled and ``alpha`` is ignored.
         alpha: share of the heads assigned to Lo-Fi, in [0, 1]: ``int(num_heads * alpha)`` heads. 0 is Hi-Fi only, 1 is Lo-Fi only.
+        pool_size: side p of the pooling, or (ph, pw), where it is not that of the windows.
+        mask_padding: whether the cells that the layer itself pads are left out. The paper lets both branches treat them like any others.
 
-    Shape:
-        ``x`` (B, H * W, dim) in row-major order -> (B, H * W, dim), Hi-Fi channels first. H and W can be any size: if they
-        are not multiples of the window size, the map is zero-padded on the right and at the bottom, both branches treat the
-        padded cells like any others (no mask), and the result is cropped.
+    Each branch zero-pads the map on the right and at the bottom to whole windows or pooled cells, so that H and W can be any size.
 
     Raises:
-        ValueError: an argument is out of range, or the shape of the input is not (B, H * W, dim).
+        ValueError: an argument is out of range, or in the place of another.
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        qkv_bias: bool = False,
-        qk_scale: float | None = None,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        window_size: int = 2,
-        alpha: float = 0.5,
-    ):
+        self, dim: int, num_heads: int = 8, qkv_bias: bool = False, qk_scale: float | None = None, attn_drop: float = 0.0,
+        proj_drop: float = 0.0, window_size: int | Sequence[int] = 2, alpha: float = 0.5, *,
+        pool_size: int | Sequence[int] | None = None, mask_padding: bool = False,
+    ):  # fmt: skip
         super().__init__()
+        if not isinstance(qkv_bias, bool):
+            raise self._error(f"qkv_bias={qkv_bias!r} must be True or False; was window_size={qkv_bias!r} meant?")
+        if isinstance(qk_scale, bool) or not (qk_scale is None or qk_scale >= 0):
+            raise self._error(f"qk_scale={qk_scale!r} must be None or a positive number")
         if num_heads < 1 or dim < 1 or dim % num_heads:
-            raise ValueError(f"HiLo: dim={dim} must be a positive multiple of num_heads={num_heads}")
-        if window_size < 1 or window_size != int(window_size):
-            raise ValueError(f"HiLo: window_size={window_size} must be an integer of at least 1")
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"HiLo: alpha={alpha} must lie in [0, 1]: it is the share of the heads assigned to Lo-Fi")
-
-        self.dim = dim
-        self.num_heads = num_heads
-        self.window_size = int(window_size)
-        self.alpha = alpha
+            raise self._error(f"dim={dim} must be a positive multiple of num_heads={num_heads}")
+        if isinstance(alpha, bool) or not 0 <= alpha <= 1:
+            raise self._error(f"alpha={alpha} must lie in [0, 1]: it is the share of the heads assigned to Lo-Fi")
+        self.dim, self.num_heads, self.alpha, self.mask_padding = dim, num_heads, alpha, mask_padding
+        self.window = self._pair("window_size", window_size)
+        self.pool = self.window if pool_size is None else self._pair("pool_size", pool_size)
+        self.window_size = self.window[0] if self.window[0] == self.window[1] else self.window
         self.head_dim = dim // num_heads
         self.scale = qk_scale or self.head_dim**-0.5
-        self.l_heads = num_heads if window_size == 1 else int(num_heads * alpha)
+        self.l_heads = num_heads if self.window == (1, 1) else int(num_heads * alpha)
         self.h_heads = num_heads - self.l_heads
-        self.l_dim = self.l_heads * self.head_dim
-        self.h_dim = self.h_heads * self.head_dim
-
+        self.l_dim, self.h_dim = self.l_heads * self.head_dim, self.h_heads * self.head_dim
         if self.l_heads:
             self.l_q = nn.Linear(dim, self.l_dim, bias=qkv_bias)
             self.l_kv = nn.Linear(dim, 2 * self.l_dim, bias=qkv_bias)
@@ -85,76 +96,204 @@ class HiLo(nn.Module):
         if self.h_heads:
             self.h_qkv = nn.Linear(dim, 3 * self.h_dim, bias=qkv_bias)
             self.h_proj = nn.Linear(self.h_dim, self.h_dim)
-        self.attn_drop = attn_drop
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.attn_drop, self.proj_drop = attn_drop, nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, H: int, W: int) -> Tensor:
-        if x.dim() != 3:
-            raise ValueError(f"HiLo: x must have shape (B, H * W, dim), got {tuple(x.shape)}")
-        if x.shape[2] != self.dim:
-            raise ValueError(f"HiLo: the last dimension of x is {x.shape[2]} (shape {tuple(x.shape)}), expected dim={self.dim}")
-        if x.shape[1] != H * W:
-            raise ValueError(f"HiLo: x has {x.shape[1]} tokens, but H * W = {H} * {W} = {H * W}")
+    def forward(
+        self, x: Tensor, H: int | None = None, W: int | None = None, *, context: Tensor | None = None, pos: Tensor | None = None,
+        context_pos: Tensor | None = None, mask: Tensor | None = None, extra_tokens: int = 0, need_weights: bool = False,
+    ) -> Tensor | tuple[Tensor, HiLoWeights]:  # fmt: skip
+        """Attends from x to itself, or to a context.
 
-        # Pad the map to nh x nw whole windows.
-        s, B, C = self.window_size, x.shape[0], x.shape[2]
-        nh, nw = (H + s - 1) // s, (W + s - 1) // s
-        x = x.reshape(B, H, W, C)
-        # A traced graph always pads, even by 0: without a branch on H and W, one graph serves every size.
-        padded = torch.compiler.is_compiling() or (nh * s, nw * s) != (H, W)
-        if padded:
-            x = F.pad(x, (0, 0, 0, nw * s - W, 0, nh * s - H))
+        Args:
+            x: tokens (B, H * W, dim) in row-major order, with H and W, or a map (B, H, W, dim).
+            context: a map (B, rows, columns, dim) that keys and values are computed from instead of x. Hi-Fi attends from each window of
+                x to that of the context at its place, so that with Hi-Fi heads it must have the size of x.
+            pos: a positional term of the shape of x (or a batch of 1) that is added for queries and keys, but not for values.
+            context_pos: the same of the context, for keys.
+            mask: (B, rows, columns), True for the valid cells of what is attended to; the others are left out of windows, averages and
+                attention. Outputs at invalid cells, and of windows or maps without a valid one, are finite but mean nothing.
+            extra_tokens: number E of leading tokens that are no cells of the map, such as a class token: x is (B, E + H * W, dim). In
+                Hi-Fi they are a window of their own; in Lo-Fi they attend to all pooled cells and to each other, and cells attend to them.
+            need_weights: whether to return the attention, too.
 
-        if not self.l_heads:
-            out = self._hifi(x, nh, nw)
-        elif not self.h_heads:
-            out = self._lofi(x, nh, nw)
-        else:
-            out = torch.cat((self._hifi(x, nh, nw), self._lofi(x, nh, nw)), dim=-1)
-        if padded:
-            out = F.pad(out, (0, 0, 0, W - nw * s, 0, H - nh * s))  # a negative pad crops
-        return self.proj_drop(out.reshape(B, H * W, C))
+        Returns:
+            A tensor of the shape of x, Hi-Fi channels first; with ``need_weights`` also ``HiLoWeights``.
 
-    def _hifi(self, x: Tensor, nh: int, nw: int) -> Tensor:
-        """Attention inside each window (section 3.2, "high-frequency attention"). (B, nh*s, nw*s, dim) -> (..., h_dim)."""
-        s, B, heads, d = self.window_size, x.shape[0], self.h_heads, self.head_dim
-        qkv = self.h_qkv(x).reshape(B, nh, s, nw, s, 3, heads, d)
-        qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, B * nh * nw, heads, s * s, d)
-        attention = self._products if x.device.type == "cuda" else self._attention
-        y = attention(*qkv.unbind(0))  # (B*nh*nw, heads, s*s, d)
-        y = y.reshape(B, nh, nw, heads, s, s, d).permute(0, 1, 4, 2, 5, 3, 6)
-        return self.h_proj(y.reshape(B, nh * s, nw * s, self.h_dim))
+        Raises:
+            ValueError: the shape of an argument does not fit.
+        """
+        shape = x.shape
+        x, size = self._tokens("x", x, (H, W), extra_tokens)
+        value = _Tokens(x[:, :extra_tokens], x[:, extra_tokens:].unflatten(1, size))
+        query = key = value if pos is None else self._add("pos", value, pos)
+        if context is not None:  # extra tokens are of x, also as keys and values
+            seen = _Tokens(x[:, :0], self._tokens("context", context, (None, None))[0].unflatten(1, context.shape[1:3]))
+            key = seen if context_pos is None else self._add("context_pos", seen, context_pos)
+            key, value = _Tokens(query.extra, key.map), _Tokens(value.extra, seen.map)
+            key = value if pos is None and context_pos is None else key
+        elif context_pos is not None:
+            raise self._error("context_pos is the position of a context, but there is none; that of x is pos")
+        if self.h_heads and query.map.shape[1:3] != key.map.shape[1:3]:
+            sizes = f"x has {tuple(query.map.shape[1:3])} cells and the context {tuple(key.map.shape[1:3])}"
+            raise self._error(f"{sizes}, but Hi-Fi's windows lie over each other: resize one of them, or leave Hi-Fi out (alpha=1)")
+        if mask is not None and (mask.dtype != torch.bool or mask.shape[1:] != key.map.shape[1:3]):
+            raise self._error(f"mask is {tuple(mask.shape)} of {mask.dtype}, expected {tuple(key.map.shape[:3])} of torch.bool")
+        if mask is not None:  # whatever is at invalid cells, NaN included, is read by nobody
+            valid = {id(y): y._replace(map=y.map.masked_fill(~mask[..., None], 0)) for y in (key, value)}
+            query, key, value = (valid.get(id(y), y) for y in (query, key, value))
+        elif self.mask_padding:
+            mask = torch.ones((), dtype=torch.bool, device=x.device).expand(1, *key.map.shape[1:3])
 
-    def _lofi(self, x: Tensor, nh: int, nw: int) -> Tensor:
-        """Attention from every position to the pooled map ("low-frequency attention"). (B, nh*s, nw*s, dim) -> (..., l_dim)."""
-        s, B, heads, d = self.window_size, x.shape[0], self.l_heads, self.head_dim
-        q = self.l_q(x).reshape(B, nh * s * nw * s, heads, d).transpose(1, 2)  # (B, heads, N, d)
-        if s > 1:
-            # The tokens are channels-last already; the permuted view costs nothing and pooling keeps the layout.
-            x = F.avg_pool2d(x.permute(0, 3, 1, 2), s).permute(0, 2, 3, 1)  # (B, nh, nw, dim)
-        k, v = self.l_kv(x).reshape(B, nh * nw, 2, heads, d).permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, M, d)
-        y = self._attention(q, k, v).transpose(1, 2)  # (B, N, heads, d)
-        return self.l_proj(y.reshape(B, nh * s, nw * s, self.l_dim))
+        hifi, h_weights = self._hifi(query, key, value, mask, need_weights) if self.h_heads else (None, None)
+        lofi, l_weights = self._lofi(query, key, value, mask, need_weights) if self.l_heads else (None, None)
+        out = lofi if hifi is None else hifi if lofi is None else torch.cat((hifi, lofi), dim=-1)
+        out = self.proj_drop(out.reshape(shape))
+        return (out, HiLoWeights(h_weights, l_weights)) if need_weights else out
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        drop = self.attn_drop if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=self.scale)
+    def _hifi(self, query: _Tokens, key: _Tokens, value: _Tokens, mask: Tensor | None, need_weights: bool):
+        """Attention inside each window (section 3.2, "high-frequency attention") -> (B, E + H * W, h_dim) and its weights."""
+        (sh, sw), (B, H, W), heads, d = self.window, query.map.shape[:3], self.h_heads, self.head_dim
+        nh, nw = -(-H // sh), -(-W // sw)
 
-    def _products(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """``_attention`` written out, for windows on CUDA. Torch's fused kernels there take at most 65535 sequences, and work on
-        tiles of 128 tokens, where a window has s * s."""
-        weights = (q * self.scale @ k.mT).softmax(-1)
-        return F.dropout(weights, self.attn_drop, self.training) @ v
+        def windows(x: Tensor) -> Tensor:
+            """(B, nh * sh, nw * sw, h_dim) -> (B * nh * nw, heads, sh * sw, d)."""
+            return x.reshape(B, nh, sh, nw, sw, heads, d).permute(0, 1, 3, 5, 2, 4, 6).reshape(B * nh * nw, heads, sh * sw, d)
 
-    def flops(self, H: int, W: int) -> int:
+        q, k, v = map(windows, _parts(self.h_qkv, (query, key, value), lambda x: _pad(x.map, self.window)))
+        if mask is not None:
+            mask = _pad(mask[..., None], self.window, value=not self.mask_padding).reshape(-1, nh, sh, nw, sw).transpose(2, 3)
+            mask = mask.reshape(-1, nh * nw, 1, 1, sh * sw).expand(B, -1, -1, -1, -1).flatten(0, 1)
+        # Torch's fused kernels on CUDA take at most 65535 sequences, and work on tiles of 128 tokens, where a window has sh * sw.
+        y, weights = self._attention(q, k, v, mask, written_out=need_weights or q.is_cuda)
+        y = y.reshape(B, nh, nw, heads, sh, sw, d).permute(0, 1, 4, 2, 5, 3, 6).reshape(B, nh * sh, nw * sw, self.h_dim)
+        if torch.compiler.is_compiling() or (nh * sh, nw * sw) != (H, W):
+            y = F.pad(y, (0, 0, 0, W - nw * sw, 0, H - nh * sh))  # a negative pad crops
+        y = y.flatten(1, 2)
+        if query.extra.shape[1]:
+            q, k, v = (_split(x, heads) for x in _parts(self.h_qkv, (query, key, value), lambda x: x.extra))
+            y = torch.cat((self._attention(q, k, v)[0].transpose(1, 2).flatten(2), y), dim=1)
+        return self.h_proj(y), None if weights is None else weights.unflatten(0, (B, nh * nw))
+
+    def _lofi(self, query: _Tokens, key: _Tokens, value: _Tokens, mask: Tensor | None, need_weights: bool):
+        """Attention from every position to the pooled map ("low-frequency attention") -> (B, E + H * W, l_dim) and its weights."""
+        E, heads = query.extra.shape[1], self.l_heads
+        if mask is not None:
+            mask = _pad(mask[..., None], self.pool, value=not self.mask_padding)
+            share = _average(mask.to(query.map.dtype), self.pool)  # of each pooled cell that is valid
+
+        def pooled(x: _Tokens) -> Tensor:
+            """The extra tokens, then the averages over valid cells: (B, E + M, dim)."""
+            cells = _average(_pad(x.map, self.pool), self.pool)
+            return _join(x.extra, cells if mask is None else cells / share.clamp(min=1e-6))
+
+        q = _split(self.l_q(_join(query.extra, query.map)), heads)
+        k, v = (_split(x, heads) for x in _parts(self.l_kv, (key, value), pooled))
+        if mask is not None:
+            mask = F.pad(share.flatten(1) > 0, (E, 0), value=True)[:, None, None]
+        y, weights = self._attention(q, k, v, mask, written_out=need_weights)
+        return self.l_proj(y.transpose(1, 2).flatten(2)), weights
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, written_out: bool = False):
+        """(B, heads, N, d), (B, heads, M, d), mask of (B, heads, N, M) or less -> (B, heads, N, d), and the weights if written out."""
+        if mask is not None:
+            mask = mask | ~mask.any(dim=-1, keepdim=True)  # where nothing is valid, all is: a mean, not NaN
+        if not written_out:
+            drop = self.attn_drop if self.training else 0.0
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop, scale=self.scale), None
+        logits = q * self.scale @ k.mT
+        weights = (logits if mask is None else logits.masked_fill(~mask, float("-inf"))).softmax(-1)
+        return F.dropout(weights, self.attn_drop, self.training) @ v, weights
+
+    def _tokens(self, name: str, x: Tensor, size: tuple[int | None, int | None], extra: int = 0) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens (B, extra + H * W, dim) as they are, or of a map (B, H, W, dim), with H and W."""
+        (H, W), tokens = size, f"{extra} + H * W" if extra else "H * W"
+        if x.dim() not in ((3,) if extra else (3, 4)):
+            raise self._error(f"{name} must have shape (B, {tokens}, dim){'' if extra else ' or (B, H, W, dim)'}, got {tuple(x.shape)}")
+        if x.shape[-1] != self.dim:
+            raise self._error(f"the last dimension of {name} is {x.shape[-1]} (shape {tuple(x.shape)}), expected dim={self.dim}")
+        if x.dim() == 4:
+            if (H, W) not in ((None, None), tuple(x.shape[1:3])):
+                raise self._error(f"{name} is a map of shape {tuple(x.shape)}, but its size is given as {H} x {W}")
+            return x.flatten(1, 2), (x.shape[1], x.shape[2])
+        if H is None or W is None:
+            raise self._error(f"{name} has shape {tuple(x.shape)}; H and W are needed, or a map (B, H, W, dim)")
+        if x.shape[1] != extra + H * W:
+            raise self._error(f"{name} has {x.shape[1]} tokens, but {tokens} is {extra + H * W} for H={H} and W={W}")
+        return x, (H, W)
+
+    def _add(self, name: str, x: _Tokens, pos: Tensor) -> _Tokens:
+        E = x.extra.shape[1]
+        pos, _ = self._tokens(name, pos, (x.map.shape[1], x.map.shape[2]), E)
+        return _Tokens(x.extra + pos[:, :E], x.map + pos[:, E:].unflatten(1, x.map.shape[1:3]))
+
+    def _pair(self, name: str, size: int | Sequence[int]) -> tuple[int, int]:
+        sides = (size, size) if isinstance(size, (int, float)) else tuple(size)
+        if len(sides) != 2 or any(isinstance(side, bool) or side < 1 or side != int(side) for side in sides):
+            raise self._error(f"{name}={size} must be an integer of at least 1, or two for rows and columns")
+        return int(sides[0]), int(sides[1])
+
+    def _error(self, message: str) -> ValueError:
+        return ValueError(f"{type(self).__name__}: {message}")
+
+    def flops(self, H: int, W: int, context_size: tuple[int, int] | None = None, extra_tokens: int = 0) -> int:
         """Returns the multiply-adds for one H x W map, counted as in the paper: padded cells included, softmax and pooling not."""
-        s = self.window_size
-        M = -(-H // s) * -(-W // s)  # windows, and cells of the pooled map
-        N = M * s * s
-        D, Dh, Dl = self.dim, self.h_dim, self.l_dim
-        hifi = 3 * N * D * Dh + M * s**4 * Dh * 2 + N * Dh**2
-        lofi = N * D * Dl + 2 * M * D * Dl + 2 * N * M * Dl + N * Dl**2
+        (sh, sw), (ph, pw), (Hc, Wc), E = self.window, self.pool, context_size or (H, W), extra_tokens
+        windows, M = -(-H // sh) * -(-W // sw), -(-Hc // ph) * -(-Wc // pw)  # M: cells of the pooled map
+        N, D, Dh, Dl = windows * sh * sw, self.dim, self.h_dim, self.l_dim
+        hifi = 3 * (N + E) * D * Dh + 2 * (windows * (sh * sw) ** 2 + E**2) * Dh + (N + E) * Dh**2
+        lofi = (N + E) * D * Dl + 2 * (M + E) * D * Dl + 2 * (N + E) * (M + E) * Dl + (N + E) * Dl**2
         return hifi + lofi
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, heads=(Hi-Fi {self.h_heads}, Lo-Fi {self.l_heads}), window_size={self.window_size}, alpha={self.alpha}"
+        options = "" if self.pool == self.window else f", pool_size={self.pool}"
+        heads = f"heads=(Hi-Fi {self.h_heads}, Lo-Fi {self.l_heads})"
+        return f"dim={self.dim}, {heads}, window_size={self.window_size}, alpha={self.alpha}{options}"
+
+
+class HiLo2d(HiLo):
+    """HiLo over maps (B, dim, H, W) of any memory format, as convolutions take them. Arguments and parameters are those of ``HiLo``.
+
+    The result is in the channels-last memory format, which is also the faster one to come in.
+    """
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, need_weights: bool = False, **maps: Tensor | None):  # type: ignore[override]
+        """As ``HiLo.forward``, with x, context, pos and context_pos as maps (B, dim, H, W). Extra tokens have no place in a map."""
+        maps = {name: value for name, value in dict(x=x, **maps).items() if value is not None}
+        for name, value in maps.items():
+            if value.dim() != 4 or value.shape[1] != self.dim:
+                raise self._error(f"{name} must have shape (B, {self.dim}, H, W), got {tuple(value.shape)}")
+            maps[name] = value.permute(0, 2, 3, 1)
+        out = super().forward(**maps, mask=mask, need_weights=need_weights)
+        return (out[0].permute(0, 3, 1, 2), out[1]) if need_weights else out.permute(0, 3, 1, 2)
+
+
+def _parts(linear: nn.Module, inputs: Sequence[_Tokens], prepare: Callable[[_Tokens], Tensor]) -> Sequence[Tensor]:
+    """Equal parts of a linear layer's output, each from an input of its own; one product where they are the same."""
+    if all(x is inputs[0] for x in inputs):
+        return linear(prepare(inputs[0])).chunk(len(inputs), dim=-1)
+    if type(linear) is not nn.Linear:  # one that was put in its place: only it knows what it computes
+        return [linear(prepare(x)).chunk(len(inputs), dim=-1)[i] for i, x in enumerate(inputs)]
+    weights, biases = linear.weight.chunk(len(inputs)), [None] * len(inputs) if linear.bias is None else linear.bias.chunk(len(inputs))
+    return [F.linear(prepare(x), weight, bias) for x, weight, bias in zip(inputs, weights, biases)]
+
+
+def _pad(x: Tensor, size: tuple[int, int], value: bool = False) -> Tensor:
+    """(B, H, W, C) -> (B, H', W', C) with zeros, or ``value``, up to multiples of ``size`` on the right and at the bottom."""
+    bottom, right = -x.shape[1] % size[0], -x.shape[2] % size[1]
+    # A traced graph always pads, even by 0: without a branch on H and W, one graph serves every size.
+    return F.pad(x, (0, 0, 0, right, 0, bottom), value=value) if torch.compiler.is_compiling() or bottom or right else x
+
+
+def _average(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, H, W, C) -> (B, H / rows, W / columns, C). The permuted view costs nothing and pooling keeps the layout."""
+    return x if size == (1, 1) else F.avg_pool2d(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
+
+
+def _join(extra: Tensor, map: Tensor) -> Tensor:
+    """(B, E, C), (B, H, W, C) -> (B, E + H * W, C)."""
+    return torch.cat((extra, map.flatten(1, 2)), dim=1) if extra.shape[1] else map.flatten(1, 2)
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """(B, N, heads * d) -> (B, heads, N, d)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)

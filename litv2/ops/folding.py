@@ -1,6 +1,6 @@
 """Folds weights into each other for inference: the same outputs, up to rounding, from fewer operations.
 
-Modules are accessed by their attributes only, so that nothing here imports the model.
+Modules of the model are accessed by their attributes only, so that nothing here imports it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_weights
 
-if TYPE_CHECKING:
-    from hilo import HiLo
+from hilo import HiLo
 
+if TYPE_CHECKING:
     from ..layers import DeformableTokenMerging
     from ..model import LITv2
 
-__all__ = ["inference_copy", "merging_weights", "token_projections", "weight_and_bias"]
+__all__ = ["inference_copy", "is_plain", "merging_weights", "token_projections", "weight_and_bias"]
 
 Rows = tuple[Tensor, ...]  # tensors of a linear layer with one row per output, such as its weight and bias
 
@@ -29,6 +29,14 @@ def inference_copy(model: LITv2) -> LITv2:
     model = copy.deepcopy(model).eval().requires_grad_(False)
     model.set_grad_checkpointing(False)
     return model
+
+
+def is_plain(attn: nn.Module) -> bool:
+    """Whether the attention is HiLo as in the paper: square windows, pooling of their size, padding like any other cell.
+
+    Folding and the native operators know no other; what is not plain stays as it is.
+    """
+    return type(attn) is HiLo and attn.window[0] == attn.window[1] and attn.pool == attn.window and not attn.mask_padding
 
 
 def merging_weights(merging: DeformableTokenMerging) -> tuple[Tensor, Tensor]:
