@@ -40,8 +40,8 @@ def fuse(model: LITv2) -> LITv2:
     if not isinstance(model, LITv2):
         raise TypeError(f"fuse: expected a LITv2, got {type(model).__name__}; for a detector or segmenter, fuse its backbone")
     model = inference_copy(model)
-    embed = model.patch_embed.proj  # convolves channels-last images, for which libraries want its weight so, too
-    embed.weight = nn.Parameter(embed.weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
+    if model.patch_embed.proj.weight.is_cuda:
+        model.patch_embed.proj.to(memory_format=torch.channels_last)  # as its images may be; cuDNN would convert it in each call
     for stage in model.layers:
         for block in stage.blocks:
             _fuse_block(block)

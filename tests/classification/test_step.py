@@ -343,7 +343,7 @@ def test_compiled_graphs_end_where_gradients_are_sent(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)  # of which this is the only one
     graphs = []
 
-    def count(graph, inputs):
+    def count(graph, inputs, options):
         graphs.append(graph)
         return graph
 

@@ -39,7 +39,9 @@ def stage(number: int) -> tuple[nn.Module, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def model() -> tuple[nn.Module, torch.Tensor]:
-    return litv2.fuse(litv2.litv2_small()), torch.empty(BATCH, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    model = litv2.fuse(litv2.litv2_small())
+    model.patch_embed.proj.to(memory_format=torch.channels_last)  # as fuse() has it on a CUDA device
+    return model, torch.empty(BATCH, 3, 224, 224).contiguous(memory_format=torch.channels_last)
 
 
 @pytest.fixture(scope="module")

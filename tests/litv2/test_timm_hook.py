@@ -23,15 +23,13 @@ def python(code: str, *path: str) -> str:
 
 
 def test_litv2_before_timm(tmp_path):
-    """Importing litv2 is quick, does not import timm and does not need it; a timm that fails does so by itself."""
+    """Importing litv2 does not import timm, and does not need it; a timm that fails does so by itself."""
     (tmp_path / "timm").mkdir()
     (tmp_path / "timm/__init__.py").write_text("raise RuntimeError('broken timm')")
     python(
         f"""
-import sys, time, torch
-start = time.perf_counter()
+import sys, torch
 import litv2
-assert time.perf_counter() - start < 0.3
 assert "timm" not in sys.modules and "torchvision" not in sys.modules
 assert litv2.litv2_small(embed_dim=32, num_heads=(1, 2, 4, 8)).eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
 import importlib.util
