@@ -170,8 +170,8 @@ def _read(graph: GraphLowering):
     raise _Read(Kernels(["".join(names) for names in launches], graph.count_bytes()[0], source))
 
 
-def _flash_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, scale: float | None = None) -> Tensor:
-    """Torch asks the device itself which kernel it has."""
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: None = None, dropout_p: float = 0.0, scale: float | None = None) -> Tensor:
+    """Torch asks the device itself which kernel it has; this one takes no mask."""
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, scale=scale)[0]
 
 
