@@ -127,6 +127,7 @@ class HiLo(nn.Module):
             raise self._error(f"extra_tokens={extra_tokens!r} must be an integer of at least 0, the number of tokens that are no cells")
         value = self._tokens("x", x, H, W, extra_tokens)
         query = key = value if pos is None else self._add("pos", value, pos)
+        context = None if context is x and pos is context_pos is None else context  # one product then serves queries, keys and values
         if context is not None:  # extra tokens are of x, also as keys and values
             seen = self._tokens("context", context, None, None, batches=x.shape[:1])
             placed = seen if context_pos is None else self._add("context_pos", seen, context_pos)
@@ -137,10 +138,9 @@ class HiLo(nn.Module):
         if self.h_heads and query.map.shape[1:3] != key.map.shape[1:3]:
             sizes = f"context is {tuple(key.map.shape)}, expected the H and W of x {tuple(query.map.shape)}"
             raise self._error(f"{sizes}, as Hi-Fi's windows lie over each other; resize it, or leave Hi-Fi out (alpha=1)")
-        if mask is not None:
+        if mask is not None:  # nobody reads what is at invalid cells, NaN included
             if mask.dtype != torch.bool or mask.shape not in (key.map.shape[:3], (1, *key.map.shape[1:3])):
                 raise self._error(f"mask is {tuple(mask.shape)} of {mask.dtype}, expected {tuple(key.map.shape[:3])} of torch.bool")
-            # Nobody reads what is at invalid cells, NaN included.
             valid = {id(y): y._replace(map=y.map.masked_fill(~mask[..., None], 0)) for y in (key, value)}
             query, key, value = (valid.get(id(y), y) for y in (query, key, value))
         elif self.mask_padding:
@@ -180,8 +180,7 @@ class HiLo(nn.Module):
 
         def pooled(x: _Tokens) -> Tensor:
             """The extra tokens, then the averages over valid cells: (B, E + M, dim)."""
-            cells = _average(x.map, self.pool)
-            return _join(x.extra, cells if mask is None else cells / share.clamp(min=1e-6))
+            return _join(x.extra, _average(x.map, self.pool) if mask is None else _average(x.map, self.pool) / share.clamp(min=1e-6))
 
         q = _split(self.l_q(_join(query.extra, query.map)), self.l_heads)
         k, v = (_split(x, self.l_heads) for x in _parts(self.l_kv, (key, value), pooled))
@@ -202,7 +201,7 @@ class HiLo(nn.Module):
 
     def _tokens(self, name: str, x: Tensor, H: int | None, W: int | None, extra: int = 0, batches: Sequence[int] = ()) -> _Tokens:
         """Takes tokens (B, extra + H * W, dim) or a map (B, H, W, dim) apart, with the batch size, if given, one of ``batches``."""
-        tokens, maps = (f"{extra} + H * W", "") if extra else ("H * W", " or (B, H, W, dim)")
+        tokens, maps = (f"{extra} + H * W", "") if extra else ("H * W", " or a map (B, H, W, dim)")
         if x.dim() not in ((3,) if extra else (3, 4)) or x.shape[-1] != self.dim:
             raise self._error(f"{name} has shape {tuple(x.shape)}, expected (B, {tokens}, dim){maps} with dim={self.dim}")
         if batches and x.shape[0] not in batches:
@@ -258,6 +257,7 @@ class HiLo2d(HiLo):
             if value is not None and (value.dim() != 4 or value.shape[1] != self.dim):
                 raise self._error(f"{name} must have shape (B, {self.dim}, H, W), got {tuple(value.shape)}; HiLo takes (B, H, W, dim)")
             maps[name] = None if value is None else value.permute(0, 2, 3, 1)
+        maps["context"] = maps["x"] if context is x else maps["context"]
         out = super().forward(**maps, mask=mask, need_weights=need_weights)
         return (out[0].permute(0, 3, 1, 2), out[1]) if isinstance(out, tuple) else out.permute(0, 3, 1, 2)
 
@@ -279,7 +279,7 @@ def _parts(linear: nn.Module, inputs: Sequence[_Tokens], prepare: Callable[[_Tok
 def _fit(x: Tensor, H: int, W: int, value: bool = False) -> Tensor:
     """(B, h, w, C) -> (B, H, W, C), padded with zeros, or ``value``, or cropped, on the right and at the bottom."""
     # A traced graph always pads, even by 0: without a branch on H and W, one graph serves every size. A negative pad crops.
-    same = not torch.compiler.is_compiling() and (H, W) == x.shape[1:3]
+    same = not torch.compiler.is_compiling() and x.shape[1:3] == (H, W)
     return x if same else F.pad(x, (0, 0, 0, W - x.shape[2], 0, H - x.shape[1]), value=value)
 
 

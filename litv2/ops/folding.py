@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..layers import DeformableTokenMerging
     from ..model import LITv2
 
-__all__ = ["inference_copy", "merging_weights", "token_projections", "weight_and_bias"]
+__all__ = ["inference_copy", "merging_weights", "token_projections", "weight_and_bias", "why_not_folded"]
 
 Rows = tuple[Tensor, ...]  # tensors of a linear layer with one row per output, such as its weight and bias
 
@@ -43,6 +43,13 @@ def weight_and_bias(linear: nn.Linear) -> tuple[Tensor, Tensor]:
     return linear.weight, linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
 
 
+def why_not_folded(attn: HiLo) -> str | None:
+    """Returns which option of HiLo the native operators and the inference form do not know: those that LITv2 does not use."""
+    if attn.window[0] != attn.window[1] or attn.pool != attn.window:
+        return f"its windows are {attn.window} and its pooled cells {attn.pool}, where squares of one size are supported"
+    return "mask_padding is not supported" if attn.mask_padding else None
+
+
 def token_projections(attn: HiLo, rows: Callable[[nn.Linear], Rows] = weight_and_bias) -> list[Rows]:
     """Returns HiLo's projections of all tokens, to be computed as one product, with the scale of the logits folded into the queries.
 
@@ -51,7 +58,12 @@ def token_projections(attn: HiLo, rows: Callable[[nn.Linear], Rows] = weight_and
 
     Args:
         rows: returns the tensors of a projection.
+
+    Raises:
+        ValueError: the layer has options that no folded form computes.
     """
+    if (reason := why_not_folded(attn)) is not None:
+        raise ValueError(f"this HiLo cannot be folded: {reason}")
     parts = []
     if attn.h_heads:
         parts.append(tuple(torch.cat((part[: attn.h_dim] * attn.scale, part[attn.h_dim :])) for part in rows(attn.h_qkv)))

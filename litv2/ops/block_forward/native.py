@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from hilo import HiLo
 from mm_modules.dispatch import Backend
 from mm_modules.torch_state import has_global_hooks, has_hooks, is_exporting, is_watched
 
 from .. import native
+from ..folding import why_not_folded
 from ..packing import feed_forward_arguments, hilo_arguments
 
 if TYPE_CHECKING:
@@ -62,6 +64,8 @@ def _why_not_plain(module: nn.Module, known: set[type[nn.Module]]) -> str | None
         return f"a {name} has hooks"
     if module.training:
         return f"a {name} is in training mode"
+    if isinstance(module, HiLo) and (reason := why_not_folded(module)) is not None:
+        return f"a HiLo has options that it lacks: {reason}"
     parameters = [p for p in module._parameters.values() if p is not None]
     if isinstance(module, nn.LayerNorm) and len(parameters) != 2:
         return "a LayerNorm has no weight and bias"
