@@ -1,7 +1,7 @@
 # make demo   sets up and trains a small LITv2 on the embedded data set
 # make mm     sets up detection and segmentation; the first time it compiles mmcv, for about 15 minutes on two cores
 # make test   sets up everything, compiles the native operators and runs the checks (ruff, mypy) and the whole test suite
-# make test-core   of the tests those of the core alone: without OpenMMLab's packages and the runtimes of exports
+# make test-core   of the tests those of the core alone: without OpenMMLab's packages, the runtimes of exports and the examples'
 # All reuse what an earlier call has set up. PYTHON=... chooses the interpreter.
 
 PYTHON ?= python3
@@ -25,7 +25,7 @@ demo: .venv/ready
 
 mm: .venv/mm
 
-test: .venv/test operators .venv/mm
+test: .venv/test operators .venv/mm .venv/examples
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
@@ -50,4 +50,8 @@ operators: .venv/ready
 .venv/mm: .venv/ready requirements-mm.txt scripts/build_mmcv.sh
 	scripts/build_mmcv.sh $(BIN)/python
 	$(PIP) install --no-build-isolation -r requirements-mm.txt -c requirements.txt
+	touch $@
+
+.venv/examples: .venv/ready requirements-examples.txt
+	$(PIP) install -r requirements-examples.txt
 	touch $@

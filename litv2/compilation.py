@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = ["COMPILE_OPTIONS"]
 
-COMPILE_OPTIONS: dict[str, bool] = {
+COMPILE_OPTIONS: dict[str, Any] = {
     # Inductor would take tokens (B, H, W, C) for images (B, C, H, W), and store them transposed for the few convolutions among them.
     "layout_optimization": False,
 }

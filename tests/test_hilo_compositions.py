@@ -14,9 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers import fill, max_difference, tiny_model
+from helpers import max_difference
 from hilo import HiLo, HiLo2d, HiLoWeights
-from litv2.inference.fused import fuse
 from test_hilo_options import DIM, HEADS, OPTIONS, B, H, W, first, layer_for, numbers, options
 
 X = numbers(0, B, H, W, DIM).float()
@@ -200,17 +199,3 @@ def test_flops_are_those_of_torch(option, size):
 def test_weights_are_named():
     out, weights = HiLo(DIM, HEADS, alpha=1.0)(X, need_weights=True)
     assert isinstance(weights, HiLoWeights) and weights.hifi is None and weights.lofi.shape == (B, HEADS, H * W, 20)
-
-
-@pytest.mark.parametrize("kwargs", [dict(window_size=(2, 3)), dict(pool_size=3), dict(mask_padding=True)])
-@torch.no_grad()
-def test_blocks_of_litv2_compute_every_option(kwargs):
-    """The native operators, which do not, leave it to the layer, and the inference form says so."""
-    model, x = tiny_model().eval(), numbers(0, 3, 3, 240, 240).float()  # 15 x 15 tokens in the third stage
-    attn = model.layers[2].blocks[0].attn
-    model.layers[2].blocks[0].attn = fill(HiLo(attn.dim, attn.num_heads, qkv_bias=True, **kwargs)).eval()
-    with torch.enable_grad():  # without native operators
-        expected = model(x)
-    assert max_difference(model(x), expected) < 1e-4
-    with pytest.raises(ValueError, match="this HiLo cannot be folded: "):
-        fuse(model)

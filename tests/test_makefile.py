@@ -108,6 +108,7 @@ def test_test(project):
         "-m mypy",
         "-m pytest",
     ]
-    assert any("-r requirements-test.txt" in call for call in calls) and any("-r requirements-mm.txt" in call for call in calls)
+    for file in ("test", "mm", "examples"):
+        assert any(f"-r requirements-{file}.txt" in call for call in calls)
     (project.root / "requirements-export.txt").touch()
     assert [call for call in project.make("test")[1] if "pip" in call][0].endswith("-r requirements-test.txt")

@@ -200,8 +200,8 @@ def test_errors_of_build(installed, words, environment, message):
 def test_requirements():
     """What training needs is in the first file, and the files together pin each package once."""
     pins: dict[str, str] = {}
-    for file in ("requirements.txt", "requirements-export.txt", "requirements-test.txt", "requirements-mm.txt"):
-        for line in (ROOT / file).read_text().splitlines():
+    for file in sorted(ROOT.glob("requirements*.txt")):
+        for line in file.read_text().splitlines():
             if line and not line.startswith(("#", "-r ")):
                 name, version = re.match(r"([\w.-]+)==([\w.]+)( |$)", line).groups()[:2]
                 assert name.lower() not in pins, line

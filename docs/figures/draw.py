@@ -10,11 +10,12 @@ from pathlib import Path
 
 import architecture
 import hilo_layer
+import map_size
 import model_speed
 from canvas import THEMES
 
 HERE = Path(__file__).resolve().parent
-FIGURES = {"hilo": hilo_layer.draw, "architecture": architecture.draw, "models": model_speed.draw}
+FIGURES = {"hilo": hilo_layer.draw, "architecture": architecture.draw, "models": model_speed.draw, "map-size": map_size.draw}
 
 
 def main() -> None:

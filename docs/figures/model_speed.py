@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from canvas import WIDTH, Canvas
+from markdown_tables import tables
 
 HEIGHT = 430
 SPEED = Path(__file__).resolve().parents[1] / "speed.md"
@@ -28,20 +28,15 @@ PLACE = {  # default: to the right
 }  # fmt: skip
 
 
-def tables() -> list[list[tuple[str, float, float]]]:
+def points() -> list[list[tuple[str, float, float]]]:
     """Returns (model, top-1 in percent, images/s) for each table of the document that has these columns."""
-    found = []
-    for block in re.findall(r"(?:^\|.*\n)+", SPEED.read_text(encoding="utf-8"), re.M):
-        header, _, *rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in block.splitlines()]
-        if "top-1, published" in header and "images/s" in header:
-            top1, speed = header.index("top-1, published"), header.index("images/s")
-            found.append([(row[0], float(row[top1]), float(row[speed])) for row in rows])
-    return found
+    top1, speed = "top-1, published", "images/s"
+    return [[(row["model"], float(row[top1]), float(row[speed])) for row in rows] for rows in tables(SPEED, top1, speed)]
 
 
 def draw(theme: str) -> str:
     canvas = Canvas(theme, HEIGHT, "Top-1 accuracy on ImageNet against images per second of LITv2 and of other models")
-    for panel, rows in zip(PANELS, tables(), strict=True):
+    for panel, rows in zip(PANELS, points(), strict=True):
         _panel(canvas, *panel, rows)
     about = "two threads of an AMD EPYC (Zen 3), batch 8, 224 × 224, float32, each model in its fastest mode"
     canvas.text(WIDTH / 2, HEIGHT - 32, f"images/s on {about}", 12, "muted")

@@ -81,9 +81,9 @@ def optimize(
         model: a classifier or backbone; it is not modified. Later changes to its weights do not affect the result.
         example: images (B, in_chans, H, W) on the target device, with the batch size that will be used.
         dtype: dtype of the images and the outputs; None for the model's. With bfloat16 on a processor without bfloat16
-            instructions, the native form computes in float32, which is faster there and more accurate. On CUDA all weights are in
-            this dtype, float16 and bfloat16 included: nothing is cast on the way, as autocast would. On a processor that
-            has them there is also "native-bfloat16", which rounds only the factors of its matrix products. With int8
+            instructions, the native form computes in float32, which is faster there and more accurate. On a processor that
+            has them there is also "native-bfloat16", which rounds only the factors of its matrix products. On CUDA all weights are
+            in this dtype, float16 and bfloat16 included: nothing is cast on the way, as autocast would. With int8
             ("int8" or ``torch.int8``) images and outputs keep the model's dtype, and the form is "native-int8": see
             ``packed_model``. It needs no calibration, since each token is scaled by its own largest and smallest value.
         forms: names from ``FORMS`` to try; None for all that this machine supports. Compiling takes about a minute,

@@ -7,7 +7,8 @@ These are folded, each exactly up to rounding:
 * HiLo's projections of the same tokens into one: Hi-Fi's q, k, v and Lo-Fi's q, and with a window of 1 Lo-Fi's k, v too;
 * the scale of the attention logits into the weights of the queries.
 
-Norms whose output is used as it is (in the patch embedding, before the head, in a pyramid) are kept.
+Norms whose output is used as it is (in the patch embedding, before the head, in a pyramid) are kept. So is attention other than the paper's
+HiLo (``is_plain``), with its norm.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mm_modules.torch_state import is_exporting
 
 from ..layers import Block, DeformableTokenMerging
 from ..model import LITv2
-from ..ops.folding import inference_copy, merging_weights, token_projections, weight_and_bias
+from ..ops.folding import inference_copy, is_plain, merging_weights, token_projections, weight_and_bias
 
 __all__ = ["FusedHiLo", "fuse"]
 
@@ -52,7 +53,7 @@ def fuse(model: LITv2) -> LITv2:
 def _fuse_block(block: Block) -> None:
     if isinstance(block.attn, FusedHiLo) or not block.norm2.elementwise_affine:
         raise ValueError("fuse: the model is already fused")
-    if block.attn is not None:
+    if block.attn is not None and is_plain(block.attn):
         block.attn = FusedHiLo(block.attn, block.norm1)
         block.norm1 = _without_affine(block.norm1)
     weight, bias, shift = _after_norm(block.mlp.fc1, block.norm2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from mmcv.cnn import get_model_complexity_info
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hilo import HiLo
+from hilo import HiLo, HiLo2d
 from mm_modules.DCN import DeformConv2dPack
 
 __all__ = ["CountedForward", "count_flops"]
@@ -25,26 +26,39 @@ def count_flops(model: nn.Module, height: int, width: int) -> dict[str, int]:
         ``full``: in addition the deformable convolutions themselves, counted like plain ones, which the release leaves out.
         ``products``: only HiLo's products, included in both. (They are missing from the release's number for Mask R-CNN with
         LITv2-M and 4 x 4 windows.)
+
+    Raises:
+        NotImplementedError: a HiLo attends to a context or has extra tokens.
     """
     extra = dict(products=0, unseen=0, deformable=0)
 
-    def count_hilo(hilo: Any, args: tuple, output: Tensor) -> None:
-        _, H, W = args
-        s = hilo.window_size
-        Hp, Wp = -(-H // s) * s, -(-W // s) * s
-        linear = Hp * Wp * sum(layer.weight.numel() for name, layer in hilo.named_children() if isinstance(layer, nn.Linear))
-        if s > 1 and hilo.l_heads:
-            linear -= hilo.l_kv.weight.numel() * (Hp * Wp - Hp * Wp // s**2)  # keys and values of pooled cells only
-            extra["unseen"] += Hp * Wp * hilo.dim
+    def count_hilo(hilo: Any, args: tuple, kwargs: dict, output: Any) -> None:
+        if kwargs.get("context") is not None or kwargs.get("extra_tokens"):
+            raise NotImplementedError(f"count_flops: attention of a {type(hilo).__name__} to a context or with extra tokens is not counted")
+        given = inspect.signature(hilo.forward).bind(*args, **kwargs).arguments
+        x = given["x"]
+        H, W = x.shape[2:] if isinstance(hilo, HiLo2d) else x.shape[1:3] if x.dim() == 4 else (given["H"], given["W"])
+        (sh, sw), (ph, pw) = hilo.window, hilo.pool
+        cells, pooled = -(-H // sh) * sh * -(-W // sw) * sw, -(-H // ph) * -(-W // pw)
+        layers = [(name, layer.weight.numel()) for name, layer in hilo.named_children() if isinstance(layer, nn.Linear)]
+        linear = sum(weights * (pooled if name == "l_kv" else cells) for name, weights in layers)
         extra["products"] += hilo.flops(H, W) - linear
+        extra["unseen"] += linear + (pooled * ph * pw * hilo.dim if hilo.l_heads and hilo.pool != (1, 1) else 0)
 
-    def count_deformable(conv: Any, args: tuple, output: Tensor) -> None:
+    def count_linear(linear: Any, args: tuple, kwargs: dict, output: Tensor) -> None:
+        """Of HiLo: mmcv sees the cells that it is called with, some without the padding, but the release's count has it everywhere."""
+        extra["unseen"] -= args[0].numel() * output.shape[-1]
+
+    def count_deformable(conv: Any, args: tuple, kwargs: dict, output: Tensor) -> None:
         cells = output.shape[2] * output.shape[3]
         extra["deformable"] += cells * (conv.weight.numel() + conv.bias.numel())
         extra["unseen"] += cells * (conv.conv_offset.weight.numel() + conv.conv_offset.bias.numel())
 
-    counters = {HiLo: count_hilo, DeformConv2dPack: count_deformable}
-    hooks = [module.register_forward_hook(counters[type(module)]) for module in model.modules() if type(module) in counters]
+    counters = {HiLo: count_hilo, HiLo2d: count_hilo, DeformConv2dPack: count_deformable}
+    counted = [(module, counters[type(module)]) for module in model.modules() if type(module) in counters]
+    parts = [part for module, _ in counted if isinstance(module, HiLo) for part in module.children() if isinstance(part, nn.Linear)]
+    counted += [(part, count_linear) for part in parts]
+    hooks = [module.register_forward_hook(counter, with_kwargs=True) for module, counter in counted]
     try:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):  # only shapes are computed, which takes no time
             seen, _ = get_model_complexity_info(CountedForward(model), (3, height, width), print_per_layer_stat=False, as_strings=False)

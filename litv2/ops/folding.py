@@ -1,6 +1,6 @@
 """Folds weights into each other for inference: the same outputs, up to rounding, from fewer operations.
 
-Modules are accessed by their attributes only, so that nothing here imports the model.
+Modules of the model are accessed by their attributes only, so that nothing here imports it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_weights
 
-if TYPE_CHECKING:
-    from hilo import HiLo
+from hilo import HiLo
 
+if TYPE_CHECKING:
     from ..layers import DeformableTokenMerging
     from ..model import LITv2
 
-__all__ = ["inference_copy", "merging_weights", "token_projections", "weight_and_bias", "why_not_folded"]
+__all__ = ["inference_copy", "is_plain", "merging_weights", "token_projections", "weight_and_bias"]
 
 Rows = tuple[Tensor, ...]  # tensors of a linear layer with one row per output, such as its weight and bias
 
@@ -29,6 +29,14 @@ def inference_copy(model: LITv2) -> LITv2:
     model = copy.deepcopy(model).eval().requires_grad_(False)
     model.set_grad_checkpointing(False)
     return model
+
+
+def is_plain(attn: nn.Module) -> bool:
+    """Whether the attention is HiLo as in the paper: square windows, pooling of their size, padding like any other cell.
+
+    Folding and the native operators know no other; what is not plain stays as it is.
+    """
+    return type(attn) is HiLo and attn.window[0] == attn.window[1] and attn.pool == attn.window and not attn.mask_padding
 
 
 def merging_weights(merging: DeformableTokenMerging) -> tuple[Tensor, Tensor]:
@@ -43,13 +51,6 @@ def weight_and_bias(linear: nn.Linear) -> tuple[Tensor, Tensor]:
     return linear.weight, linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
 
 
-def why_not_folded(attn: HiLo) -> str | None:
-    """Returns which option of HiLo the native operators and the inference form do not know: those that LITv2 does not use."""
-    if attn.window[0] != attn.window[1] or attn.pool != attn.window:
-        return f"its windows are {attn.window} and its pooled cells {attn.pool}, where squares of one size are supported"
-    return "mask_padding is not supported" if attn.mask_padding else None
-
-
 def token_projections(attn: HiLo, rows: Callable[[nn.Linear], Rows] = weight_and_bias) -> list[Rows]:
     """Returns HiLo's projections of all tokens, to be computed as one product, with the scale of the logits folded into the queries.
 
@@ -58,12 +59,7 @@ def token_projections(attn: HiLo, rows: Callable[[nn.Linear], Rows] = weight_and
 
     Args:
         rows: returns the tensors of a projection.
-
-    Raises:
-        ValueError: the layer has options that no folded form computes.
     """
-    if (reason := why_not_folded(attn)) is not None:
-        raise ValueError(f"this HiLo cannot be folded: {reason}")
     parts = []
     if attn.h_heads:
         parts.append(tuple(torch.cat((part[: attn.h_dim] * attn.scale, part[attn.h_dim :])) for part in rows(attn.h_qkv)))

@@ -69,15 +69,14 @@ def hilo_arguments(attn: HiLo, norm: nn.LayerNorm, dtype: torch.dtype = torch.fl
     """Returns the arguments of the operator ``native_hilo`` after x: x + attn(norm(x))."""
     none = norm.weight.new_zeros(0)
     result: dict[str, Tensor | float | int] = dict(norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, kv=none, kv_bias=none)
-    window, _ = attn.window
-    if attn.l_heads and window > 1:
+    if attn.l_heads and attn.window[0] > 1:
         result["kv"], result["kv_bias"] = packed(attn.l_kv.weight, attn.l_kv.bias, dtype)
     weights, biases = zip(*token_projections(attn))
     result["proj"], result["proj_bias"] = packed(torch.cat(weights), torch.cat(biases), dtype)
     for name in ("h_proj", "l_proj"):
         linear = getattr(attn, name, None)  # a branch without heads has none
         result[name], result[f"{name}_bias"] = (none, none) if linear is None else packed(linear.weight, linear.bias, dtype)
-    return result | dict(h_heads=attn.h_heads, l_heads=attn.l_heads, window_size=window)
+    return result | dict(h_heads=attn.h_heads, l_heads=attn.l_heads, window_size=attn.window[0])
 
 
 def patch_embed_arguments(embed: PatchEmbed) -> dict[str, Tensor | float | int]:

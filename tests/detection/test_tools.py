@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from gpu_helpers import on_gpu
 from helpers import ROOT, shared
 from litv2.openmmlab.build import build_model, config_of
 from litv2.openmmlab.config import adapt_to_device, load_config
@@ -37,11 +38,17 @@ def trained(mine):
     options = [*SMALL, f"data_root={mine / 'data'}", "train_cfg.max_epochs=1", "load_from=None", "model.test_cfg.score_thr=0.0"]
     flags = ["--work-dir", mine / "run", "--local-rank=0", "--cfg-options", *options]
     done = run_tool("detection", "tools/train.py", mine / "mine.py", *flags)
-    assert "coco/bbox_mAP" in done.stdout and "training in float32" in done.stdout
+    assert "coco/bbox_mAP" in done.stdout and ("training in float32" in done.stdout) == (not torch.cuda.is_available())
     assert Image.open(mine / "run/curves.png").size == (1800, 480)
     losses = [float(loss) for loss in re.findall(r" loss: ([\d.]+)", done.stdout)]
     assert len(losses) == 3 and all(np.isfinite(losses))
     return options
+
+
+@on_gpu
+def test_mixed_precision(mine, trained):
+    """Where there is a GPU, ``trained`` has trained as the configuration says."""
+    assert load_config(mine / "run/mine.py").optim_wrapper.type == "AmpOptimWrapper"
 
 
 def test_resume(mine, trained):

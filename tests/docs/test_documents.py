@@ -39,11 +39,13 @@ def test_python_sessions(document):
 
 @pytest.mark.parametrize("document", documents())
 def test_blocks_are_of_a_kind_that_is_checked(document):
-    """bash: test_commands.py. Python: a session, or a configuration, which the tests of its task run (mm_helpers.readme_config)."""
+    """bash: test_commands.py. Python: a session, or a configuration, which the tests of its task run (mm_helpers.readme_config), or tests
+    that the reader can take, which test_hilo_document.py runs."""
     assert {kind for kind, _ in FENCE.findall(documents()[document])} <= {"bash", "python", "bibtex", ""}
     assert len(re.findall(r"^```", documents()[document], re.M)) == 2 * len(FENCE.findall(documents()[document]))
     for block in blocks(document, "python"):
-        assert ">>>" in block or (document in ("detection/README.md", "segmentation/README.md") and "_base_ =" in block)
+        config = document in ("detection/README.md", "segmentation/README.md") and "_base_ =" in block
+        assert ">>>" in block or config or (document == "docs/hilo.md" and "def test_" in block)
 
 
 @pytest.mark.parametrize("document", documents())

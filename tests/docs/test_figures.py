@@ -14,7 +14,7 @@ from helpers import ROOT
 from litv2 import litv2_small
 
 FIGURES = ROOT / "docs/figures"
-NAMES = [f"{name}-{theme}.svg" for name in ("architecture", "hilo", "models") for theme in ("dark", "light")]
+NAMES = [f"{name}-{theme}.svg" for name in ("architecture", "hilo", "map-size", "models") for theme in ("dark", "light")]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_up_to_date_and_small(name, drawn):
     assert (FIGURES / name).stat().st_size < 200_000
 
 
-@pytest.mark.parametrize("name", ("architecture", "hilo", "models"))
+@pytest.mark.parametrize("name", ("architecture", "hilo", "map-size", "models"))
 def test_themes_differ_in_colours_alone(name):
     light, dark = ([(tag, text) for tag, text, _ in shapes(FIGURES / f"{name}-{theme}.svg")] for theme in ("light", "dark"))
     assert light == dark
@@ -93,3 +93,9 @@ def test_models_are_those_of_the_table():
     found = texts("models")
     for columns in (("batch 8: eager, ms", "images/s"), ("eager, ms", "native, ms", "images/s")):
         assert all(row["model"] in found for row in table("docs/speed.md", "top-1, published", *columns))
+
+
+def test_layers_are_those_of_the_table():
+    rows = table("docs/hilo.md", "side", "Local Window")
+    assert {name for name in rows[0] if name != "side"} <= set(texts("map-size"))
+    assert all(f"{row['side']} × {row['side']}" in texts("map-size") for row in rows)

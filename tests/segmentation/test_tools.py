@@ -10,9 +10,10 @@ import torch
 from mmengine.registry import init_default_scope
 from PIL import Image
 
+from gpu_helpers import on_gpu
 from helpers import ROOT
 from litv2 import LITv2
-from litv2.openmmlab.config import adapt_to_device
+from litv2.openmmlab.config import adapt_to_device, load_config
 from litv2.openmmlab.runner import StrictRunner, load_checkpoint
 from mm_helpers import SMALL_OPTIONS, own_project, run_tool, tiny_config, tiny_dense_model
 
@@ -38,7 +39,7 @@ def trained(mine):
     flags = ["--work-dir", mine / "run", "--amp", "--options", *options, *release]
     done = run_tool("segmentation", "tools/train.py", mine / "mine.py", *flags)
     assert f"backbone weights from {mine / 'litv2_s.pth'}" in done.stdout and "with_cp=True" in done.stdout
-    assert "training in float32" in done.stdout  # there is no GPU for --amp
+    assert ("training in float32" in done.stdout) == (not torch.cuda.is_available())  # --amp needs a GPU
     assert "mIoU" in done.stdout and "background" in done.stdout and "road" in done.stdout
     assert Image.open(mine / "run/curves.png").size == (1800, 480)
     losses = [float(loss) for loss in re.findall(r" loss: ([\d.]+)", done.stdout)]
@@ -54,6 +55,12 @@ def test_labels_are_those_of_the_files(mine):
     dataset = StrictRunner.build_dataloader(config.train_dataloader).dataset
     labels = dataset[0]["data_samples"].gt_sem_seg.data.unique().tolist()
     assert set(labels) <= {0, 1, 255} and 1 in labels and len(dataset) == 6
+
+
+@on_gpu
+def test_mixed_precision(mine, trained):
+    """Where there is a GPU, ``trained`` has trained with --amp."""
+    assert load_config(mine / "run/mine.py").optim_wrapper.type == "AmpOptimWrapper"
 
 
 def test_resume(mine, trained):

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hilo import HiLo
 from mm_modules.dispatch import Backend
 from mm_modules.torch_state import has_global_hooks, has_hooks, is_exporting, is_watched
 
 from .. import native
-from ..folding import why_not_folded
+from ..folding import is_plain
 from ..packing import feed_forward_arguments, hilo_arguments
 
 if TYPE_CHECKING:
@@ -46,7 +45,12 @@ def backend(parts: tuple[type[nn.Module], ...]) -> Backend:
             return "a dispatch mode or a torch.func transform is active"
         if has_global_hooks():
             return "global module hooks are registered"
-        return next((reason for part in block.modules() if part is not block and (reason := _why_not_plain(part, known))), None)
+        for part in block.modules():
+            if part is not block and (reason := _why_not_plain(part, known)):
+                return reason
+        if block.attn is not None and not is_plain(block.attn):
+            return "its HiLo has options beyond the paper's: rectangular windows, another pool size, or masked padding"
+        return None
 
     return Backend("native", infer_block, why_not, why_rather_not)
 
@@ -64,8 +68,6 @@ def _why_not_plain(module: nn.Module, known: set[type[nn.Module]]) -> str | None
         return f"a {name} has hooks"
     if module.training:
         return f"a {name} is in training mode"
-    if isinstance(module, HiLo) and (reason := why_not_folded(module)) is not None:
-        return f"a HiLo has options that it lacks: {reason}"
     parameters = [p for p in module._parameters.values() if p is not None]
     if isinstance(module, nn.LayerNorm) and len(parameters) != 2:
         return "a LayerNorm has no weight and bias"

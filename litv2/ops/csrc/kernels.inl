@@ -19,9 +19,12 @@ INLINE Vector all(float x) { return Vector{} + x; }
 INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }  // b where one is NaN
 
 INLINE float sum(Vector x) {
-  float total = 0;
-  for (int i = 0; i < V; ++i) total += x[i];
-  return total;
+  float part[V];
+  store(part, x);
+  for (int n = V / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) part[i] += part[i + n];
+  }
+  return part[0];
 }
 
 // c[0] x^(N-1) + ... + c[N-1]
@@ -241,87 +244,80 @@ void deformed_patches(int64_t row, int64_t width, const float* image, int64_t in
   }
 }
 
-// Calls use(x, there is a token to the left, to the right) along a row; what the last two are the compiler knows.
-template <typename Use>
-INLINE void each_token(int64_t width, const Use& use) {
-  if (width == 1) return use(0, std::false_type{}, std::false_type{});
-  use(0, std::false_type{}, std::true_type{});
-  for (int64_t x = 1; x < width - 1; ++x) use(x, std::true_type{}, std::true_type{});
-  use(width - 1, std::true_type{}, std::false_type{});
-}
+#define ALWAYS_INLINE __attribute__((always_inline))  // of a lambda
 
-// Calls use(tap, vector) of the taps of a 3 x 3 kernel that are inside of the map.
-template <typename Left, typename Right, typename Use>
-INLINE void each_tap(const float* const (&rows)[3], int64_t at, int64_t stride, Left left, Right right, const Use& use) {
+// Calls use(token, value, columns) along a row with the value of the convolution, a vector of channels, and the numbers that
+// it is made of: those left of the token, at it, and right of it, above, here and below. Each is read once.
+template <typename Use>
+INLINE void convolve(int64_t width, const float* const (&rows)[3], int64_t stride, const float* weight, int64_t ldw,
+                     Vector start, const Use& use) {
+  Vector w[3][3], columns[3][3];
   for (int i = 0; i < 3; ++i) {
-    if (left) use(3 * i, load(rows[i] + at - stride));
-    use(3 * i + 1, load(rows[i] + at));
-    if (right) use(3 * i + 2, load(rows[i] + at + stride));
+    for (int j = 0; j < 3; ++j) w[i][j] = load(weight + (3 * i + j) * ldw);
+    columns[0][i] = Vector{}, columns[1][i] = load(rows[i]);
+  }
+  for (int64_t x = 0; x < width; ++x) {
+    Vector value = start;
+    for (int i = 0; i < 3; ++i) {
+      columns[2][i] = x + 1 < width ? load(rows[i] + (x + 1) * stride) : Vector{};
+      for (int j = 0; j < 3; ++j) value += columns[j][i] * w[i][j];
+    }
+    use(x, value, columns);
+    for (int i = 0; i < 3; ++i) columns[0][i] = columns[1][i], columns[1][i] = columns[2][i];
   }
 }
 
-#define ALWAYS_INLINE __attribute__((always_inline))  // of a lambda
-
-// Calls use(token, channel, value of the convolution, a vector) along a row.
+// The same for all channels; calls use(token, channel, value).
 template <typename Use>
-INLINE void convolve(int64_t width, int64_t channels, const float* above, const float* here, const float* below,
-                     int64_t stride, const float* weight, int64_t ldw, const float* bias, const Use& use) {
+INLINE void convolve_row(int64_t width, int64_t channels, const float* above, const float* here, const float* below,
+                         int64_t stride, const float* weight, int64_t ldw, const float* bias, const Use& use) {
   for (int64_t c = 0; c < channels; c += V) {
-    Vector w[9];
-    for (int tap = 0; tap < 9; ++tap) w[tap] = load(weight + tap * ldw + c);
-    const Vector start = bias != nullptr ? load(bias + c) : Vector{};
     const float* rows[3] = {above + c, here + c, below + c};
-    each_token(width, [&](int64_t x, auto left, auto right) ALWAYS_INLINE {
-      Vector value = start;
-      each_tap(rows, x * stride, stride, left, right, [&](int tap, Vector v) ALWAYS_INLINE { value += v * w[tap]; });
-      use(x, c, value);
-    });
+    convolve(width, rows, stride, weight + c, ldw, bias != nullptr ? load(bias + c) : Vector{},
+             [&](int64_t x, Vector value, const Vector(&)[3][3]) ALWAYS_INLINE { use(x, c, value); });
   }
 }
 
 void depthwise_gelu(int64_t width, int64_t channels, const float* above, const float* here, const float* below,
                     int64_t stride, const float* weight, int64_t ldw, const float* bias, float* out,
                     int64_t out_stride) {
-  convolve(width, channels, above, here, below, stride, weight, ldw, bias,
-           [&](int64_t x, int64_t c, Vector value) ALWAYS_INLINE { store(out + x * out_stride + c, gelu(value)); });
+  convolve_row(width, channels, above, here, below, stride, weight, ldw, bias,
+               [&](int64_t x, int64_t c, Vector value) ALWAYS_INLINE { store(out + x * out_stride + c, gelu(value)); });
 }
 
 void depthwise_fast_gelu(int64_t width, int64_t channels, const float* above, const float* here, const float* below,
                          int64_t stride, const float* weight, int64_t ldw, const float* bias, float* out,
                          int64_t out_stride) {
-  convolve(width, channels, above, here, below, stride, weight, ldw, bias,
-           [&](int64_t x, int64_t c, Vector value) ALWAYS_INLINE { store(out + x * out_stride + c, fast_gelu(value)); });
+  convolve_row(width, channels, above, here, below, stride, weight, ldw, bias,
+               [&](int64_t x, int64_t c, Vector value) ALWAYS_INLINE { store(out + x * out_stride + c, fast_gelu(value)); });
 }
 
 void depthwise(int64_t width, int64_t channels, const float* above, const float* here, const float* below,
                int64_t stride, const float* weight, int64_t ldw, float* out, int64_t out_stride) {
-  convolve(width, channels, above, here, below, stride, weight, ldw, nullptr,
-           [&](int64_t x, int64_t c, Vector value) ALWAYS_INLINE { store(out + x * out_stride + c, value); });
+  convolve_row(width, channels, above, here, below, stride, weight, ldw, nullptr,
+               [&](int64_t x, int64_t c, Vector value) ALWAYS_INLINE { store(out + x * out_stride + c, value); });
 }
 
 void depthwise_gelu_gradient(int64_t width, int64_t channels, const float* above, const float* here, const float* below,
                              const float* weight, const float* bias, const float* gradient, float* out, float* sums) {
   for (int64_t c = 0; c < channels; c += V) {
-    Vector w[9], products[9];  // of the gradients with what is under the taps
-    for (int tap = 0; tap < 9; ++tap) w[tap] = load(weight + tap * channels + c), products[tap] = Vector{};
-    const Vector start = load(bias + c);
-    Vector total{};
     const float* rows[3] = {above + c, here + c, below + c};
-    each_token(width, [&](int64_t x, auto left, auto right) ALWAYS_INLINE {
-      const int64_t at = x * channels;
-      Vector value = start;
-      each_tap(rows, at, channels, left, right, [&](int tap, Vector v) ALWAYS_INLINE { value += v * w[tap]; });
-      const Vector g = load(gradient + at + c) * gelu_slope(value);
-      store(out + at + c, g);
-      total += g;
-      each_tap(rows, at, channels, left, right, [&](int tap, Vector v) ALWAYS_INLINE { products[tap] += g * v; });
-    });
-    for (int tap = 0; tap < 9; ++tap) {
-      float* sum = sums + tap * channels + c;
-      store(sum, load(sum) + products[tap]);
+    Vector total{}, products[3][3];  // the sum of the gradients, and of their products with what is under each tap
+    for (int i = 0; i < 3; ++i) {
+      for (int j = 0; j < 3; ++j) products[i][j] = Vector{};
     }
-    float* sum = sums + 9 * channels + c;
-    store(sum, load(sum) + total);
+    convolve(width, rows, channels, weight + c, channels, load(bias + c),
+             [&](int64_t x, Vector value, const Vector(&columns)[3][3]) ALWAYS_INLINE {
+               const Vector g = load(gradient + x * channels + c) * gelu_slope(value);
+               store(out + x * channels + c, g);
+               total += g;
+               for (int i = 0; i < 3; ++i) {
+                 for (int j = 0; j < 3; ++j) products[i][j] += g * columns[j][i];
+               }
+             });
+    const auto add_to = [](float* sum, Vector x) ALWAYS_INLINE { store(sum, load(sum) + x); };
+    for (int tap = 0; tap < 9; ++tap) add_to(sums + tap * channels + c, products[tap / 3][tap % 3]);
+    add_to(sums + 9 * channels + c, total);
   }
 }
 
@@ -329,22 +325,20 @@ constexpr int64_t kStrip = 4 * PRODUCT_ROWS;  // queries whose logits are in the
 
 INLINE int64_t panels(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
 
-int64_t attention_scratch(int64_t M, int64_t d) { return kStrip * (panels(M) + panels(d)); }
+int64_t attention_scratch(int64_t M, int64_t d) { return kStrip * (panels(M) + panels(d)) + panels(M); }
 
-// exp(x - max) of M numbers in place, zeros up to a whole vector after them; returns their sum.
+constexpr float kNothing = -3.0e38f;  // a logit whose exponential counts for nothing
+
+// exp(x - max) of M numbers in place, where kNothing fills up the last vector; returns their sum.
 INLINE float exponentials(float* x, int64_t M) {
   const int64_t whole = (M + V - 1) / V * V;
-  for (int64_t j = M; j < whole; ++j) x[j] = -3.0e38f;
   Vector top = load(x);
   for (int64_t j = V; j < whole; j += V) top = larger(top, load(x + j));
   float most = top[0];
   for (int i = 1; i < V; ++i) most = top[i] > most ? top[i] : most;
   Vector total{};
   for (int64_t j = 0; j < whole; j += V) {
-    Vector e = exponential(load(x + j) - most);
-    if (j + V > M) {
-      for (int64_t i = M - j; i < V; ++i) e[i] = 0;
-    }
+    const Vector e = exponential(load(x + j) - most);
     store(x + j, e);
     total += e;
   }
@@ -354,10 +348,11 @@ INLINE float exponentials(float* x, int64_t M) {
 void attention(int64_t T, int64_t M, int64_t d, const float* queries, int64_t ldq, const float* keys,
                const float* values, float* out, int64_t ldo, float* scratch) {
   const int64_t wide = panels(M), deep = panels(d);
-  float *logits = scratch, *mix = scratch + kStrip * wide;
+  float *logits = scratch, *mix = scratch + kStrip * wide, *start = mix + kStrip * deep;
+  for (int64_t m = 0; m < wide; ++m) start[m] = m < M ? 0.0f : kNothing;
   for (int64_t t = 0; t < T; t += kStrip) {
     const int64_t rows = T - t < kStrip ? T - t : kStrip;
-    product(rows, M, d, queries + t * ldq, ldq, keys, d * kPanel, nullptr, 0, logits, wide);
+    product(rows, M, d, queries + t * ldq, ldq, keys, d * kPanel, start, 0, logits, wide);
     float factor[kStrip];
     for (int64_t i = 0; i < rows; ++i) factor[i] = 1.0f / exponentials(logits + i * wide, M);
     product(rows, d, M, logits, wide, values, M * kPanel, nullptr, 0, mix, deep);
@@ -374,6 +369,7 @@ void window_attention(int64_t windows, int64_t size, int64_t d, int64_t channels
     for (int64_t i = 0; i < size; ++i) {
       const float* q = qkv + tokens[i];
       float* p = scratch + i * wide;
+      store(p + wide - V, all(kNothing));
       for (int64_t j = 0; j < size; ++j) {
         const float* k = qkv + tokens[j] + channels;
         Vector dots{};
