@@ -23,7 +23,8 @@ This file depends only on torch, so it can be copied into another project:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +36,8 @@ __all__ = ["HiLo", "HiLo2d", "HiLoWeights"]
 class HiLoWeights(NamedTuple):
     """The attention of both branches before dropout; None for a branch without heads. Rows are queries and sum to 1."""
 
-    hifi: Tensor | None  # (B, windows, h_heads, sh * sw, sh * sw), windows and their cells in row-major order
-    lofi: Tensor | None  # (B, l_heads, E + H * W, M + E), M pooled cells in row-major order; E extra tokens
+    hifi: Tensor | None  # (B, windows, h_heads, sh * sw, sh * sw), windows and their cells in row-major order, without extra tokens
+    lofi: Tensor | None  # (B, l_heads, E + H * W, E + M), the E extra tokens, then M pooled cells in row-major order
 
 
 class _Tokens(NamedTuple):
@@ -55,7 +56,7 @@ class HiLo(nn.Module):
         attn_drop: dropout rate of the attention weights.
         proj_drop: dropout rate of the output.
         window_size: side s of the windows and of the pooling, or (sh, sw). 1 is plain multi-head self-attention:
-            all heads are Lo-Fi, nothing is pooled and ``alpha`` is ignored.
+            all heads are Lo-Fi, ``alpha`` is ignored and nothing is pooled, unless ``pool_size`` is given.
         alpha: share of the heads assigned to Lo-Fi, in [0, 1]: ``int(num_heads * alpha)`` heads. 0 is Hi-Fi only, 1 is Lo-Fi only.
         pool_size: side p of the pooling, or (ph, pw), where it is not that of the windows.
         mask_padding: whether the cells that the layer itself pads are left out. The paper lets both branches treat them like any others.
@@ -73,19 +74,19 @@ class HiLo(nn.Module):
     ):  # fmt: skip
         super().__init__()
         if not isinstance(qkv_bias, bool):
-            raise self._error(f"qkv_bias={qkv_bias!r} must be True or False; was window_size={qkv_bias!r} meant?")
-        if isinstance(qk_scale, bool) or not (qk_scale is None or qk_scale >= 0):
+            raise self._error(f"qkv_bias={qkv_bias!r} must be True or False; write window_size={qkv_bias!r} if that was meant")
+        if qk_scale is not None and not (_is_number(qk_scale) and qk_scale > 0):
             raise self._error(f"qk_scale={qk_scale!r} must be None or a positive number")
-        if num_heads < 1 or dim < 1 or dim % num_heads:
-            raise self._error(f"dim={dim} must be a positive multiple of num_heads={num_heads}")
-        if isinstance(alpha, bool) or not 0 <= alpha <= 1:
-            raise self._error(f"alpha={alpha} must lie in [0, 1]: it is the share of the heads assigned to Lo-Fi")
-        self.dim, self.num_heads, self.alpha, self.mask_padding = dim, num_heads, alpha, mask_padding
+        if not (_is_number(dim, whole=True) and _is_number(num_heads, whole=True) and dim % num_heads == 0):
+            raise self._error(f"dim={dim!r} must be a positive multiple of num_heads={num_heads!r}")
+        for name, share in dict(attn_drop=attn_drop, proj_drop=proj_drop, alpha=alpha).items():
+            if not (_is_number(share) and 0 <= share <= 1):
+                raise self._error(f"{name}={share!r} must be a number in [0, 1]")
+        self.dim, self.num_heads, self.head_dim, self.alpha, self.mask_padding = dim, num_heads, dim // num_heads, alpha, mask_padding
         self.window = self._pair("window_size", window_size)
         self.pool = self.window if pool_size is None else self._pair("pool_size", pool_size)
         self.window_size = self.window[0] if self.window[0] == self.window[1] else self.window
-        self.head_dim = dim // num_heads
-        self.scale = qk_scale or self.head_dim**-0.5
+        self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
         self.l_heads = num_heads if self.window == (1, 1) else int(num_heads * alpha)
         self.h_heads = num_heads - self.l_heads
         self.l_dim, self.h_dim = self.l_heads * self.head_dim, self.h_heads * self.head_dim
@@ -110,8 +111,8 @@ class HiLo(nn.Module):
                 x to that of the context at its place, so that with Hi-Fi heads it must have the size of x.
             pos: a positional term of the shape of x (or a batch of 1) that is added for queries and keys, but not for values.
             context_pos: the same of the context, for keys.
-            mask: (B, rows, columns), True for the valid cells of what is attended to; the others are left out of windows, averages and
-                attention. Outputs at invalid cells, and of windows or maps without a valid one, are finite but mean nothing.
+            mask: (B, rows, columns) or a batch of 1, True for the valid cells of what is attended to; the others are left out of windows,
+                averages and attention. Outputs at invalid cells, and of windows or maps without a valid one, are finite but mean nothing.
             extra_tokens: number E of leading tokens that are no cells of the map, such as a class token: x is (B, E + H * W, dim). In
                 Hi-Fi they are a window of their own; in Lo-Fi they attend to all pooled cells and to each other, and cells attend to them.
             need_weights: whether to return the attention, too.
@@ -122,23 +123,24 @@ class HiLo(nn.Module):
         Raises:
             ValueError: the shape of an argument does not fit.
         """
-        shape = x.shape
-        x, size = self._tokens("x", x, (H, W), extra_tokens)
-        value = _Tokens(x[:, :extra_tokens], x[:, extra_tokens:].unflatten(1, size))
+        if not isinstance(extra_tokens, int) or extra_tokens < 0:
+            raise self._error(f"extra_tokens={extra_tokens!r} must be an integer of at least 0, the number of tokens that are no cells")
+        value = self._tokens("x", x, H, W, extra_tokens)
         query = key = value if pos is None else self._add("pos", value, pos)
+        context = None if context is x and pos is context_pos is None else context  # one product then serves queries, keys and values
         if context is not None:  # extra tokens are of x, also as keys and values
-            seen = _Tokens(x[:, :0], self._tokens("context", context, (None, None))[0].unflatten(1, context.shape[1:3]))
-            key = seen if context_pos is None else self._add("context_pos", seen, context_pos)
-            key, value = _Tokens(query.extra, key.map), _Tokens(value.extra, seen.map)
+            seen = self._tokens("context", context, None, None, batches=x.shape[:1])
+            placed = seen if context_pos is None else self._add("context_pos", seen, context_pos)
+            key, value = _Tokens(query.extra, placed.map), _Tokens(value.extra, seen.map)
             key = value if pos is None and context_pos is None else key
         elif context_pos is not None:
             raise self._error("context_pos is the position of a context, but there is none; that of x is pos")
         if self.h_heads and query.map.shape[1:3] != key.map.shape[1:3]:
-            sizes = f"x has {tuple(query.map.shape[1:3])} cells and the context {tuple(key.map.shape[1:3])}"
-            raise self._error(f"{sizes}, but Hi-Fi's windows lie over each other: resize one of them, or leave Hi-Fi out (alpha=1)")
-        if mask is not None and (mask.dtype != torch.bool or mask.shape[1:] != key.map.shape[1:3]):
-            raise self._error(f"mask is {tuple(mask.shape)} of {mask.dtype}, expected {tuple(key.map.shape[:3])} of torch.bool")
-        if mask is not None:  # whatever is at invalid cells, NaN included, is read by nobody
+            sizes = f"context is {tuple(key.map.shape)}, expected the H and W of x {tuple(query.map.shape)}"
+            raise self._error(f"{sizes}, as Hi-Fi's windows lie over each other; resize it, or leave Hi-Fi out (alpha=1)")
+        if mask is not None:  # nobody reads what is at invalid cells, NaN included
+            if mask.dtype != torch.bool or mask.shape not in (key.map.shape[:3], (1, *key.map.shape[1:3])):
+                raise self._error(f"mask is {tuple(mask.shape)} of {mask.dtype}, expected {tuple(key.map.shape[:3])} of torch.bool")
             valid = {id(y): y._replace(map=y.map.masked_fill(~mask[..., None], 0)) for y in (key, value)}
             query, key, value = (valid.get(id(y), y) for y in (query, key, value))
         elif self.mask_padding:
@@ -146,29 +148,26 @@ class HiLo(nn.Module):
 
         hifi, h_weights = self._hifi(query, key, value, mask, need_weights) if self.h_heads else (None, None)
         lofi, l_weights = self._lofi(query, key, value, mask, need_weights) if self.l_heads else (None, None)
-        out = lofi if hifi is None else hifi if lofi is None else torch.cat((hifi, lofi), dim=-1)
-        out = self.proj_drop(out.reshape(shape))
+        parts = [part for part in (hifi, lofi) if part is not None]
+        out = self.proj_drop((torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]).reshape(x.shape))
         return (out, HiLoWeights(h_weights, l_weights)) if need_weights else out
 
     def _hifi(self, query: _Tokens, key: _Tokens, value: _Tokens, mask: Tensor | None, need_weights: bool):
         """Attention inside each window (section 3.2, "high-frequency attention") -> (B, E + H * W, h_dim) and its weights."""
         (sh, sw), (B, H, W), heads, d = self.window, query.map.shape[:3], self.h_heads, self.head_dim
-        nh, nw = -(-H // sh), -(-W // sw)
+        nh, nw = (H + sh - 1) // sh, (W + sw - 1) // sw
 
-        def windows(x: Tensor) -> Tensor:
-            """(B, nh * sh, nw * sw, h_dim) -> (B * nh * nw, heads, sh * sw, d)."""
-            return x.reshape(B, nh, sh, nw, sw, heads, d).permute(0, 1, 3, 5, 2, 4, 6).reshape(B * nh * nw, heads, sh * sw, d)
+        def windows(x: Tensor, heads: int, d: int) -> Tensor:
+            """(B, nh * sh, nw * sw, heads * d) -> (B * nh * nw, heads, sh * sw, d)."""
+            return x.view(B, nh, sh, nw, sw, heads, d).permute(0, 1, 3, 5, 2, 4, 6).reshape(B * nh * nw, heads, sh * sw, d)
 
-        q, k, v = map(windows, _parts(self.h_qkv, (query, key, value), lambda x: _pad(x.map, self.window)))
+        q, k, v = (windows(x, heads, d) for x in _parts(self.h_qkv, (query, key, value), lambda x: _fit(x.map, nh * sh, nw * sw)))
         if mask is not None:
-            mask = _pad(mask[..., None], self.window, value=not self.mask_padding).reshape(-1, nh, sh, nw, sw).transpose(2, 3)
-            mask = mask.reshape(-1, nh * nw, 1, 1, sh * sw).expand(B, -1, -1, -1, -1).flatten(0, 1)
+            mask = windows(_fit(mask[..., None].expand(B, H, W, 1), nh * sh, nw * sw, value=not self.mask_padding), 1, 1).mT
         # Torch's fused kernels on CUDA take at most 65535 sequences, and work on tiles of 128 tokens, where a window has sh * sw.
         y, weights = self._attention(q, k, v, mask, written_out=need_weights or q.is_cuda)
         y = y.reshape(B, nh, nw, heads, sh, sw, d).permute(0, 1, 4, 2, 5, 3, 6).reshape(B, nh * sh, nw * sw, self.h_dim)
-        if torch.compiler.is_compiling() or (nh * sh, nw * sw) != (H, W):
-            y = F.pad(y, (0, 0, 0, W - nw * sw, 0, H - nh * sh))  # a negative pad crops
-        y = y.flatten(1, 2)
+        y = _fit(y, H, W).flatten(1, 2)
         if query.extra.shape[1]:
             q, k, v = (_split(x, heads) for x in _parts(self.h_qkv, (query, key, value), lambda x: x.extra))
             y = torch.cat((self._attention(q, k, v)[0].transpose(1, 2).flatten(2), y), dim=1)
@@ -176,20 +175,17 @@ class HiLo(nn.Module):
 
     def _lofi(self, query: _Tokens, key: _Tokens, value: _Tokens, mask: Tensor | None, need_weights: bool):
         """Attention from every position to the pooled map ("low-frequency attention") -> (B, E + H * W, l_dim) and its weights."""
-        E, heads = query.extra.shape[1], self.l_heads
-        if mask is not None:
-            mask = _pad(mask[..., None], self.pool, value=not self.mask_padding)
-            share = _average(mask.to(query.map.dtype), self.pool)  # of each pooled cell that is valid
+        if mask is not None:  # the share of each pooled cell that is valid
+            share = _average(mask[..., None].to(query.map.dtype), self.pool, padding=not self.mask_padding)
 
         def pooled(x: _Tokens) -> Tensor:
             """The extra tokens, then the averages over valid cells: (B, E + M, dim)."""
-            cells = _average(_pad(x.map, self.pool), self.pool)
-            return _join(x.extra, cells if mask is None else cells / share.clamp(min=1e-6))
+            return _join(x.extra, _average(x.map, self.pool) if mask is None else _average(x.map, self.pool) / share.clamp(min=1e-6))
 
-        q = _split(self.l_q(_join(query.extra, query.map)), heads)
-        k, v = (_split(x, heads) for x in _parts(self.l_kv, (key, value), pooled))
+        q = _split(self.l_q(_join(query.extra, query.map)), self.l_heads)
+        k, v = (_split(x, self.l_heads) for x in _parts(self.l_kv, (key, value), pooled))
         if mask is not None:
-            mask = F.pad(share.flatten(1) > 0, (E, 0), value=True)[:, None, None]
+            mask = F.pad(share.flatten(1) > 0, (query.extra.shape[1], 0), value=True)[:, None, None]
         y, weights = self._attention(q, k, v, mask, written_out=need_weights)
         return self.l_proj(y.transpose(1, 2).flatten(2)), weights
 
@@ -198,38 +194,34 @@ class HiLo(nn.Module):
         if mask is not None:
             mask = mask | ~mask.any(dim=-1, keepdim=True)  # where nothing is valid, all is: a mean, not NaN
         if not written_out:
-            drop = self.attn_drop if self.training else 0.0
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop, scale=self.scale), None
+            return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.attn_drop * self.training, scale=self.scale), None
         logits = q * self.scale @ k.mT
         weights = (logits if mask is None else logits.masked_fill(~mask, float("-inf"))).softmax(-1)
         return F.dropout(weights, self.attn_drop, self.training) @ v, weights
 
-    def _tokens(self, name: str, x: Tensor, size: tuple[int | None, int | None], extra: int = 0) -> tuple[Tensor, tuple[int, int]]:
-        """Tokens (B, extra + H * W, dim) as they are, or of a map (B, H, W, dim), with H and W."""
-        (H, W), tokens = size, f"{extra} + H * W" if extra else "H * W"
-        if x.dim() not in ((3,) if extra else (3, 4)):
-            raise self._error(f"{name} must have shape (B, {tokens}, dim){'' if extra else ' or (B, H, W, dim)'}, got {tuple(x.shape)}")
-        if x.shape[-1] != self.dim:
-            raise self._error(f"the last dimension of {name} is {x.shape[-1]} (shape {tuple(x.shape)}), expected dim={self.dim}")
+    def _tokens(self, name: str, x: Tensor, H: int | None, W: int | None, extra: int = 0, batches: Sequence[int] = ()) -> _Tokens:
+        """Takes tokens (B, extra + H * W, dim) or a map (B, H, W, dim) apart, with the batch size, if given, one of ``batches``."""
+        tokens, maps = (f"{extra} + H * W", "") if extra else ("H * W", " or a map (B, H, W, dim)")
+        if x.dim() not in ((3,) if extra else (3, 4)) or x.shape[-1] != self.dim:
+            raise self._error(f"{name} has shape {tuple(x.shape)}, expected (B, {tokens}, dim){maps} with dim={self.dim}")
+        if batches and x.shape[0] not in batches:
+            raise self._error(f"{name} has a batch of {x.shape[0]}, expected {' or '.join(map(str, batches))}")
         if x.dim() == 4:
             if (H, W) not in ((None, None), tuple(x.shape[1:3])):
-                raise self._error(f"{name} is a map of shape {tuple(x.shape)}, but its size is given as {H} x {W}")
-            return x.flatten(1, 2), (x.shape[1], x.shape[2])
-        if H is None or W is None:
-            raise self._error(f"{name} has shape {tuple(x.shape)}; H and W are needed, or a map (B, H, W, dim)")
-        if x.shape[1] != extra + H * W:
-            raise self._error(f"{name} has {x.shape[1]} tokens, but {tokens} is {extra + H * W} for H={H} and W={W}")
-        return x, (H, W)
+                raise self._error(f"{name} is a map of {x.shape[1]} x {x.shape[2]} cells, expected {H} x {W}")
+            H, W, x = *x.shape[1:3], x.flatten(1, 2)
+        elif H is None or W is None or x.shape[1] != extra + H * W:
+            raise self._error(f"{name} has {x.shape[1]} tokens, expected {tokens} with H={H} and W={W}{maps}")
+        return _Tokens(x[:, :extra], x[:, extra:].unflatten(1, (H, W)))
 
     def _add(self, name: str, x: _Tokens, pos: Tensor) -> _Tokens:
-        E = x.extra.shape[1]
-        pos, _ = self._tokens(name, pos, (x.map.shape[1], x.map.shape[2]), E)
-        return _Tokens(x.extra + pos[:, :E], x.map + pos[:, E:].unflatten(1, x.map.shape[1:3]))
+        term = self._tokens(name, pos, x.map.shape[1], x.map.shape[2], x.extra.shape[1], (1, x.map.shape[0]))
+        return _Tokens(x.extra + term.extra, x.map + term.map)
 
     def _pair(self, name: str, size: int | Sequence[int]) -> tuple[int, int]:
-        sides = (size, size) if isinstance(size, (int, float)) else tuple(size)
-        if len(sides) != 2 or any(isinstance(side, bool) or side < 1 or side != int(side) for side in sides):
-            raise self._error(f"{name}={size} must be an integer of at least 1, or two for rows and columns")
+        sides = tuple(size) if isinstance(size, Sequence) else (size, size)
+        if len(sides) != 2 or not all(_is_number(side, whole=True) for side in sides):
+            raise self._error(f"{name}={size!r} must be an integer of at least 1, or two for rows and columns")
         return int(sides[0]), int(sides[1])
 
     def _error(self, message: str) -> ValueError:
@@ -245,26 +237,33 @@ class HiLo(nn.Module):
         return hifi + lofi
 
     def extra_repr(self) -> str:
-        options = "" if self.pool == self.window else f", pool_size={self.pool}"
-        heads = f"heads=(Hi-Fi {self.h_heads}, Lo-Fi {self.l_heads})"
-        return f"dim={self.dim}, {heads}, window_size={self.window_size}, alpha={self.alpha}{options}"
+        heads, pool = f"Hi-Fi {self.h_heads}, Lo-Fi {self.l_heads}", "" if self.pool == self.window else f", pool_size={self.pool}"
+        return f"dim={self.dim}, heads=({heads}), window_size={self.window_size}, alpha={self.alpha}{pool}"
 
 
 class HiLo2d(HiLo):
-    """HiLo over maps (B, dim, H, W) of any memory format, as convolutions take them. Arguments and parameters are those of ``HiLo``.
+    """``HiLo`` over maps (B, dim, H, W) of any memory format, as convolutions take them, with its arguments and parameters.
 
-    The result is in the channels-last memory format, which is also the faster one to come in.
+    The result is in the channels-last memory format, also the faster one to come in.
     """
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, need_weights: bool = False, **maps: Tensor | None):  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, *, context: Tensor | None = None, pos: Tensor | None = None, context_pos: Tensor | None = None,
+        mask: Tensor | None = None, need_weights: bool = False,
+    ) -> Tensor | tuple[Tensor, HiLoWeights]:  # fmt: skip
         """As ``HiLo.forward``, with x, context, pos and context_pos as maps (B, dim, H, W). Extra tokens have no place in a map."""
-        maps = {name: value for name, value in dict(x=x, **maps).items() if value is not None}
+        maps: dict[str, Any] = dict(x=x, context=context, pos=pos, context_pos=context_pos)
         for name, value in maps.items():
-            if value.dim() != 4 or value.shape[1] != self.dim:
-                raise self._error(f"{name} must have shape (B, {self.dim}, H, W), got {tuple(value.shape)}")
-            maps[name] = value.permute(0, 2, 3, 1)
+            if value is not None and (value.dim() != 4 or value.shape[1] != self.dim):
+                raise self._error(f"{name} must have shape (B, {self.dim}, H, W), got {tuple(value.shape)}; HiLo takes (B, H, W, dim)")
+            maps[name] = None if value is None else value.permute(0, 2, 3, 1)
+        maps["context"] = maps["x"] if context is x else maps["context"]
         out = super().forward(**maps, mask=mask, need_weights=need_weights)
-        return (out[0].permute(0, 3, 1, 2), out[1]) if need_weights else out.permute(0, 3, 1, 2)
+        return (out[0].permute(0, 3, 1, 2), out[1]) if isinstance(out, tuple) else out.permute(0, 3, 1, 2)
+
+
+def _is_number(value: Any, whole: bool = False) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and (not whole or (float(value) >= 1 and float(value).is_integer()))
 
 
 def _parts(linear: nn.Module, inputs: Sequence[_Tokens], prepare: Callable[[_Tokens], Tensor]) -> Sequence[Tensor]:
@@ -277,16 +276,17 @@ def _parts(linear: nn.Module, inputs: Sequence[_Tokens], prepare: Callable[[_Tok
     return [F.linear(prepare(x), weight, bias) for x, weight, bias in zip(inputs, weights, biases)]
 
 
-def _pad(x: Tensor, size: tuple[int, int], value: bool = False) -> Tensor:
-    """(B, H, W, C) -> (B, H', W', C) with zeros, or ``value``, up to multiples of ``size`` on the right and at the bottom."""
-    bottom, right = -x.shape[1] % size[0], -x.shape[2] % size[1]
-    # A traced graph always pads, even by 0: without a branch on H and W, one graph serves every size.
-    return F.pad(x, (0, 0, 0, right, 0, bottom), value=value) if torch.compiler.is_compiling() or bottom or right else x
+def _fit(x: Tensor, H: int, W: int, value: bool = False) -> Tensor:
+    """(B, h, w, C) -> (B, H, W, C), padded with zeros, or ``value``, or cropped, on the right and at the bottom."""
+    # A traced graph always pads, even by 0: without a branch on H and W, one graph serves every size. A negative pad crops.
+    same = not torch.compiler.is_compiling() and x.shape[1:3] == (H, W)
+    return x if same else F.pad(x, (0, 0, 0, W - x.shape[2], 0, H - x.shape[1]), value=value)
 
 
-def _average(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, H, W, C) -> (B, H / rows, W / columns, C). The permuted view costs nothing and pooling keeps the layout."""
-    return x if size == (1, 1) else F.avg_pool2d(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
+def _average(x: Tensor, size: tuple[int, int], padding: bool = False) -> Tensor:
+    """(B, H, W, C) -> (B, ceil(H / rows), ceil(W / columns), C). The permuted view costs nothing and pooling keeps the layout."""
+    H, W = ((n + side - 1) // side * side for n, side in zip(x.shape[1:3], size))
+    return x if size == (1, 1) else F.avg_pool2d(_fit(x, H, W, padding).permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
 
 
 def _join(extra: Tensor, map: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""HiLo against the golden numbers, a slow version written from the paper, and what its docstring promises."""
+"""HiLo against the golden numbers, a slow reference, and what its docstring promises. test_hilo_options.py has the options."""
 
 from __future__ import annotations
 
@@ -11,34 +11,8 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 
 from helpers import ROOT, fill, golden, golden_arrays, max_difference
-from hilo import HiLo
-
-
-def slow_hilo(layer: HiLo, x: Tensor, H: int, W: int) -> Tensor:
-    """One window and one head at a time, softmax written out: section 3 of the paper, zero padding as in SPEC."""
-    s, d = layer.window_size, layer.head_dim
-    Hp, Wp = -(-H // s) * s, -(-W // s) * s
-    B, _, C = x.shape
-    grid = x.new_zeros(B, Hp, Wp, C)
-    grid[:, :H, :W] = x.view(B, H, W, C)
-    out = []
-    if layer.h_heads:
-        q, k, v = layer.h_qkv(grid).view(B, Hp, Wp, 3, layer.h_heads, d).unbind(3)
-        y = torch.zeros_like(q)
-        for top in range(0, Hp, s):
-            for left in range(0, Wp, s):
-                window = (slice(None), slice(top, top + s), slice(left, left + s))
-                for head in range(layer.h_heads):
-                    a, b, c = (t[window][..., head, :].reshape(B, s * s, d) for t in (q, k, v))
-                    y[window][..., head, :] = ((a @ b.mT * layer.scale).softmax(-1) @ c).view(B, s, s, d)
-        out.append(layer.h_proj(y.flatten(3)))
-    if layer.l_heads:
-        pooled = grid.view(B, Hp // s, s, Wp // s, s, C).mean(dim=(2, 4)).flatten(1, 2)
-        q = layer.l_q(grid).view(B, Hp * Wp, layer.l_heads, d)
-        k, v = layer.l_kv(pooled).view(B, -1, 2, layer.l_heads, d).unbind(2)
-        heads = [(q[:, :, h] @ k[:, :, h].mT * layer.scale).softmax(-1) @ v[:, :, h] for h in range(layer.l_heads)]
-        out.append(layer.l_proj(torch.cat(heads, -1)).view(B, Hp, Wp, -1))
-    return torch.cat(out, -1)[:, :H, :W].reshape(B, H * W, C)
+from hilo import HiLo, HiLo2d
+from hilo_reference import slow_hilo
 
 
 @pytest.mark.parametrize("i", range(len(golden()["hilo"])))
@@ -62,7 +36,7 @@ def test_golden(i):
 def test_slow_reference(H, W, window, alpha):
     layer = HiLo(24, 4, qkv_bias=True, qk_scale=0.7, window_size=window, alpha=alpha).double()
     x = torch.randn(2, H * W, 24, dtype=torch.float64)
-    assert max_difference(layer(x, H, W), slow_hilo(layer, x, H, W)) < 1e-12
+    assert max_difference(layer(x, H, W), slow_hilo(layer, x, H, W).out) < 1e-12
 
 
 @pytest.mark.parametrize("batch", [0, 1])
@@ -85,12 +59,12 @@ def test_low_precision(dtype, autocast):
     exact = layer(x, 7, 9)
     if autocast:
         with torch.autocast("cpu", dtype):
-            ours, plain = layer(x, 7, 9), slow_hilo(layer, x, 7, 9)
+            ours, plain = layer(x, 7, 9), slow_hilo(layer, x, 7, 9).out
         ours.float().sum().backward()
         assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
     else:
         layer = layer.to(dtype)
-        ours, plain = layer(x.to(dtype), 7, 9), slow_hilo(layer, x.to(dtype), 7, 9)
+        ours, plain = layer(x.to(dtype), 7, 9), slow_hilo(layer, x.to(dtype), 7, 9).out
     assert ours.dtype == dtype
     assert max_difference(ours, exact) <= 2 * max_difference(plain, exact)
 
@@ -145,32 +119,90 @@ def test_compile_without_graph_break():
 
 
 @pytest.mark.parametrize(
-    "kwargs, word",
+    "kwargs, words",
     [
-        (dict(dim=30, num_heads=4), "dim=30"),
+        (dict(dim=30, num_heads=4), "dim=30 .* multiple of num_heads=4"),
         (dict(dim=32, num_heads=0), "num_heads=0"),
-        (dict(dim=32, alpha=1.2), "alpha=1.2"),
+        (dict(dim=32, num_heads="8"), "num_heads='8'"),
+        (dict(dim=32, alpha=1.2), "alpha=1.2 .* in .0, 1."),
         (dict(dim=32, alpha=-0.1), "alpha=-0.1"),
         (dict(dim=32, alpha=float("nan")), "alpha=nan"),
+        (dict(dim=32, alpha=True), "alpha=True"),
+        (dict(dim=32, alpha="0.5"), "alpha='0.5'"),
+        (dict(dim=32, attn_drop=2), "attn_drop=2"),
+        (dict(dim=32, proj_drop=-1), "proj_drop=-1"),
+        (dict(dim=32, qk_scale=0), "qk_scale=0 must be None or a positive number"),
+        (dict(dim=32, qk_scale=True), "qk_scale=True"),
+        (dict(dim=32, qkv_bias=2), "qkv_bias=2 must be True or False; write window_size=2"),
         (dict(dim=32, window_size=0), "window_size=0"),
         (dict(dim=32, window_size=1.5), "window_size=1.5"),
+        (dict(dim=32, window_size=True), "window_size=True"),
+        (dict(dim=32, window_size=None), "window_size=None"),
+        (dict(dim=32, window_size=float("inf")), "window_size=inf"),
+        (dict(dim=32, window_size="22"), "window_size='22'"),
+        (dict(dim=32, window_size=(2, 0)), r"window_size=\(2, 0\)"),
+        (dict(dim=32, window_size=[2, 3, 4]), r"window_size=\[2, 3, 4\] .* two for rows and columns"),
+        (dict(dim=32, pool_size=-1), "pool_size=-1"),
     ],
 )
-def test_bad_arguments(kwargs, word):
-    with pytest.raises(ValueError, match=word):
+def test_bad_arguments(kwargs, words):
+    with pytest.raises(ValueError, match=f"^HiLo: .*{words}"):
         HiLo(**kwargs)
 
 
-@pytest.mark.parametrize("shape, words", [((2, 4, 4, 32), "shape"), ((2, 15, 32), "15 tokens.* 4 . 4 = 16"), ((2, 16, 31), "31.*dim=32")])
-def test_bad_input(shape, words):
-    with pytest.raises(ValueError, match=words):
-        HiLo(32)(torch.randn(shape), 4, 4)
+def test_window_and_alpha_in_the_places_of_other_arguments():
+    with pytest.raises(ValueError, match="qkv_bias=2 .* window_size=2"):
+        HiLo(32, 8, 2, 0.9)
+
+
+MAP, TOKENS, MASK = (2, 4, 6, 32), (2, 24, 32), torch.ones(2, 4, 6, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    "shape, kwargs, words",
+    [
+        ((2, 15, 32), dict(H=4, W=4), "x has 15 tokens, expected H . W with H=4 and W=4"),
+        ((2, 15, 32), dict(), "x has 15 tokens, expected H . W with H=None and W=None or a map"),
+        ((2, 24, 31), dict(H=4, W=6), r"x has shape \(2, 24, 31\), expected .* dim=32"),
+        ((24, 32), dict(H=4, W=6), r"x has shape \(24, 32\)"),
+        (MAP, dict(H=6, W=4), "x is a map of 4 x 6 cells, expected 6 x 4"),
+        (MAP, dict(pos=(1, 5, 6, 32)), "pos is a map of 5 x 6 cells, expected 4 x 6"),
+        (MAP, dict(pos=(1, 30, 32)), "pos has 30 tokens, expected H . W with H=4 and W=6"),
+        (TOKENS, dict(H=4, W=6, pos=(24, 2, 32)), "pos has a batch of 24, expected 1 or 2"),
+        (MAP, dict(context=(3, 4, 6, 32)), "context has a batch of 3, expected 2"),
+        (MAP, dict(context=(2, 24, 32)), "context has 24 tokens, .* or a map .B, H, W, dim.$"),
+        (MAP, dict(context=(2, 8, 6, 32)), r"context is \(2, 8, 6, 32\), expected the H and W of x \(2, 4, 6, 32\),.* .alpha=1.$"),
+        (MAP, dict(context=(2, 4, 6, 16)), "context has shape .* dim=32"),
+        (MAP, dict(context=MAP, context_pos=(2, 4, 5, 32)), "context_pos is a map of 4 x 5 cells, expected 4 x 6"),
+        (MAP, dict(context_pos=MAP), "context_pos .* there is none"),
+        (MAP, dict(mask=MASK[:, :3]), r"mask is \(2, 3, 6\) of torch.bool, expected \(2, 4, 6\) of torch.bool"),
+        (MAP, dict(mask=MASK[0]), r"mask is \(4, 6\)"),
+        (MAP, dict(mask=MASK.repeat(2, 1, 1)), r"mask is \(4, 4, 6\)"),
+        (MAP, dict(mask=MASK.float()), "mask is .* of torch.float32, expected .* of torch.bool"),
+        (MAP, dict(extra_tokens=1), r"x has shape .*, expected \(B, 1 \+ H . W, dim\) with dim=32"),
+        (TOKENS, dict(H=4, W=6, extra_tokens=1), "x has 24 tokens, expected 1 . H . W with H=4 and W=6$"),
+        (TOKENS, dict(H=5, W=5, extra_tokens=-1), "extra_tokens=-1 must be an integer of at least 0"),
+        (TOKENS, dict(H=4, W=6, extra_tokens=0.0), "extra_tokens=0.0"),
+    ],
+)
+def test_bad_input(shape, kwargs, words):
+    kwargs = {name: torch.randn(value) if isinstance(value, tuple) else value for name, value in kwargs.items()}
+    with pytest.raises(ValueError, match=f"^HiLo: {words}"):
+        HiLo(32)(torch.randn(shape), **kwargs)
+
+
+@pytest.mark.parametrize("name", ["x", "context", "pos", "context_pos"])
+@pytest.mark.parametrize("shape", [(2, 4, 6, 32), (2, 24, 32)])
+def test_maps_of_other_layouts(name, shape):
+    maps = dict(x=torch.randn(2, 32, 4, 6), context=torch.randn(2, 32, 4, 6)) | {name: torch.randn(shape)}
+    with pytest.raises(ValueError, match=f"^HiLo2d: {name} must have shape .B, 32, H, W., got .*; HiLo takes .B, H, W, dim."):
+        HiLo2d(32)(**maps)
 
 
 def test_the_file_stands_alone(tmp_path):
-    """Copied elsewhere it imports and runs, with torch as its only dependency, and stays under 200 lines."""
+    """Copied elsewhere it imports and runs, with torch as its only dependency, and stays under 300 lines."""
     source = (ROOT / "hilo.py").read_text()
-    assert len(source.splitlines()) < 200
+    assert len(source.splitlines()) < 300
     (tmp_path / "hilo.py").write_text(source)
     code = "import sys, torch; old = set(sys.modules); from hilo import HiLo; new = {m.split('.')[0] for m in set(sys.modules) - old}; "
     code += "assert new <= {'hilo', 'torch'}, new; print(HiLo(32)(torch.randn(1, 6, 32), 2, 3).shape)"
