@@ -78,9 +78,10 @@ void project(const HiLo& a, const float* x, const float* norm_weight, const floa
 }
 
 void project_pooled(const HiLo& a, const float* pooled, Linear linear, float* kv, int64_t stride) {
-  const int64_t rows = a.images * a.cells(), pieces = (rows + kPooledRows - 1) / kPooledRows;
+  const int64_t rows = a.images * a.cells();
+  const int64_t pieces = std::min<int64_t>(rows, std::max<int64_t>(rows / kPooledRows, at::get_num_threads()));
   at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kPooledRows, last = std::min(rows, end * kPooledRows);
+    const int64_t first = rows * begin / pieces, last = rows * end / pieces;
     Scratch scratch;
     Factor factor(linear.weight, last - first, a.channels, scratch);
     factor.set(a.k, 0, last - first, pooled + first * a.channels, a.channels);
