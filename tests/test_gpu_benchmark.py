@@ -110,7 +110,8 @@ def test_the_budget_is_for_all(session):
 def test_a_run_that_is_stopped(session, monkeypatch):
     """Rows are in the file while a stage runs, and none of its processes outlives the run."""
     child = "import subprocess\nchild = subprocess.Popen(['sleep', '600'])\n"
-    code = f"{child}out.write_text(json.dumps(dict(rows=[child.pid])))\ntime.sleep(600)"
+    code = f"{child}part = out.with_suffix('.part')\n"
+    code += "part.write_text(json.dumps(dict(rows=[child.pid])))\npart.replace(out)\ntime.sleep(600)"
 
     def stop(seconds: float) -> None:
         own = recorded(session).get("stage", dict(rows=[]))
