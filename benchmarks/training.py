@@ -8,9 +8,10 @@ The step is the trainer's own (``classification/engine.py``): forward under auto
 norm to 5.0, AdamW. Models and images are channels-last, drop path is 0.2, weights and images are random. LITv2 is also run with gradient
 checkpointing. --processes 2 starts two processes that share the batch and the threads, with DistributedDataParallel (gloo on a CPU, NCCL
 on GPUs). Memory is the peak of one process during a step minus what it held before: it includes activations, gradients and buffers, but
-not the weights and the optimizer state; nor, with several processes, the gradients, for which DDP keeps its buffers. On a GPU, ``synchronisations`` counts how often a step waits for it. Compiling takes minutes per
-model on a CPU. On a CPU without bfloat16 instructions, torch emulates them twenty times slower than float32: allow an hour with --rounds 1
---warm-up 1. LITv2's eager blocks multiply in float32 there (litv2/ops/block_forward/bfloat16.py).
+not the weights and the optimizer state; nor, with several processes, the gradients, for which DDP keeps its buffers. On a GPU,
+``synchronisations`` counts how often a step waits for it. Compiling takes minutes per model on a CPU. On a CPU without bfloat16
+instructions, torch emulates them twenty times slower than float32: allow an hour with --rounds 1 --warm-up 1. LITv2's eager blocks multiply
+in float32 there (litv2/ops/block_forward/bfloat16.py).
 Writes JSON, CSV and a plot.
 """
 
