@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="torch has no triton here, and generates no
 from cuda_code import Kernels, generated, operators
 
 pytestmark = [
+    pytest.mark.extra,  # half a minute
     pytest.mark.skipif(torch.cuda.is_available(), reason="the code is read for a device that is described, which is not this one"),
     pytest.mark.filterwarnings("ignore"),
 ]
