@@ -26,23 +26,24 @@ def count_flops(model: nn.Module, height: int, width: int) -> dict[str, int]:
         ``full``: in addition the deformable convolutions themselves, counted like plain ones, which the release leaves out.
         ``products``: only HiLo's products, included in both. (They are missing from the release's number for Mask R-CNN with
         LITv2-M and 4 x 4 windows.)
-
-    Raises:
-        NotImplementedError: a HiLo attends to a context or has extra tokens.
     """
     extra = dict(products=0, unseen=0, deformable=0)
 
     def count_hilo(hilo: Any, args: tuple, kwargs: dict, output: Any) -> None:
-        if kwargs.get("context") is not None or kwargs.get("extra_tokens"):
-            raise NotImplementedError(f"count_flops: attention of a {type(hilo).__name__} to a context or with extra tokens is not counted")
         given = inspect.signature(hilo.forward).bind(*args, **kwargs).arguments
-        x = given["x"]
-        H, W = x.shape[2:] if isinstance(hilo, HiLo2d) else x.shape[1:3] if x.dim() == 4 else (given["H"], given["W"])
+
+        def size(map: Tensor) -> tuple[int, int]:
+            rows, columns = map.shape[2:] if isinstance(hilo, HiLo2d) else map.shape[1:3]
+            return rows, columns
+
+        x, context, E = given["x"], given.get("context"), given.get("extra_tokens", 0)
+        H, W = size(x) if x.dim() == 4 else (given["H"], given["W"])
+        Hc, Wc = (H, W) if context is None else size(context)
         (sh, sw), (ph, pw) = hilo.window, hilo.pool
-        cells, pooled = -(-H // sh) * sh * -(-W // sw) * sw, -(-H // ph) * -(-W // pw)
+        cells, pooled = -(-H // sh) * sh * -(-W // sw) * sw, -(-Hc // ph) * -(-Wc // pw)
         layers = [(name, layer.weight.numel()) for name, layer in hilo.named_children() if isinstance(layer, nn.Linear)]
-        linear = sum(weights * (pooled if name == "l_kv" else cells) for name, weights in layers)
-        extra["products"] += hilo.flops(H, W) - linear
+        linear = sum(weights * ((pooled if name == "l_kv" else cells) + E) for name, weights in layers)
+        extra["products"] += hilo.flops(H, W, (Hc, Wc), E) - linear
         extra["unseen"] += linear + (pooled * ph * pw * hilo.dim if hilo.l_heads and hilo.pool != (1, 1) else 0)
 
     def count_linear(linear: Any, args: tuple, kwargs: dict, output: Tensor) -> None:

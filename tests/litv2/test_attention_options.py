@@ -164,13 +164,17 @@ class Maps(nn.Module):
                 self.attn(image.new_empty(B, dim, H, W))
             case "context":
                 self.attn(image.new_empty(B, H, W, dim), context=image.new_empty(B, H, W, dim))
+            case "smaller context":
+                self.attn(image.new_empty(B, H, W, dim), context=image.new_empty(B, 3, 5, dim))
+            case "extra tokens":
+                self.attn(image.new_empty(B, 2 + H * W, dim), H, W, extra_tokens=2)
 
 
 OPTIONS = [dict(), dict(window_size=1), dict(window_size=(2, 3)), dict(window_size=1, pool_size=2), dict(window_size=3, pool_size=(2, 4))]
 
 
 @pytest.mark.extra
-@pytest.mark.parametrize("form", ["tokens", "tokens by name", "map", "HiLo2d"])
+@pytest.mark.parametrize("form", ["tokens", "tokens by name", "map", "HiLo2d", "context"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_flops(options, form):
     """Those of torch's counter on the plain products, and of pooling, which is one for each of its inputs."""
@@ -196,7 +200,10 @@ def test_flops_of_padded_maps(options):
 
 
 @pytest.mark.extra
-def test_flops_that_are_not_counted():
+@pytest.mark.parametrize("form, arguments", [("smaller context", ((3, 5), 0)), ("extra tokens", (None, 2))])
+def test_flops_of_what_else_is_attended_to(form, arguments):
+    """As HiLo counts it, and its pooling."""
     count_flops = pytest.importorskip("litv2.openmmlab.flops", exc_type=ImportError).count_flops
-    with pytest.raises(NotImplementedError, match="a HiLo to a context or with extra tokens is not counted"):
-        count_flops(Maps(HiLo(32, 4), "context"), 12, 24)
+    attn, (rows, columns) = HiLo(32, 4, alpha=1), arguments[0] or (12, 24)
+    pooling = (rows + rows % 2) * (columns + columns % 2) * 32
+    assert count_flops(Maps(attn, form), 12, 24)["published"] == attn.flops(12, 24, *arguments) + pooling
