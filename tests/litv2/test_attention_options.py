@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -200,10 +201,10 @@ def test_flops_of_padded_maps(options):
 
 
 @pytest.mark.extra
-@pytest.mark.parametrize("form, arguments", [("smaller context", ((3, 5), 0)), ("extra tokens", (None, 2))])
-def test_flops_of_what_else_is_attended_to(form, arguments):
-    """As HiLo counts it, and its pooling."""
+@pytest.mark.parametrize("form, size, E", [("smaller context", (3, 5), 0), ("extra tokens", (12, 24), 2)])
+def test_flops_of_what_else_is_attended_to(form, size, E):
+    """As HiLo counts it, and its pooling; the products are those of 12 x 24 cells with the pooled ones, extra tokens among both."""
     count_flops = pytest.importorskip("litv2.openmmlab.flops", exc_type=ImportError).count_flops
-    attn, (rows, columns) = HiLo(32, 4, alpha=1), arguments[0] or (12, 24)
-    pooling = (rows + rows % 2) * (columns + columns % 2) * 32
-    assert count_flops(Maps(attn, form), 12, 24)["published"] == attn.flops(12, 24, *arguments) + pooling
+    attn, pooled = HiLo(32, 4, alpha=1), math.prod((side + 1) // 2 for side in size)
+    total, products = attn.flops(12, 24, size, E) + 4 * pooled * 32, 2 * (12 * 24 + E) * (pooled + E) * 32
+    assert count_flops(Maps(attn, form), 12, 24) == dict(published=total, full=total, products=products)
