@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from .weights.releases import Release
 
-__all__ = ["decode", "evaluation_size", "evaluation_transform", "normalisation"]
+__all__ = ["decode", "evaluation_box", "evaluation_size", "evaluation_transform", "normalisation"]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for RGB in [0, 1]
 CROP = 224 / 256  # side of the crop relative to the short side of the resized image
@@ -80,3 +80,16 @@ def evaluation_transform(size: int, crop: bool = True, in_chans: int = 3, interp
     mean, std = normalisation(in_chans)
     how = dict(crop_pct=CROP) if crop else dict(crop_pct=1.0, crop_mode="squash")
     return create_transform(size, mean=mean, std=std, interpolation=interpolation, **how)
+
+
+def evaluation_box(width: int, height: int, size: int, crop: bool = True) -> tuple[float, float, float, float]:
+    """Returns left, top, right, bottom, in pixels of an image of this width and height, of what ``evaluation_transform`` keeps of it."""
+    if not crop:
+        return 0.0, 0.0, float(width), float(height)
+    short = int(size / CROP)
+    resized = [int(short * side / min(width, height)) for side in (width, height)]
+    edges = [(round((side - size) / 2), side) for side in resized]
+    (left, right), (top, bottom) = (
+        (first * side / scaled, (first + size) * side / scaled) for (first, scaled), side in zip(edges, (width, height))
+    )
+    return left, top, right, bottom

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import MissingPackage, UserError
+from ..classes import class_names
+from ..errors import UserError
 from ..factory import load_model
 from ..files import atomic_write
 from ..preprocess import decode, evaluation_transform
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     loaded = load_model(args.checkpoint, args.model)
     model = loaded.model
-    names = _class_names(loaded.content, model.num_classes)
+    names = class_names(loaded.content, model.num_classes)
     size = loaded.image_size if args.img_size is None else args.img_size
     smallest = model.feature_info[-1]["reduction"]
     if size < smallest:
@@ -69,28 +70,6 @@ def run(args: argparse.Namespace) -> int:
         for name, share in best:
             print(f"  {share:7.2%}  {name}")
     return int(failed)
-
-
-def _class_names(content: dict, classes: int) -> list[str]:
-    """Returns the checkpoint's class names, else ImageNet's if there are 1000, else numbers. WordNet IDs are replaced by words."""
-    names = content.get("class_names")
-    if names is not None and (not isinstance(names, list) or len(names) != classes):
-        raise UserError(
-            f"the checkpoint lists {len(names) if isinstance(names, list) else 'no valid'} class names, but its classifier has {classes}"
-        )
-    if names is None and classes != 1000:
-        return [f"class {i}" for i in range(classes)]
-    names = names and [str(name) for name in names]
-    if names and not all(re.fullmatch(r"n\d{8}", name) for name in names):
-        return names
-    try:
-        from timm.data import ImageNetInfo
-    except ImportError as error:
-        raise MissingPackage(f"{error}; ImageNet's class names need timm: pip install timm") from error
-
-    imagenet = ImageNetInfo()
-    descriptions = {imagenet.index_to_label_name(i): str(imagenet.index_to_description(i)) for i in range(1000)}
-    return [descriptions.get(name, name) for name in map(str, names)] if names else list(map(str, descriptions.values()))
 
 
 def _free_name(folder: Path, stem: str, used: set[Path]) -> Path:

@@ -1,0 +1,31 @@
+"""The names of a classifier's classes."""
+
+from __future__ import annotations
+
+import re
+
+from .errors import MissingPackage, UserError
+
+__all__ = ["class_names"]
+
+
+def class_names(content: dict, classes: int) -> list[str]:
+    """Returns the checkpoint's class names, else ImageNet's if there are 1000, else numbers. WordNet IDs are replaced by words."""
+    names = content.get("class_names")
+    if names is not None and (not isinstance(names, list) or len(names) != classes):
+        raise UserError(
+            f"the checkpoint lists {len(names) if isinstance(names, list) else 'no valid'} class names, but its classifier has {classes}"
+        )
+    if names is None and classes != 1000:
+        return [f"class {i}" for i in range(classes)]
+    names = names and [str(name) for name in names]
+    if names and not all(re.fullmatch(r"n\d{8}", name) for name in names):
+        return names
+    try:
+        from timm.data import ImageNetInfo
+    except ImportError as error:
+        raise MissingPackage(f"{error}; ImageNet's class names need timm: pip install timm") from error
+
+    imagenet = ImageNetInfo()
+    descriptions = {imagenet.index_to_label_name(i): str(imagenet.index_to_description(i)) for i in range(1000)}
+    return [descriptions.get(name, name) for name in map(str, names)] if names else list(map(str, descriptions.values()))

@@ -1,0 +1,120 @@
+"""What is explained: a classifier, detector or segmenter with its weights, and images as it sees them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor, nn
+
+from ..classes import class_names
+from ..errors import UserError
+from ..factory import load_model
+from ..model import LITv2
+from ..preprocess import decode, evaluation_box, evaluation_transform
+
+__all__ = ["Classifier", "Subject", "View", "load_subject"]
+
+
+@dataclass(frozen=True)
+class View:
+    """An image as a model sees it: the part ``box`` of the picture, scaled to ``size``, is the upper left corner of the tensor.
+
+    Attributes:
+        tensor: (1, C, H, W), normalised; to the right of and below ``size`` there is padding.
+        picture: the whole image, RGB.
+        box: left, top, right, bottom in pixels of the picture.
+        size: height and width in pixels of the tensor.
+    """
+
+    tensor: Tensor
+    picture: Image.Image
+    box: tuple[float, float, float, float]
+    size: tuple[int, int]
+
+    def seen(self) -> Image.Image:
+        """The part of the picture that the model sees, in the picture's own resolution."""
+        left, top, right, bottom = map(round, self.box)
+        return self.picture.crop((left, top, right, bottom))
+
+    def to_tensor(self, x: float, y: float) -> tuple[float, float]:
+        """Converts a position in the picture to one in the tensor; both count pixels from the corner, so that 0.5 is a pixel's centre.
+
+        Raises:
+            UserError: the model does not see this position.
+        """
+        left, top, right, bottom = self.box
+        if not (left <= x < right and top <= y < bottom):
+            W, H = self.picture.size
+            seen = f"columns {left:.0f} to {right:.0f} and rows {top:.0f} to {bottom:.0f} of {W} x {H} pixels"
+            raise UserError(f"the model does not see position {x:g} {y:g}; it sees {seen}")
+        H, W = self.size
+        return (x - left) * W / (right - left), (y - top) * H / (bottom - top)
+
+
+class Subject:
+    """A model that can be explained, and its preprocessing.
+
+    Attributes:
+        task: "classification", "detection" or "segmentation".
+        model: in evaluation mode.
+        network: the LITv2 in it.
+        names: of the classes.
+        notes: what its file does not state and was therefore assumed, one line each.
+    """
+
+    task: str
+    model: nn.Module
+    network: LITv2
+    names: list[str]
+    notes: list[str]
+
+    def view(self, image: Image.Image) -> View:
+        """Returns the image as the model sees it, on the model's device."""
+        raise NotImplementedError
+
+
+class Classifier(Subject):
+    """A classifier, with the preprocessing of its evaluation."""
+
+    task = "classification"
+
+    def __init__(self, source: str | Path, name: str | None = None, img_size: int | None = None):
+        loaded = load_model(source, name)
+        self.model, self.network, self.notes = loaded.model.eval(), loaded.model, loaded.notes
+        self.names = class_names(loaded.content, loaded.model.num_classes)
+        self.size, self.crop = loaded.image_size if img_size is None else img_size, loaded.crop
+        smallest = self.network.feature_info[-1]["reduction"]
+        if self.size < smallest:
+            raise UserError(f"an image size of {self.size} pixels is too small: this model needs at least {smallest}; set --img-size")
+        self.transform = evaluation_transform(self.size, self.crop, self.network.in_chans)
+
+    def view(self, image: Image.Image) -> View:
+        picture = decode(image, "RGB")
+        tensor = self.transform(decode(image, "RGB" if self.network.in_chans == 3 else "L"))[None]
+        box = evaluation_box(picture.width, picture.height, self.size, self.crop)
+        return View(tensor.to(self.network.patch_embed.proj.weight.device), picture, box, (self.size, self.size))
+
+
+def load_subject(
+    checkpoint: str | Path, name: str | None = None, config: str | None = None, img_size: int | None = None, device: str = "cpu"
+) -> Subject:
+    """Loads a classifier from its file, or a detector or segmenter from its file and configuration.
+
+    Args:
+        checkpoint: a path, a URL or a zoo name.
+        name: the classifier's name in the zoo; None to infer the model.
+        config: the configuration of a detector or segmenter.
+        img_size: side of a classifier's images in pixels; None for the checkpoint's.
+
+    Raises:
+        UserError: the file, the name, the configuration, the size or the device does not fit.
+        OSError: the weights cannot be found or downloaded.
+    """
+    subject = Classifier(checkpoint, name, img_size)
+    try:
+        subject.model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    return subject
