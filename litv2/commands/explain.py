@@ -103,8 +103,9 @@ def _spectrum(subject: Subject, views: Iterator[tuple[Path, View]], out: Path) -
     rows: list[tuple] = [("block", "Hi-Fi", "Lo-Fi", "Hi-Fi - Lo-Fi")]
     for block, high in shares.items():
         difference = high["hifi"] - high["lofi"] if len(high) == 2 else None
-        columns = (high.get("hifi"), high.get("lofi"), difference)
-        rows.append((block, *("no heads" if x is None else "{:.1%} [{:.1%}, {:.1%}]".format(*mean_with_interval(x)) for x in columns)))
+        columns = [high.get("hifi"), high.get("lofi"), *([] if difference is None else [difference])]
+        cells = ["no heads" if x is None else "{:.1%} [{:.1%}, {:.1%}]".format(*mean_with_interval(x)) for x in columns]
+        rows.append((block, *cells, *[""] * (3 - len(cells))))
     print(f"share of the energy above half of the Nyquist frequency: mean over {len(spectra[0].high)} images, 95 % interval")
     print_table(rows)
     print(f"-> {out / 'spectrum.png'}")
@@ -139,7 +140,7 @@ def _places(view: View, at: list[list[float]] | None) -> list[tuple[float, float
 
 def _arrays(results: Sequence[Any]) -> dict[str, Tensor]:
     """The tensors among the attributes of results, by their names; those of a part begin with the name of its block or merging."""
-    arrays = {}
+    arrays: dict[str, Tensor] = {}
     for result in results:
         values = vars(result)
         of = next((f"{values[key]}." for key in ("block", "merging") if key in values), "")
