@@ -44,7 +44,7 @@ def spectrum(model: nn.Module, images: Tensor | Iterable[Tensor]) -> list[Branch
         images: a batch (B, C, H, W), normalised, or several of one size.
 
     Raises:
-        UserError: there is no image, or the sizes differ.
+        UserError: there is no image or no attention, or the sizes differ.
     """
     network = network_of(model)
     magnitudes: dict[tuple[str, str], list[Tensor]] = {}
@@ -66,6 +66,8 @@ def spectrum(model: nn.Module, images: Tensor | Iterable[Tensor]) -> list[Branch
             network(batch)
     if size is None:
         raise UserError("spectrum: there are no images")
+    if not magnitudes:
+        raise UserError("spectrum: the model has no block with attention")
     return [BranchSpectrum(*key, torch.cat(parts).mean(0).cpu(), torch.cat(shares[key]).cpu()) for key, parts in magnitudes.items()]
 
 
