@@ -1,9 +1,8 @@
-"""Pictures of what the functions of this package return, as PNG files. Axes are in pixels of the image as the model sees it."""
+"""Pictures of what the functions of this package return, as figures of matplotlib. Axes are in pixels of the image as the model sees it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ COLUMNS = 12  # of the panels of heads
 DPI = 110
 
 
-def draw_spectrum(path: Path, spectra: Sequence[BranchSpectrum]) -> None:
+def draw_spectrum(spectra: Sequence[BranchSpectrum]) -> Figure:
     """Draws, for each block with both branches, their magnitudes on one logarithmic scale, and below the radial profiles.
 
     If no block has both, all are drawn, and a panel says which branch has no heads.
@@ -64,10 +63,10 @@ def draw_spectrum(path: Path, spectra: Sequence[BranchSpectrum]) -> None:
     grid[2, 0].legend(fontsize=8)
     for axes in grid.flat:
         axes.tick_params(labelsize=7)
-    figure.savefig(path, format="png")
+    return figure
 
 
-def draw_attention(path: Path, view: View, attention: Attention, index: int = 0) -> None:
+def draw_attention(view: View, attention: Attention, index: int = 0) -> Figure:
     """Draws the position and its rollout, then a panel per head of each block. Each panel has its own scale, from 0 to its maximum."""
     heads = {block.block: list(_heads(block, index)) for block in attention.blocks}
     rows = [-(-len(panels) // COLUMNS) for panels in heads.values()]
@@ -85,7 +84,7 @@ def draw_attention(path: Path, view: View, attention: Attention, index: int = 0)
             overlay(axes, view, title, weights, cell, corner, at, small=True)
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
-    figure.savefig(path, format="png")
+    return figure
 
 
 def _heads(block: BlockAttention, index: int) -> Iterator[tuple[str, Tensor, tuple[int, int], tuple[int, int]]]:
@@ -102,7 +101,7 @@ def _heads(block: BlockAttention, index: int) -> Iterator[tuple[str, Tensor, tup
             yield f"Lo-Fi {i}", weights, cell, (0, 0)
 
 
-def draw_offsets(path: Path, view: View, samples: Sequence[Samples], index: int = 0) -> None:
+def draw_offsets(view: View, samples: Sequence[Samples], index: int = 0) -> Figure:
     """Draws the points that a cell samples through each merging and those before it (dots), where they would lie without offsets
     (crosses) and the cell itself. Dots of samples beyond the edge of a map, which count less, are darker."""
     figure = Figure(figsize=(4.4 * len(samples), 4.9), dpi=DPI, layout="constrained")
@@ -119,7 +118,7 @@ def draw_offsets(path: Path, view: View, samples: Sequence[Samples], index: int 
         axes.set(xlim=(x - reach, x + reach), ylim=(y + reach, y - reach), facecolor="0.3")
         axes.set_axis_on()
         axes.tick_params(labelsize=7)
-    figure.savefig(path, format="png")
+    return figure
 
 
 def overlay(
