@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -103,11 +104,15 @@ def _spectrum(subject: Subject, views: Iterator[tuple[Path, View]], out: Path) -
     for block, high in shares.items():
         difference = high["hifi"] - high["lofi"] if len(high) == 2 else None
         columns = [high.get("hifi"), high.get("lofi"), *([] if difference is None else [difference])]
-        cells = ["no heads" if x is None else "{:.1%} [{:.1%}, {:.1%}]".format(*mean_with_interval(x)) for x in columns]
+        cells = ["no heads" if x is None else _share(*mean_with_interval(x)) for x in columns]
         rows.append((block, *cells, *[""] * (3 - len(cells))))
     print(f"share of the energy above half of the Nyquist frequency: mean over {len(spectra[0].high)} images, 95 % interval")
     print_table(rows)
     print(f"-> {out / 'spectrum.png'}")
+
+
+def _share(mean: float, low: float, high: float) -> str:
+    return f"{mean:.1%}" + ("" if math.isnan(low) else f" [{low:.1%}, {high:.1%}]")  # a single image has no interval
 
 
 Explained = list[tuple["Figure", dict[str, Tensor]]]  # pictures and the arrays that they show
@@ -129,7 +134,17 @@ def _offsets(subject: Subject, view: View, at: list[list[float]] | None) -> Expl
     return [(draw_offsets(view, result), _arrays(result)) for result in found]
 
 
-_EXPLAINED = {"attention": _attention, "offsets": _offsets}
+def _cam(subject: Subject, view: View, at: list[list[float]] | None) -> Explained:
+    """Of what the model finds, wherever that is."""
+    from ..explain.activation import METHODS, cam
+    from ..explain.drawing import draw_cam
+
+    model, score, what = subject.scored(view)
+    maps = {method: cam(model, view.tensor, score, method)[0] for method in METHODS}
+    return [(draw_cam(view, maps, what), dict(maps))]
+
+
+_EXPLAINED = {"attention": _attention, "offsets": _offsets, "cam": _cam}
 
 
 def _places(view: View, at: list[list[float]] | None) -> list[tuple[float, float] | None]:
