@@ -104,13 +104,11 @@ Boxes = tuple[Tensor, Tensor]  # (n, 4) as left, top, right, bottom in pixels of
 
 
 def score_of_box(box: Tensor, label: int) -> Callable[[Boxes], Tensor]:
-    """The score, for a class, of the box that overlaps this one most, if by half or more, else 0; of a model that may have changed."""
+    """The highest score, for a class, of the boxes that overlap this one by half or more, as non-maximum suppression takes it; else 0."""
 
     def score(found: Boxes) -> Tensor:
         boxes, scores = found
-        overlap = box_iou(boxes, box[None])[:, 0] * (scores[:, label] > 0)
-        best = overlap.argmax()
-        return scores[best, label] * (overlap[best] >= 0.5)
+        return torch.where(box_iou(boxes, box[None])[:, 0] >= 0.5, scores[:, label], 0.0).amax()
 
     return score
 
