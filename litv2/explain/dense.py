@@ -64,8 +64,11 @@ class Detector(Dense):
             raise UserError("the detector finds nothing in this image, so that there is no box to explain")
         best = found[found.scores.argmax().item()]
         label = best.labels.item()
-        module = _OneStage(self.model) if hasattr(self.model, "bbox_head") else _TwoStage(self.model, view.sample)
-        return module, score_of_box(best.bboxes[0].clone(), label), f"{self.names[label]}, {best.scores.item():.0%}"
+        return self.boxes(view), score_of_box(best.bboxes[0].clone(), label), f"{self.names[label]}, {best.scores.item():.0%}"
+
+    def boxes(self, view: View) -> nn.Module:
+        """Returns a module from the view's tensor to its ``Boxes``, with gradients, for ``score_of_box``."""
+        return _OneStage(self.model) if hasattr(self.model, "bbox_head") else _TwoStage(self.model, view.sample)
 
 
 class Segmenter(Dense):
