@@ -43,15 +43,19 @@ def decode(file: BinaryIO | Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def read_image(path: Path, mode: str = "RGB") -> Image.Image:
-    """Reads and decodes an image file.
+def read_image(path: Path, mode: str = "RGB", upright: bool = False) -> Image.Image:
+    """Reads and decodes an image file; ``upright`` turns it as its EXIF data say, as browsers do, and training does not.
 
     Raises:
         UserError: it is missing, or damaged, or no image.
     """
     try:
         with open(path, "rb") as file:
-            return decode(file, mode)
+            if not upright:
+                return decode(file, mode)
+            from PIL import Image, ImageOps
+
+            return decode(ImageOps.exif_transpose(Image.open(file)), mode)
     except Exception as error:  # for damaged files, decoders raise all kinds of exceptions
         reason = getattr(error, "strerror", None) or re.sub(r" <.*>", "", str(error))  # PIL names the object that it read from
         raise UserError(f"{path} cannot be read as an image: {reason}") from error

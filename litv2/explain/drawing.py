@@ -146,7 +146,7 @@ def overlay(
         at: x and y of a position to mark.
     """
     H, W = view.size
-    seen = view.seen()
+    seen = view.seen
     axes.imshow(seen if weights is None else np.asarray(seen.convert("L")), cmap="gray", vmin=0, vmax=255, extent=(0, W, H, 0))
     if weights is not None:
         values = np.asarray(weights.cpu(), dtype=np.float64)

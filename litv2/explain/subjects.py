@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from ..model import LITv2
 from ..preprocess import decode, evaluation_box, evaluation_transform
 
 __all__ = ["Classifier", "Subject", "View", "load_subject"]
+
+SHOWN = 1024  # pixels a side of a picture at most
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,13 @@ class View:
     size: tuple[int, int]
     sample: Any = None
 
+    @cached_property
     def seen(self) -> Image.Image:
-        """The part of the picture that the model sees, in the picture's own resolution."""
+        """The part of the picture that the model sees, in the picture's own resolution, up to ``SHOWN``."""
         left, top, right, bottom = map(round, self.box)
-        return self.picture.crop((left, top, right, bottom))
+        part = self.picture.crop((left, top, right, bottom))
+        part.thumbnail((SHOWN, SHOWN))
+        return part
 
     def to_tensor(self, x: float, y: float) -> tuple[float, float]:
         """Converts a position in the picture to one in the tensor; both count pixels from the corner, so that 0.5 is a pixel's centre.
@@ -78,6 +84,10 @@ class Subject:
 
     def view(self, image: Image.Image) -> View:
         """Returns the image as the model sees it, on the model's device."""
+        raise NotImplementedError
+
+    def predict(self, view: View) -> Any:
+        """Returns what the model finds, on the CPU, in pixels of the picture."""
         raise NotImplementedError
 
     def scored(self, view: View) -> tuple[nn.Module, Callable[[Any], Tensor], str]:

@@ -42,7 +42,7 @@ def test_positions_in_the_image_and_in_the_tensor(checkpoint, size, crop):
             red, green = shown[:2, min(int(v), 95), min(int(u), 95)].tolist()
             step = max(right - left, bottom - top) / 96  # of the position within a pixel of the tensor
             assert abs(red - (x + 0.5)) <= 0.6 + step and abs(green - (y + 0.5)) <= 0.6 + step
-    assert view.seen().size == (round(right) - round(left), round(bottom) - round(top))
+    assert view.seen.size == (round(right) - round(left), round(bottom) - round(top))
     assert view.tensor.shape == (1, 3, 96, 96) and view.size == (96, 96)
 
 
