@@ -17,6 +17,7 @@ COMMANDS = {
     "info": ("litv2.commands.info", "show what a checkpoint contains"),
     "convert": ("litv2.commands.convert", "write the weights of a checkpoint as .pth or .safetensors"),
     "predict": ("litv2.commands.predict", "classify images"),
+    "explain": ("litv2.commands.explain", "draw what a model does inside: spectra, attention, sampling points, class activation"),
     "build": ("litv2.commands.build", "compile the optional native operators"),
     "env": ("litv2.commands.env", "describe this machine and which backend computes each operator on it"),
     "export": ("litv2.commands.export", "export a model to another runtime and check its outputs"),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_write", "one_process"]
+__all__ = ["atomic_write", "free_stem", "one_process"]
 
 
 @contextmanager
@@ -26,6 +26,15 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     finally:
         draft.unlink(missing_ok=True)
     flush_folder(path.parent)
+
+
+def free_stem(stem: str, used: set[str]) -> str:
+    """Returns a name not used yet, and notes it as used, since files from several folders may share a name."""
+    free, number = stem, 2
+    while free in used:
+        free, number = f"{stem}-{number}", number + 1
+    used.add(free)
+    return free
 
 
 def flush_folder(folder: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from .errors import MissingPackage, UserError
@@ -12,9 +14,19 @@ if TYPE_CHECKING:
 
     from .weights.releases import Release
 
-__all__ = ["decode", "evaluation_box", "evaluation_size", "evaluation_transform", "normalisation", "resized_side"]
+__all__ = [
+    "decode",
+    "evaluation_box",
+    "evaluation_size",
+    "evaluation_transform",
+    "image_files",
+    "normalisation",
+    "read_image",
+    "resized_side",
+]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for RGB in [0, 1]
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 CROP = 224 / 256  # side of the crop relative to the short side of the resized image
 
 
@@ -38,6 +50,35 @@ def decode(file: BinaryIO | Image.Image, mode: str) -> Image.Image:
     if not isinstance(file, Image.Image):
         file.close()
     return image.convert(mode)
+
+
+def read_image(path: Path, mode: str = "RGB") -> Image.Image:
+    """Reads and decodes an image file.
+
+    Raises:
+        UserError: it is missing, or damaged, or no image.
+    """
+    try:
+        with open(path, "rb") as file:
+            return decode(file, mode)
+    except Exception as error:  # for damaged files, decoders raise all kinds of exceptions
+        reason = getattr(error, "strerror", None) or re.sub(r" <.*>", "", str(error))  # PIL names the object that it read from
+        raise UserError(f"{path} cannot be read as an image: {reason}") from error
+
+
+def image_files(paths: Sequence[Path]) -> list[Path]:
+    """Returns the paths, with the images in a folder and its subfolders, in alphabetical order, in its place.
+
+    Raises:
+        UserError: a folder contains no images.
+    """
+    files = []
+    for path in paths:
+        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        if not found:
+            raise UserError(f"{path}: no images ({', '.join(SUFFIXES)}) in this folder")
+        files += found
+    return files
 
 
 def evaluation_size(config: dict | None, release: Release | None = None) -> tuple[int, bool] | None:

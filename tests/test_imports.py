@@ -23,6 +23,7 @@ ROOMS = [
     ["litv2.factory"],
     ["litv2.timm_bridge", "litv2.openmmlab"],
     ["litv2.mm_backbone", "litv2.export"],
+    ["litv2.explain"],
     ["litv2.commands", "litv2.__main__"],
     ["litv2"],
 ]

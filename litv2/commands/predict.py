@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +12,8 @@ import torch
 from ..classes import class_names
 from ..errors import UserError
 from ..factory import load_model
-from ..files import atomic_write
-from ..preprocess import decode, evaluation_transform
+from ..files import atomic_write, free_stem
+from ..preprocess import evaluation_transform, read_image
 from . import print_notes
 
 if TYPE_CHECKING:
@@ -50,35 +49,24 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
     args.out.mkdir(parents=True, exist_ok=True)
     failed = False
-    used: set[Path] = set()
+    used: set[str] = set()
     for path in args.images:
         try:
-            with open(path, "rb") as file:
-                image = decode(file, "RGB" if model.in_chans == 3 else "L")
-        except Exception as error:  # for damaged files, decoders raise all kinds of exceptions
-            reason = getattr(error, "strerror", None) or re.sub(r" <.*>", "", str(error))  # PIL names the object that it read from
-            print(f"error: {path} cannot be read as an image: {reason}", file=sys.stderr)
+            image = read_image(path, "RGB" if model.in_chans == 3 else "L")
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
             failed = True
             continue
         with torch.inference_mode():
             confidence = model(transform(image)[None].to(args.device))[0].float().softmax(dim=0).cpu()
         best = [(names[i], confidence[i].item()) for i in confidence.argsort(descending=True)[:TOP].tolist()]
-        target = _free_name(args.out, path.stem, used)
+        target = args.out / f"{free_stem(path.stem, used)}.png"
         with atomic_write(target) as draft:
             _annotated(image, best).save(draft, format="PNG")
         print(f"{path} -> {target}")
         for name, share in best:
             print(f"  {share:7.2%}  {name}")
     return int(failed)
-
-
-def _free_name(folder: Path, stem: str, used: set[Path]) -> Path:
-    """Returns a file name not used yet, since images from several folders may share a name."""
-    target, number = folder / f"{stem}.png", 2
-    while target in used:
-        target, number = folder / f"{stem}-{number}.png", number + 1
-    used.add(target)
-    return target
 
 
 def _annotated(image: Image.Image, best: list[tuple[str, float]]) -> Image.Image:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..explain.site import write_site
-from ..explain.subjects import Classifier
+from ..errors import MissingPackage
 from . import print_notes
 
 
@@ -18,6 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    try:
+        from ..explain.site import write_site
+        from ..explain.subjects import Classifier
+    except ImportError as error:
+        raise MissingPackage(f"{error}; the page needs: pip install 'litv2[explain,onnx]'") from error
     classifier = Classifier(args.checkpoint, args.model, args.img_size)
     print_notes(classifier.notes)
     write_site(classifier, args.out)

@@ -16,7 +16,7 @@ from mm_modules.DCN import DeformConv2dPack
 from ..errors import UserError, listed
 from ..model import LITv2
 
-__all__ = ["Attended", "Merged", "evaluating", "network_of", "watched"]
+__all__ = ["Attended", "Merged", "check_images", "evaluating", "network_of", "watched"]
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from ..export.images import photographs
 from ..files import atomic_write
 from ..model import LITv2
 from ..preprocess import normalisation, resized_side
+from .frequencies import branches, magnitude
 from .recording import Attended, Merged, watched
-from .spectrum import branches, magnitude
 from .subjects import Classifier
 
 __all__ = ["network_with_spectra", "write_site"]

@@ -92,7 +92,7 @@ class Classifier(Subject):
 
     def view(self, image: Image.Image) -> View:
         picture = decode(image, "RGB")
-        tensor = self.transform(decode(image, "RGB" if self.network.in_chans == 3 else "L"))[None]
+        tensor = self.transform(picture if self.network.in_chans == 3 else picture.convert("L"))[None]
         box = evaluation_box(picture.width, picture.height, self.size, self.crop)
         return View(tensor.to(self.network.patch_embed.proj.weight.device), picture, box, (self.size, self.size))
 

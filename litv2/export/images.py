@@ -7,10 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import MissingPackage, UserError
-from ..preprocess import MEAN, STD, decode
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+from ..errors import MissingPackage
+from ..preprocess import MEAN, STD, image_files, read_image
 
 
 def photographs() -> Path | None:
@@ -37,17 +35,11 @@ def read_images(folder: str | Path, size: tuple[int, int], count: int, shift: fl
         from PIL import Image, ImageOps
     except ImportError as error:
         raise MissingPackage(f"{error}; reading images needs Pillow: pip install pillow") from error
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise UserError(f"--images {folder}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
+    paths = image_files([Path(folder)])
     H, W = size
     images = []
     step = -(-len(paths) // count)
     for path in paths[int(shift * step) :: step]:
-        try:
-            with open(path, "rb") as file:
-                image = ImageOps.fit(decode(file, "RGB"), (W, H), Image.Resampling.BICUBIC)
-        except Exception as error:  # for damaged files, decoders raise all kinds of exceptions
-            raise UserError(f"--images {folder}: {path} cannot be read as an image: {error}") from error
+        image = ImageOps.fit(read_image(path), (W, H), Image.Resampling.BICUBIC)
         images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255)
     return (torch.stack(images) - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)

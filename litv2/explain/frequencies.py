@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .recording import Attended, Merged, check_images, network_of, watched
 
-__all__ = ["BranchSpectrum", "branches", "energy_above", "magnitude", "radial_profile", "spectrum"]
+__all__ = ["BranchSpectrum", "branches", "energy_above", "magnitude", "mean_with_interval", "radial_profile", "spectrum"]
 
 BRANCHES = ("hifi", "lofi")
 HALF_NYQUIST = 0.25  # cycles per token: one period in four tokens; the highest frequency along an axis is 0.5
@@ -44,7 +44,7 @@ def spectrum(model: nn.Module, images: Tensor | Iterable[Tensor]) -> list[Branch
         images: a batch (B, C, H, W), normalised, or several of one size.
 
     Raises:
-        UserError: there is no image, or the sizes differ.
+        UserError: there is no image or no attention, or the sizes differ.
     """
     network = network_of(model)
     magnitudes: dict[tuple[str, str], list[Tensor]] = {}
@@ -66,6 +66,8 @@ def spectrum(model: nn.Module, images: Tensor | Iterable[Tensor]) -> list[Branch
             network(batch)
     if size is None:
         raise UserError("spectrum: there are no images")
+    if not magnitudes:
+        raise UserError("spectrum: the model has no block with attention")
     return [BranchSpectrum(*key, torch.cat(parts).mean(0).cpu(), torch.cat(shares[key]).cpu()) for key, parts in magnitudes.items()]
 
 
@@ -103,6 +105,15 @@ def radial_profile(magnitude: Tensor) -> tuple[Tensor, Tensor]:
     count = torch.bincount(ring)
     values = torch.bincount(ring, magnitude.flatten().double()) / count
     return torch.arange(len(count))[count > 0] / max(H, W), values[count > 0].to(magnitude.dtype)
+
+
+def mean_with_interval(values: Tensor) -> tuple[float, float, float]:
+    """(n,) -> the mean and the ends of its 95 % confidence interval by Student's t, NaN for fewer than two values."""
+    from scipy.stats import t  # scikit-learn brings it
+
+    n, mean = len(values), values.double().mean().item()
+    half = t.ppf(0.975, n - 1) * values.double().std().item() / n**0.5 if n > 1 else float("nan")
+    return mean, mean - half, mean + half
 
 
 def _transform(maps: Tensor) -> Tensor:
