@@ -2,12 +2,13 @@
 
 const MEGABYTES = 20, MEGAPIXELS = 60, SIDE = 16384; // a canvas is at most this wide
 const TYPES = ["image/jpeg", "image/png", "image/webp", "image/bmp"];
+const TYPES_IN_WORDS = "JPEG, PNG, WebP or BMP";
 const TOP = 5;
 const DECADES = 4; // of magnitude that the colours tell apart, at most
 const VIRIDIS = "440154 482475 414487 355f8d 2a788e 21918c 22a884 44bf70 7ad151 bddf26 fde725".split(" ").map((colour) =>
   [0, 2, 4].map((at) => parseInt(colour.slice(at, at + 2), 16)));
 
-/** Of the image that is shown. */
+/** Of the image that is shown: its logits and spectra, for whoever imports this module. */
 export let result = null;
 
 const find = (id) => document.getElementById(id);
@@ -21,7 +22,7 @@ worker.onmessage = ({data}) => {
   if (data.failed) return fail(`The model could not be loaded. ${data.failed}`);
   if (data.about) {
     about = data.about;
-    return say(`Loading the model, ${Math.ceil(about.bytes / 1e6)} MB …`);
+    return number || say(`Loading the model, ${Math.ceil(about.bytes / 1e6)} MB …`);
   }
   if (data.ready) {
     ready = true;
@@ -32,6 +33,8 @@ worker.onmessage = ({data}) => {
   else show(data.result);
 };
 
+find("file").accept = TYPES.join();
+find("limits").textContent = `${TYPES_IN_WORDS}, up to ${MEGABYTES} MB and ${MEGAPIXELS} megapixels`;
 find("file").addEventListener("change", ({target}) => {
   if (target.files.length) classify(target.files[0]);
   target.value = ""; // so that choosing the same file again is a change
@@ -67,7 +70,7 @@ async function classify(file) {
 
 /** The reason why a file is not taken, or nothing. */
 async function problemOf(file) {
-  if (!TYPES.includes(file.type)) return `${file.name} is not a JPEG, PNG, WebP or BMP image.`;
+  if (!TYPES.includes(file.type)) return `${file.name} is not an image of a type that is taken: ${TYPES_IN_WORDS}.`;
   if (file.size > MEGABYTES * 1e6) {
     return `${file.name} has ${(file.size / 1e6).toFixed(1)} MB; the limit is ${MEGABYTES} MB. Save a smaller copy.`;
   }

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from hilo import HiLo
+
 from ..errors import MissingPackage, UserError
 from ..export import Network, Settings, export
 from ..export.images import photographs
@@ -19,7 +21,7 @@ from .frequencies import branches, magnitude
 from .recording import Attended, Merged, watched
 from .subjects import Classifier
 
-__all__ = ["network_with_spectra", "write_site"]
+__all__ = ["network_with_spectra", "page_files", "write_site"]
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/site"
 SOURCES = ("index.html", "style.css", "page.js", "classifier.js", "preprocess.js")
@@ -35,8 +37,7 @@ def write_site(subject: Classifier, out: Path) -> None:
         UserError: the sources of the page or the runtime are not there, the images have neither 1 nor 3 channels, or ``export`` fails.
         MissingPackage: a package is missing; the message names it.
     """
-    files = [PAGE / name for name in SOURCES] + [PAGE / "node_modules/onnxruntime-web/dist" / name for name in RUNTIME]
-    for file in files:
+    for file in page_files():
         if not file.is_file():
             raise UserError(f"site: {file} is not there; in a checkout, `make site CHECKPOINT=FILE` fetches what the page needs")
     samples = photographs()
@@ -60,17 +61,23 @@ def write_site(subject: Classifier, out: Path) -> None:
     )
     with atomic_write(out / "model.json") as draft:
         draft.write_text(json.dumps(about, indent=2) + "\n")
-    for file in [*files, *(samples / name for name in SAMPLES)]:
+    for file in [*page_files(), *(samples / name for name in SAMPLES)]:
         # Servers that do not know the suffix .mjs send a type that browsers do not run.
         with atomic_write(out / file.name.replace(".mjs", ".js")) as draft:
             shutil.copyfile(file, draft)
 
 
+def page_files() -> list[Path]:
+    """The sources of the page, and the files of onnxruntime-web that it needs, where `npm ci` puts them."""
+    return [PAGE / name for name in SOURCES] + [PAGE / "node_modules/onnxruntime-web/dist" / name for name in RUNTIME]
+
+
 def network_with_spectra(model: LITv2) -> Network:
-    """Images -> ``logits`` and, for each block that has both branches, an output named after it: their spectra (B, 2, h, w), Hi-Fi first."""
+    """Images -> ``logits`` and, for each block that has both branches, an output named after it: the spectra (B, 2, h, w) of Hi-Fi and
+    Lo-Fi, as ``magnitude`` defines them."""
     with_spectra = _WithSpectra(model)
-    blocks = (name for name, module in model.named_modules() if getattr(module, "h_dim", 0) and module.l_dim)
-    outputs = ("logits", *(name.removesuffix(".attn") for name in blocks))
+    attention = {name: module for name, module in model.named_modules() if isinstance(module, HiLo)}
+    outputs = ("logits", *(name.removesuffix(".attn") for name, hilo in attention.items() if hilo.h_heads and hilo.l_heads))
     return Network(with_spectra, with_spectra, outputs, model.in_chans, model.feature_info[-1]["reduction"], ("logits",))
 
 
