@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--head", choices=("keep", "drop"), default="keep", help="drop: leave out the classifier; for a detector, keep only the backbone"
     )
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the weights; default: the checkpoint's")
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
 
 
@@ -44,6 +45,8 @@ def run(args: argparse.Namespace) -> None:
     if args.head == "drop":
         weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
     weights = {key: value.clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
+    if args.dtype is not None:
+        weights = {key: _cast(key, value, getattr(torch, args.dtype)) for key, value in weights.items()}
     entries, notes = _entries(content)
 
     with atomic_write(target) as draft:
@@ -59,6 +62,13 @@ def run(args: argparse.Namespace) -> None:
     print(f"weights: {which_weights(content) if args.weights is None else args.weights}; other entries: {', '.join(entries) or 'none'}")
     for note in notes:
         print(note)
+
+
+def _cast(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = value.to(dtype) if value.is_floating_point() else value
+    if cast.isinf().sum() > value.isinf().sum():
+        raise UserError(f"{key} has values up to {value.abs().max().item():.3g}, too large for {dtype}; choose another --dtype")
+    return cast
 
 
 def _entries(content: dict) -> tuple[dict, list[str]]:

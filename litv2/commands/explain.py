@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ from ..preprocess import image_files, read_image
 from . import print_notes, print_table
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from ..explain.subjects import Subject, View
 
 WHAT = ("spectrum", "attention", "offsets", "cam")
@@ -61,13 +63,12 @@ def run(args: argparse.Namespace) -> int:
         arrays: dict[str, Tensor] = {}
         for what in per_image:
             explained = _EXPLAINED[what](subject, view, args.at)
-            for number, (draw, found) in enumerate(explained, start=1):
+            for number, (figure, found) in enumerate(explained, start=1):
                 name = what if len(explained) == 1 else f"{what}-{number}"
                 pictures.append(args.out / f"{stem}-{name}.png")
-                with atomic_write(pictures[-1]) as draft:
-                    draw(draft)
+                _save_picture(pictures[-1], figure)
                 arrays |= {f"{name}.{key}": value for key, value in found.items()}
-        _save(args.out / f"{stem}.npz", arrays)
+        _save_arrays(args.out / f"{stem}.npz", arrays)
         print(f"{path} -> {', '.join(map(str, pictures))}")
     return int(bool(unreadable))
 
@@ -92,26 +93,29 @@ def _spectrum(subject: Subject, views: Iterator[tuple[Path, View]], out: Path) -
     from ..explain.frequencies import mean_with_interval
 
     spectra = spectrum(subject.model, (view.tensor for _, view in views))
-    with atomic_write(out / "spectrum.png") as draft:
-        draw_spectrum(draft, spectra)
+    _save_picture(out / "spectrum.png", draw_spectrum(spectra))
     arrays: dict[str, Tensor] = {}
     shares: dict[str, dict[str, Tensor]] = {}
     for part in spectra:
         arrays |= {f"{part.block}.{part.branch}.magnitude": part.magnitude, f"{part.block}.{part.branch}.high": part.high}
         shares.setdefault(part.block, {})[part.branch] = part.high
-    _save(out / "spectrum.npz", arrays)
+    _save_arrays(out / "spectrum.npz", arrays)
     rows: list[tuple] = [("block", "Hi-Fi", "Lo-Fi", "Hi-Fi - Lo-Fi")]
     for block, high in shares.items():
         difference = high["hifi"] - high["lofi"] if len(high) == 2 else None
         columns = [high.get("hifi"), high.get("lofi"), *([] if difference is None else [difference])]
-        cells = ["no heads" if x is None else "{:.1%} [{:.1%}, {:.1%}]".format(*mean_with_interval(x)) for x in columns]
+        cells = ["no heads" if x is None else _share(*mean_with_interval(x)) for x in columns]
         rows.append((block, *cells, *[""] * (3 - len(cells))))
     print(f"share of the energy above half of the Nyquist frequency: mean over {len(spectra[0].high)} images, 95 % interval")
     print_table(rows)
     print(f"-> {out / 'spectrum.png'}")
 
 
-Explained = list[tuple[Callable[[Path], None], dict[str, Tensor]]]  # a function that draws the picture, and the arrays that it shows
+def _share(mean: float, low: float, high: float) -> str:
+    return f"{mean:.1%}" + ("" if math.isnan(low) else f" [{low:.1%}, {high:.1%}]")  # a single image has no interval
+
+
+Explained = list[tuple["Figure", dict[str, Tensor]]]  # pictures and the arrays that they show
 
 
 def _attention(subject: Subject, view: View, at: list[list[float]] | None) -> Explained:
@@ -119,7 +123,7 @@ def _attention(subject: Subject, view: View, at: list[list[float]] | None) -> Ex
     from ..explain.drawing import draw_attention
 
     found = [attention(subject.model, view.tensor, place) for place in _places(view, at)]
-    return [(partial(draw_attention, view=view, attention=result), _arrays([result, *result.blocks])) for result in found]
+    return [(draw_attention(view, result), _arrays([result, *result.blocks])) for result in found]
 
 
 def _offsets(subject: Subject, view: View, at: list[list[float]] | None) -> Explained:
@@ -127,10 +131,20 @@ def _offsets(subject: Subject, view: View, at: list[list[float]] | None) -> Expl
     from ..explain.drawing import draw_offsets
 
     found = [offsets(subject.model, view.tensor, place) for place in _places(view, at)]
-    return [(partial(draw_offsets, view=view, samples=result), _arrays(result)) for result in found]
+    return [(draw_offsets(view, result), _arrays(result)) for result in found]
 
 
-_EXPLAINED = {"attention": _attention, "offsets": _offsets}
+def _cam(subject: Subject, view: View, at: list[list[float]] | None) -> Explained:
+    """Of what the model finds, wherever that is."""
+    from ..explain.activation import METHODS, cam
+    from ..explain.drawing import draw_cam
+
+    model, score, what = subject.scored(view)
+    maps = {method: cam(model, view.tensor, score, method)[0] for method in METHODS}
+    return [(draw_cam(view, maps, what), dict(maps))]
+
+
+_EXPLAINED = {"attention": _attention, "offsets": _offsets, "cam": _cam}
 
 
 def _places(view: View, at: list[list[float]] | None) -> list[tuple[float, float] | None]:
@@ -148,6 +162,11 @@ def _arrays(results: Sequence[Any]) -> dict[str, Tensor]:
     return arrays
 
 
-def _save(path: Path, arrays: dict[str, Tensor]) -> None:
+def _save_picture(path: Path, figure: Figure) -> None:
+    with atomic_write(path) as draft:
+        figure.savefig(draft, format="png")
+
+
+def _save_arrays(path: Path, arrays: dict[str, Tensor]) -> None:
     with atomic_write(path) as draft, open(draft, "wb") as file:
         np.savez_compressed(file, **{key: value.cpu().numpy() for key, value in arrays.items()})  # type: ignore[arg-type]

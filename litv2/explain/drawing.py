@@ -1,9 +1,8 @@
-"""Pictures of what the functions of this package return, as PNG files. Axes are in pixels of the image as the model sees it."""
+"""Pictures of what the functions of this package return, as figures of matplotlib. Axes are in pixels of the image as the model sees it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,16 +20,16 @@ try:
 except ImportError as error:
     raise MissingPackage(f"{error}; pictures need matplotlib: pip install matplotlib") from error
 
-__all__ = ["COLOURS", "draw_attention", "draw_offsets", "draw_spectrum", "overlay"]
+__all__ = ["COLOURS", "draw_attention", "draw_cam", "draw_offsets", "draw_spectrum", "overlay"]
 
 COLOURS = "viridis"  # from dark to bright for every reader, colour-blind ones and black-and-white printers included
 BRANCHES = {"hifi": ("Hi-Fi", "#d55e00", "-"), "lofi": ("Lo-Fi", "#0072b2", "--")}  # of the Okabe-Ito palette
 MARK = "#ff2d55"  # colour of the position
-COLUMNS = 12  # of the panels of heads
+COLUMNS = 12  # at most, of the panels of heads
 DPI = 110
 
 
-def draw_spectrum(path: Path, spectra: Sequence[BranchSpectrum]) -> None:
+def draw_spectrum(spectra: Sequence[BranchSpectrum]) -> Figure:
     """Draws, for each block with both branches, their magnitudes on one logarithmic scale, and below the radial profiles.
 
     If no block has both, all are drawn, and a panel says which branch has no heads.
@@ -64,15 +63,16 @@ def draw_spectrum(path: Path, spectra: Sequence[BranchSpectrum]) -> None:
     grid[2, 0].legend(fontsize=8)
     for axes in grid.flat:
         axes.tick_params(labelsize=7)
-    figure.savefig(path, format="png")
+    return figure
 
 
-def draw_attention(path: Path, view: View, attention: Attention, index: int = 0) -> None:
+def draw_attention(view: View, attention: Attention, index: int = 0) -> Figure:
     """Draws the position and its rollout, then a panel per head of each block. Each panel has its own scale, from 0 to its maximum."""
     heads = {block.block: list(_heads(block, index)) for block in attention.blocks}
-    rows = [-(-len(panels) // COLUMNS) for panels in heads.values()]
-    heights = [4.0, *(1.2 * n + 0.25 for n in rows)]
-    figure = Figure(figsize=(COLUMNS, sum(heights)), dpi=DPI, layout="constrained")
+    columns = max([min(len(panels), COLUMNS) for panels in heads.values()], default=1)
+    rows = [-(-len(panels) // columns) for panels in heads.values()]
+    heights = [3.6, *(1.2 * n + 0.25 for n in rows)]
+    figure = Figure(figsize=(max(columns, 7), sum(heights)), dpi=DPI, layout="constrained")
     top, *parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     place, rolled = top.subplots(1, 2)
     at = attention.at[index].tolist()
@@ -80,12 +80,12 @@ def draw_attention(path: Path, view: View, attention: Attention, index: int = 0)
     overlay(rolled, view, "rolled out over the network", attention.rollout[index], attention.patch, at=at)
     for n, part, (name, panels) in zip(rows, parts, heads.items()):
         part.suptitle(_short(name), fontsize=8)
-        grid = part.subplots(n, COLUMNS, squeeze=False).flatten()
+        grid = part.subplots(n, columns, squeeze=False).flatten()
         for axes, (title, weights, cell, corner) in zip(grid, panels):
             overlay(axes, view, title, weights, cell, corner, at, small=True)
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
-    figure.savefig(path, format="png")
+    return figure
 
 
 def _heads(block: BlockAttention, index: int) -> Iterator[tuple[str, Tensor, tuple[int, int], tuple[int, int]]]:
@@ -102,7 +102,7 @@ def _heads(block: BlockAttention, index: int) -> Iterator[tuple[str, Tensor, tup
             yield f"Lo-Fi {i}", weights, cell, (0, 0)
 
 
-def draw_offsets(path: Path, view: View, samples: Sequence[Samples], index: int = 0) -> None:
+def draw_offsets(view: View, samples: Sequence[Samples], index: int = 0) -> Figure:
     """Draws the points that a cell samples through each merging and those before it (dots), where they would lie without offsets
     (crosses) and the cell itself. Dots of samples beyond the edge of a map, which count less, are darker."""
     figure = Figure(figsize=(4.4 * len(samples), 4.9), dpi=DPI, layout="constrained")
@@ -119,7 +119,18 @@ def draw_offsets(path: Path, view: View, samples: Sequence[Samples], index: int 
         axes.set(xlim=(x - reach, x + reach), ylim=(y + reach, y - reach), facecolor="0.3")
         axes.set_axis_on()
         axes.tick_params(labelsize=7)
-    figure.savefig(path, format="png")
+    return figure
+
+
+def draw_cam(view: View, maps: dict[str, Tensor], what: str) -> Figure:
+    """Draws the image and, over it, a class activation map (H, W) of each method for ``what``."""
+    figure = Figure(figsize=(3.4 * (1 + len(maps)), 3.9), dpi=DPI, layout="constrained")
+    first, *others = figure.subplots(1, 1 + len(maps), squeeze=False)[0]
+    overlay(first, view)
+    for axes, (title, values) in zip(others, maps.items()):
+        overlay(axes, view, title, values)
+    figure.suptitle(what, fontsize=10)
+    return figure
 
 
 def overlay(

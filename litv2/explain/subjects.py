@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -74,6 +77,15 @@ class Subject:
         """Returns the image as the model sees it, on the model's device."""
         raise NotImplementedError
 
+    def scored(self, view: View) -> tuple[nn.Module, Callable[[Any], Tensor], str]:
+        """Returns what a class activation map is made of: a module whose output is indexed by image, the score of what it finds in this
+        image, as a function of its output for the image, and its name.
+
+        Raises:
+            UserError: it finds nothing.
+        """
+        raise NotImplementedError
+
 
 class Classifier(Subject):
     """A classifier, with the preprocessing of its evaluation."""
@@ -95,6 +107,15 @@ class Classifier(Subject):
         tensor = self.transform(picture if self.network.in_chans == 3 else picture.convert("L"))[None]
         box = evaluation_box(picture.width, picture.height, self.size, self.crop)
         return View(tensor.to(self.network.patch_embed.proj.weight.device), picture, box, (self.size, self.size))
+
+    def predict(self, view: View) -> Tensor:
+        """Returns the confidence in each class, (classes,)."""
+        with torch.inference_mode():
+            return self.model(view.tensor)[0].float().softmax(dim=0).cpu()
+
+    def scored(self, view: View) -> tuple[nn.Module, Callable[[Any], Tensor], str]:
+        confidence, number = self.predict(view).max(dim=0)
+        return self.model, lambda logits: logits[number], f"{self.names[number]}, {confidence:.0%}"
 
 
 def load_subject(

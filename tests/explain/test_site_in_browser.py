@@ -38,6 +38,10 @@ READ = """async () => {
         spectra: spectra.map(({height, width, hifi, lofi}) => ({shape: [2, height, width], values: [...hifi, ...lofi]})),
     };
 }"""
+COUNT_RESULTS = """() => {
+    const observer = new MutationObserver(() => document.body.append("shown"));
+    observer.observe(document.getElementById("classes"), {childList: true});
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +210,7 @@ def test_the_last_image_counts(page, rgb, tmp_path):
     page.context.route("**/model.onnx", lambda route: held.append(route))
     with page.expect_request("**/model.onnx"):
         page.reload()
-    page.evaluate("() => new MutationObserver(() => document.body.append('shown')).observe(document.getElementById('classes'), {childList: true})")
+    page.evaluate(COUNT_RESULTS)
     for number, image in enumerate(images):
         page.set_input_files("#file", saved(tmp_path / f"{number}.png", image))
         page.wait_for_selector(f"#status:text('{number}.png')")

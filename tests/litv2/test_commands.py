@@ -141,6 +141,19 @@ def test_heads(ours, tmp_path):
     assert set(read_checkpoint("backbone.pth")["model"]) == set(model.state_dict())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_convert_to_half_precision(ours, capsys, dtype):
+    """Half the size, rounded once; the model that is loaded from it computes in float32."""
+    assert main(["convert", str(ours), "half.safetensors", "--dtype", str(dtype).removeprefix("torch.")]) == 0
+    expected = {key: value.to(dtype).float() if value.is_floating_point() else value for key, value in tiny_model().state_dict().items()}
+    loaded = load_model("half.safetensors")
+    assert Path("half.safetensors").stat().st_size < 0.55 * sum(4 * value.numel() for value in expected.values())
+    for key, value in loaded.model.state_dict().items():
+        torch.testing.assert_close(value, expected[key], rtol=0, atol=0)
+    torch.save(dict(model={"a": torch.tensor([1e6])}), "large.pth")
+    assert "a has values up to 1e+06, too large for torch.float16" in fails(capsys, "convert", "large.pth", "o.pth", "--dtype", "float16")
+
+
 def test_convert_writes_whole_or_not_at_all(ours, tmp_path, capsys):
     Path("out.pth").write_text("precious")
     assert "use --force to overwrite" in fails(capsys, "convert", ours, "out.pth")
