@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..classes import class_names
+from ..configurations import config_of
 from ..errors import UserError
 from ..factory import load_model
 from ..model import LITv2
@@ -29,12 +30,14 @@ class View:
         picture: the whole image, RGB.
         box: left, top, right, bottom in pixels of the picture.
         size: height and width in pixels of the tensor.
+        sample: what mmdet or mmseg knows of the image.
     """
 
     tensor: Tensor
     picture: Image.Image
     box: tuple[float, float, float, float]
     size: tuple[int, int]
+    sample: Any = None
 
     def seen(self) -> Image.Image:
         """The part of the picture that the model sees, in the picture's own resolution."""
@@ -133,9 +136,26 @@ def load_subject(
         UserError: the file, the name, the configuration, the size or the device does not fit.
         OSError: the weights cannot be found or downloaded.
     """
-    subject = Classifier(checkpoint, name, img_size)
+    if config is None and name is None:
+        config = _named_configuration(str(checkpoint))
+    if config is not None and (name, img_size) != (None, None):
+        raise UserError("a detector or segmenter is prepared as its configuration says; leave out the model's name and the image size")
+    if config is None:
+        subject: Subject = Classifier(checkpoint, name, img_size)
+    else:
+        from .dense import load_dense
+
+        subject = load_dense(checkpoint, config)
     try:
         subject.model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
     return subject
+
+
+def _named_configuration(checkpoint: str) -> str | None:
+    """Returns the configuration of a detector or segmenter that is named in a checkpoint's path, or None."""
+    try:
+        return config_of(checkpoint)
+    except UserError:
+        return None

@@ -12,6 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..configurations import config_of
 from ..errors import UserError
 from ..inference.fused import fuse
 from ..weights.download import fetch
@@ -33,7 +34,7 @@ def from_config(name: str, checkpoint: str | None, backbone: bool) -> tuple[Netw
         MissingPackage: OpenMMLab's packages are not installed.
         UserError: the model cannot be exported, or the weights do not fit.
     """
-    from ..openmmlab.build import build_model, config_of
+    from ..openmmlab.build import build_model
     from ..openmmlab.config import load_config
 
     path = name if name.endswith(".py") else config_of(name)

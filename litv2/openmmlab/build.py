@@ -9,13 +9,10 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 
-from ..errors import UserError
 from .config import revert_sync_bn
 from .runner import load_checkpoint
 
-__all__ = ["build_model", "config_of"]
-
-ROOT = Path(__file__).resolve().parents[2]
+__all__ = ["build_model"]
 
 
 def build_model(config: Config, checkpoint: str | Path | None = None) -> Any:
@@ -33,12 +30,3 @@ def build_model(config: Config, checkpoint: str | Path | None = None) -> Any:
     for source in (meta, meta.get("dataset_meta") or {}):  # as in the release's files, then as in ours
         model.dataset_meta |= {key.lower(): value for key, value in source.items() if key.lower() in ("classes", "palette")}
     return model
-
-
-def config_of(checkpoint: str) -> str:
-    """Returns the configuration named in a checkpoint's path: ``.../NAME.pth`` or ``.../NAME/epoch_12.pth``."""
-    configs = [path for task in ("detection", "segmentation") for path in (ROOT / task / "configs/litv2").glob("*.py")]
-    named = [path for path in configs if path.stem in checkpoint]
-    if not named:
-        raise UserError(f"{checkpoint} contains no configuration's name; pass the configuration with --config")
-    return str(max(named, key=lambda path: len(path.stem)))

@@ -14,8 +14,9 @@ from mmengine.dataset import Compose
 from mmengine.evaluator import DumpResults
 from mmengine.registry import VISUALIZERS
 
+from ..configurations import config_of
 from ..errors import UserError
-from .build import build_model, config_of
+from .build import build_model
 from .config import adapt_to_device, load_config
 from .evaluation import augment, draw, format_only, select_metrics
 from .flops import count_flops

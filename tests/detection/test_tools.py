@@ -14,7 +14,8 @@ from PIL import Image
 
 from gpu_helpers import on_gpu
 from helpers import ROOT, shared
-from litv2.openmmlab.build import build_model, config_of
+from litv2.configurations import config_of
+from litv2.openmmlab.build import build_model
 from litv2.openmmlab.config import adapt_to_device, load_config
 from litv2.openmmlab.runner import StrictRunner, load_checkpoint
 from mm_helpers import SMALL_OPTIONS, TINY_OPTIONS, config_files, own_project, run_tool, tiny_config, tiny_dense_model
