@@ -1,5 +1,6 @@
 # make demo   sets up and trains a small LITv2 on the embedded data set
 # make mm     sets up detection and segmentation; the first time it compiles mmcv, for about 15 minutes on two cores
+# make site CHECKPOINT=FILE   writes output/site, a page that runs this classifier in the browser; needs npm
 # make test   sets up everything, compiles the native operators and runs the checks (ruff, mypy) and the whole test suite
 # make test-core   of the tests those of the core alone: without OpenMMLab's packages, the runtimes of exports and the examples'
 # All reuse what an earlier call has set up. PYTHON=... chooses the interpreter.
@@ -9,7 +10,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 DEMO := output/litv2_digits/default
 
-.PHONY: demo mm test test-core operators
+.PHONY: demo mm site test test-core operators checkpoint
 
 demo: .venv/ready
 	@$(BIN)/python -m litv2 build || echo "going on without the native operators: torch's own compute the same, more slowly"
@@ -25,7 +26,14 @@ demo: .venv/ready
 
 mm: .venv/mm
 
+site: checkpoint .venv/export docs/site/node_modules/ready
+	$(BIN)/python -m litv2 site --checkpoint "$(CHECKPOINT)" --out output/site
+
+checkpoint:
+	@test -n "$(CHECKPOINT)" || { echo "no checkpoint: make site CHECKPOINT=FILE, the weights of a classifier" >&2; exit 1; }
+
 test: .venv/test operators .venv/mm .venv/examples
+	@$(MAKE) --no-print-directory docs/site/node_modules/ready || echo "going on without onnxruntime-web: tests of the page that needs it skip"
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
@@ -47,6 +55,10 @@ operators: .venv/ready
 	$(PIP) install -r requirements-test.txt
 	touch $@
 
+.venv/export: .venv/ready requirements-export.txt
+	$(PIP) install -r requirements-export.txt
+	touch $@
+
 .venv/mm: .venv/ready requirements-mm.txt scripts/build_mmcv.sh
 	scripts/build_mmcv.sh $(BIN)/python
 	$(PIP) install --no-build-isolation -r requirements-mm.txt -c requirements.txt
@@ -54,4 +66,8 @@ operators: .venv/ready
 
 .venv/examples: .venv/ready requirements-examples.txt
 	$(PIP) install -r requirements-examples.txt
+	touch $@
+
+docs/site/node_modules/ready: docs/site/package.json docs/site/package-lock.json
+	cd docs/site && npm ci --ignore-scripts --no-audit --no-fund
 	touch $@

@@ -22,6 +22,7 @@ COMMANDS = {
     "build": ("litv2.commands.build", "compile the optional native operators"),
     "env": ("litv2.commands.env", "describe this machine and which backend computes each operator on it"),
     "export": ("litv2.commands.export", "export a model to another runtime and check its outputs"),
+    "site": ("litv2.commands.site", "write a page that classifies images in the browser"),
 }
 
 

@@ -14,7 +14,16 @@ if TYPE_CHECKING:
 
     from .weights.releases import Release
 
-__all__ = ["decode", "evaluation_box", "evaluation_size", "evaluation_transform", "image_files", "normalisation", "read_image"]
+__all__ = [
+    "decode",
+    "evaluation_box",
+    "evaluation_size",
+    "evaluation_transform",
+    "image_files",
+    "normalisation",
+    "read_image",
+    "resized_side",
+]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for RGB in [0, 1]
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
@@ -118,11 +127,16 @@ def evaluation_transform(size: int, crop: bool = True, in_chans: int = 3, interp
     return create_transform(size, mean=mean, std=std, interpolation=interpolation, **how)
 
 
+def resized_side(size: int) -> int:
+    """Returns the short side in pixels that ``evaluation_transform`` resizes images to, before it crops the centre of this size."""
+    return int(size / CROP)
+
+
 def evaluation_box(width: int, height: int, size: int, crop: bool = True) -> tuple[float, float, float, float]:
     """Returns left, top, right, bottom, in pixels of an image of this width and height, of what ``evaluation_transform`` keeps of it."""
     if not crop:
         return 0.0, 0.0, float(width), float(height)
-    short = int(size / CROP)
+    short = resized_side(size)
     resized = [int(short * side / min(width, height)) for side in (width, height)]
     edges = [(round((side - size) / 2), side) for side in resized]
     (left, right), (top, bottom) = (

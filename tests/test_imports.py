@@ -14,7 +14,7 @@ from helpers import ROOT
 
 # From the lowest to the highest: a room imports from those before it, and from itself.
 ROOMS = [
-    ["hilo", "litv2.errors", "litv2.files", "litv2.curves", "litv2.compilation"],
+    ["hilo", "litv2.errors", "litv2.files", "litv2.curves", "litv2.compilation", "litv2.classes"],
     ["mm_modules"],
     ["litv2.ops"],
     ["litv2.layers"],
@@ -23,6 +23,7 @@ ROOMS = [
     ["litv2.factory"],
     ["litv2.timm_bridge", "litv2.openmmlab"],
     ["litv2.mm_backbone", "litv2.export"],
+    ["litv2.explain"],
     ["litv2.commands", "litv2.__main__"],
     ["litv2"],
 ]

@@ -12,6 +12,11 @@ import pytest
 from document_helpers import documented
 from helpers import ROOT
 
+NPM = """#!/bin/sh
+echo "npm $*" >> "{log}"
+mkdir -p node_modules
+exit {status}
+"""
 PYTHON = """#!/bin/sh
 echo "$*" >> "{log}"
 case "$*" in
@@ -31,33 +36,47 @@ class Project:
             shutil.copy(path, self.root)
         (self.root / "scripts/build_mmcv.sh").write_text(f'#!/bin/sh\necho "build_mmcv.sh $*" >> "{self.root}/log"\n')
         (self.root / "scripts/build_mmcv.sh").chmod(0o755)
-        self.interpreter = root / "python-of-the-system"
+        (self.root / "docs/site").mkdir(parents=True)
+        for name in ("package.json", "package-lock.json"):
+            shutil.copy(ROOT / "docs/site" / name, self.root / "docs/site")
+        self.interpreter, self.programs = root / "python-of-the-system", root / "bin"
+        self.programs.mkdir()
         self.build_status(0)
+        self.npm_status(0)
 
     def build_status(self, status: int) -> None:
         self.interpreter.write_text(PYTHON.format(log=self.root / "log", status=status))
         self.interpreter.chmod(0o755)
 
-    def make(self, target: str) -> tuple[int, list[str], str]:
-        """The exit status, the words of every python, and the output."""
+    def npm_status(self, status: int) -> None:
+        (self.programs / "npm").write_text(NPM.format(log=self.root / "log", status=status))
+        (self.programs / "npm").chmod(0o755)
+
+    def make(self, *words: str) -> tuple[int, list[str], str]:
+        """The exit status, the words of every python and npm, and the output."""
         log = self.root / "log"
         log.unlink(missing_ok=True)
         # Not as a part of the make that runs the tests, which would have it print the folders that it enters.
         environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
-        command = ["make", target, f"PYTHON={self.interpreter}"]
+        environment["PATH"] = f"{self.programs}{os.pathsep}{environment['PATH']}"
+        command = ["make", *words, f"PYTHON={self.interpreter}"]
         done = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True)
         return done.returncode, log.read_text().splitlines() if log.exists() else [], done.stdout + done.stderr
 
 
+NPM_CI = "npm ci --ignore-scripts --no-audit --no-fund"
 CALLS = {
     "make demo": ["-m venv .venv", "-m litv2 build", "main.py --cfg configs/litv2-digits.yaml"],
-    "make test": ["-m venv .venv", "-m litv2 build", "build_mmcv.sh .venv/bin/python", "-m ruff check .", "-m mypy", "-m pytest"],
+    "make test": ["-m venv .venv", "-m litv2 build", "build_mmcv.sh .venv/bin/python", NPM_CI, "-m ruff check .", "-m mypy", "-m pytest"],
     "make test-core": [
         "-m venv .venv",
         "-m litv2 build",
         "-m pytest -m not extra " + " ".join(f"--ignore=tests/{name}" for name in ("detection", "segmentation", "litv2/test_backbone.py")),
     ],
 }
+
+
+SITE = "-m litv2 site --checkpoint my model.pth --out output/site"
 
 
 @pytest.fixture
@@ -104,6 +123,7 @@ def test_test(project):
     assert [call for call in calls if "pip" not in call] == [
         "-m litv2 build",
         "build_mmcv.sh .venv/bin/python",
+        NPM_CI,
         "-m ruff check .",
         "-m mypy",
         "-m pytest",
@@ -112,3 +132,32 @@ def test_test(project):
         assert any(f"-r requirements-{file}.txt" in call for call in calls)
     (project.root / "requirements-export.txt").touch()
     assert [call for call in project.make("test")[1] if "pip" in call][0].endswith("-r requirements-test.txt")
+
+
+@pytest.mark.parametrize("command", documented("docs/explain.md", r"make site CHECKPOINT=FILE"), ids=str)
+def test_site(command, project):
+    """In a new clone, and again: nothing is fetched twice."""
+    assert command.folder == ROOT
+    words = [word.replace("FILE", "my model.pth") for word in command.words[1:]]
+    status, calls, output = project.make(*words)
+    assert status == 0, output
+    assert [call for call in calls if "pip" not in call] == ["-m venv .venv", NPM_CI, SITE]
+    assert any("-r requirements-export.txt" in call for call in calls)
+    assert project.make(*words)[1] == [SITE]
+
+
+def test_site_without_a_checkpoint_or_npm(project):
+    status, calls, output = project.make("site")
+    assert status != 0 and not calls and "make site CHECKPOINT=FILE" in output
+    project.npm_status(1)
+    status, calls, _ = project.make("site", "CHECKPOINT=tiny.pth")
+    assert status != 0 and not any("litv2 site" in call for call in calls)
+
+
+def test_tests_are_run_without_npm(project):
+    """A user's machine may have none; the tests that need what it fetches skip, the next time too."""
+    project.npm_status(1)
+    for _ in range(2):
+        status, calls, output = project.make("test")
+        assert status == 0 and calls[-1] == "-m pytest" and NPM_CI in calls
+        assert "going on without onnxruntime-web" in output
