@@ -95,29 +95,21 @@ class Page:
         return draw_cam(view, {method: cam(model, view.tensor, score, method)[0] for method in METHODS}, what)
 
 
-class Upload(gr.Image):
-    """An image whose file is passed on unread: Gradio's own reading says nothing of damaged ones."""
-
-    is_template = True
-
-    def preprocess(self, payload: Any) -> str | None:
-        return None if payload is None else payload.path
-
-
 def build(page: Page, title: str) -> gr.Blocks:
     """Wires the page: an upload is predicted, then explained; a click moves the position."""
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.Markdown(f"## {title}\nDrop an image, then click on it to move the position whose attention and samples are shown.")
         with gr.Row():
-            image = Upload(label="image", sources=["upload", "clipboard"], height=360, buttons=[], elem_id="image")
+            image = gr.Image(label="your image", sources=["upload", "clipboard"], height=360, buttons=[], elem_id="image")
+            # The file as it is: Gradio's own reading says nothing of what is wrong with a damaged one.
+            image.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
             with gr.Column():
                 message = gr.Markdown(elem_id="message")
-                classes = page.subject.task == "classification"
-                found: gr.Label | gr.AnnotatedImage = (
-                    gr.Label(label="classes", num_top_classes=SHOWN_CLASSES, elem_id="found")
-                    if classes
-                    else gr.AnnotatedImage(label="found", height=360, elem_id="found")
-                )
+                found: gr.Label | gr.AnnotatedImage
+                if page.subject.task == "classification":
+                    found = gr.Label(label="classes", num_top_classes=SHOWN_CLASSES, elem_id="found")
+                else:
+                    found = gr.AnnotatedImage(label="found", height=360, elem_id="found")
         plots = []
         for name in ("attention", "offsets", "spectrum", "class activation"):
             with gr.Tab(name):
@@ -143,7 +135,8 @@ def build(page: Page, title: str) -> gr.Blocks:
             x, y = click.index
             return _or_message(2, lambda: [f"Position {x}, {y}", *page.at_position(page.view(path), (x, y))])
 
-        image.change(predict, image, [message, found], api_visibility="private").then(explain, image, [message, *plots], api_visibility="private")
+        predicted = image.change(predict, image, [message, found], api_visibility="private")
+        predicted.then(explain, image, [message, *plots], api_visibility="private")
         image.select(move, image, [message, *plots[:2]], api_visibility="private")
     return blocks
 

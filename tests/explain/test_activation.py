@@ -12,7 +12,7 @@ from helpers import normal, tiny_model
 from litv2.errors import UserError
 
 pytestmark = pytest.mark.extra
-pytest.importorskip("pytorch_grad_cam")
+pytest.importorskip("pytorch_grad_cam", exc_type=ImportError)
 
 
 def cam(*args, **kwargs) -> Tensor:

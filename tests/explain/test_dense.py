@@ -14,7 +14,7 @@ from helpers import ROOT, fill, generator
 pytestmark = pytest.mark.extra
 pytest.importorskip("mmdet", exc_type=ImportError)
 pytest.importorskip("mmseg", exc_type=ImportError)
-pytest.importorskip("pytorch_grad_cam")
+pytest.importorskip("pytorch_grad_cam", exc_type=ImportError)
 
 CONFIGS = {
     "retinanet": ROOT / "detection/configs/litv2/retinanet_litv2_s_fpn_1x_coco.py",
