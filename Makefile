@@ -51,7 +51,7 @@ operators: .venv/ready
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	touch $@
 
-.venv/test: .venv/ready requirements-test.txt requirements-export.txt
+.venv/test: .venv/ready requirements-test.txt requirements-export.txt requirements-explain.txt
 	$(PIP) install -r requirements-test.txt
 	touch $@
 
