@@ -157,7 +157,7 @@ def overlay(
     if at is not None:
         axes.plot(*at, marker="o", markersize=3 if small else 8, markerfacecolor="none", markeredgecolor=MARK)
     axes.set(xlim=(0, W), ylim=(H, 0))
-    axes.set_title(title, fontsize=6 if small else 9)
+    axes.set_title(title, fontsize=6 if small else 9, y=1)  # a place for it need not be searched for, which takes long
     axes.set_axis_off()
 
 

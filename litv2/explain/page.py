@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import html
 import os
+import signal
+import socket
 import tempfile
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from ..errors import MissingPackage, UserError
+from ..export.images import photographs
 from ..preprocess import read_image
 from . import attention, offsets, spectrum
 from .drawing import draw_attention, draw_cam, draw_offsets, draw_spectrum
 from .subjects import Subject, View
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at import
 try:
@@ -23,12 +30,18 @@ try:
 except ImportError as error:
     raise MissingPackage(f"{error}; the page needs Gradio: pip install 'litv2[demo]'") from error
 
-__all__ = ["Page", "serve"]
+__all__ = ["PICTURES", "Page", "serve"]
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")  # those that browsers show; for some others Pillow starts programs
 PIXELS = 50_000_000  # of an image at most: decoded it takes three bytes for each
 SHOWN_CLASSES, LEAST_SCORE = 5, 0.3  # how many classes are listed; boxes with a lower score are not drawn
+AT_POSITION = ("attention", "offsets")
+PICTURES = (*AT_POSITION, "spectrum", "class activation")
 
-Position = tuple[int, int] | None  # x and y in pixels of the image
+FONT = ["system-ui", "sans-serif"]  # of the visitor's system: none is fetched
+STYLE = ".picture {overflow-x: auto} .picture img {min-width: 44rem}"  # which a phone scrolls: smaller, nobody could read them
+
+Position = tuple[int, int] | None  # column and row of a pixel of the image
 
 
 class Page:
@@ -41,22 +54,22 @@ class Page:
         """The image as the model sees it, turned upright as the browser shows it.
 
         Raises:
-            UserError: it is too large, damaged or no image.
+            UserError: it is too large, damaged or of another format than ``FORMATS``.
         """
         name = Path(path).name
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:  # reads no further than the size
                 width, height = image.size
         except Image.DecompressionBombError as error:
-            raise UserError(f"{name} is too large: the page takes up to {PIXELS // 10**6} million pixels") from error
-        except Exception:  # a damaged file: reading it says why
-            width = height = 0
+            raise UserError(f"the file {name} has too many pixels: the page takes up to {PIXELS // 10**6} million") from error
+        except Exception as error:  # decoders raise all kinds of exceptions
+            raise UserError(f"the file {name} is damaged, or of another format than {', '.join(FORMATS)}") from error
         if width * height > PIXELS:
-            raise UserError(f"{name} has {width} x {height} pixels: the page takes up to {PIXELS // 10**6} million")
+            raise UserError(f"the file {name} has {width} x {height} pixels: the page takes up to {PIXELS // 10**6} million")
         try:
             return self.subject.view(read_image(Path(path), upright=True))
         except UserError as error:
-            raise UserError(str(error).replace(path, name)) from error
+            raise UserError(f"the file {str(error).replace(path, name)}") from error
 
     def prediction(self, view: View) -> tuple[str, Any]:
         """How long it took, and what the model finds, for ``gr.Label`` or ``gr.AnnotatedImage``."""
@@ -73,80 +86,92 @@ class Page:
         shapes = found.masks.numpy() if "masks" in found else [tuple(box) for box in found.bboxes.round().int().tolist()]
         return f"{len(found)} objects, {took}", (view.picture, list(zip(shapes, labels)))
 
-    def at_position(self, view: View, at: Position) -> list[Any]:
-        """Pictures of attention and offsets: at a position, or at the strongest response.
+    def picture(self, what: str, view: View, at: Position = None) -> Figure:
+        """One of ``PICTURES``; those of ``AT_POSITION`` are of the strongest response, or of a position.
 
         Raises:
-            UserError: the model does not see the position.
+            UserError: the model does not see the position, finds nothing, or has no attention; or grad-cam is not installed.
         """
+        model, images = self.subject.model, view.tensor
+        if what == "spectrum":
+            return draw_spectrum(spectrum(model, images))
+        if what == "class activation":
+            from .activation import METHODS, cam
+
+            module, score, name = self.subject.scored(view)
+            return draw_cam(view, {method: cam(module, images, score, method)[0] for method in METHODS}, name)
         place = None if at is None else view.to_tensor(at[0] + 0.5, at[1] + 0.5)
-        images, model = view.tensor, self.subject.model
-        return [draw_attention(view, attention(model, images, place)), draw_offsets(view, offsets(model, images, place))]
-
-    def class_activation(self, view: View) -> Any:
-        """A picture.
-
-        Raises:
-            UserError: the model finds nothing, or grad-cam is not installed.
-        """
-        from .activation import METHODS, cam
-
-        model, score, what = self.subject.scored(view)
-        return draw_cam(view, {method: cam(model, view.tensor, score, method)[0] for method in METHODS}, what)
+        if what == "attention":
+            return draw_attention(view, attention(model, images, place))
+        return draw_offsets(view, offsets(model, images, place))
 
 
 def build(page: Page, title: str) -> gr.Blocks:
-    """Wires the page: an upload is predicted, then explained; a click moves the position."""
+    """Wires the page: an upload is predicted, then explained, picture by picture; a click moves the position."""
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.Markdown(f"## {title}\nDrop an image, then click on it to move the position whose attention and samples are shown.")
         with gr.Row():
-            image = gr.Image(label="your image", sources=["upload", "clipboard"], height=360, buttons=[], elem_id="image")
-            # The file as it is: Gradio's own reading says nothing of what is wrong with a damaged one.
-            image.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
             with gr.Column():
-                message = gr.Markdown(elem_id="message")
+                image = gr.Image(label="your image", sources=["upload", "clipboard"], height=360, buttons=[], elem_id="image")
+                # The file as it is: Gradio's own reading says nothing of what is wrong with a damaged one.
+                image.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
+                if folder := photographs():
+                    gr.Examples([str(path) for path in sorted(folder.glob("*.jpg"))], image, label="or one of these", elem_id="examples")
+            with gr.Column():
+                message = gr.HTML(padding=False, elem_id="message")
                 found: gr.Label | gr.AnnotatedImage
                 if page.subject.task == "classification":
                     found = gr.Label(label="classes", num_top_classes=SHOWN_CLASSES, elem_id="found")
                 else:
                     found = gr.AnnotatedImage(label="found", height=360, elem_id="found")
-        plots = []
-        for name in ("attention", "offsets", "spectrum", "class activation"):
-            with gr.Tab(name):
-                plots.append(gr.Plot(show_label=False, elem_id=name.replace(" ", "-")))
+        pictures, remarks = {}, {}
+        for what in PICTURES:
+            with gr.Tab(what):
+                remarks[what] = gr.HTML(padding=False, visible=False)
+                pictures[what] = gr.Plot(show_label=False, elem_id=what.replace(" ", "-"), elem_classes="picture")
+        position = gr.State()  # of the visitor, a Position
 
-        def predict(path: str | None) -> list[Any]:
-            return ["", None] if path is None else _or_message(1, lambda: list(page.prediction(page.view(path))))
+        def predict(path: str | None) -> dict[Any, Any]:
+            try:
+                text, result = ("", None) if path is None else page.prediction(page.view(path))
+            except UserError as error:
+                text, result = str(error), None
+            return {message: _paragraph(text), found: result, position: None}
 
-        def explain(path: str | None) -> list[Any]:
+        def explain(what: str, path: str | None, at: Position) -> dict[Any, Any]:
+            """A picture, or why there is none."""
+            figure, remark = None, ""
             try:
                 view = None if path is None else page.view(path)
             except UserError:  # the prediction has said so
                 view = None
-            if path is None or view is None:
-                return [gr.skip(), *[None] * 4]
-            first = [gr.skip(), *page.at_position(view, None), draw_spectrum(spectrum(page.subject.model, view.tensor))]
             try:
-                return [*first, page.class_activation(view)]
+                figure = None if view is None else page.picture(what, view, at)
             except UserError as error:
-                return [f"No class activation: {error}.", *first[1:], None]
+                remark = str(error)
+            return {pictures[what]: figure, remarks[what]: gr.HTML(_paragraph(remark), visible=bool(remark))}
 
-        def move(path: str, click: gr.SelectData) -> list[Any]:
+        def move(path: str, click: gr.SelectData) -> dict[Any, Any]:
             x, y = click.index
-            return _or_message(2, lambda: [f"Position {x}, {y}", *page.at_position(page.view(path), (x, y))])
+            try:
+                view = page.view(path)
+                moved = {pictures[what]: page.picture(what, view, (x, y)) for what in AT_POSITION}
+            except UserError as error:
+                return {message: _paragraph(str(error))}
+            return {message: _paragraph(f"position {x}, {y}"), position: (x, y), **moved}
 
-        predicted = image.change(predict, image, [message, found], api_visibility="private")
-        predicted.then(explain, image, [message, *plots], api_visibility="private")
-        image.select(move, image, [message, *plots[:2]], api_visibility="private")
+        # One group: of all visitors one at a time uses the model, since what watches it would see the images of others, too.
+        how: dict[str, Any] = dict(concurrency_id="model", concurrency_limit=1, api_visibility="private")
+        step = image.change(predict, image, [message, found, position], **how)
+        for what in PICTURES:
+            step = step.then(partial(explain, what), [image, position], [pictures[what], remarks[what]], **how)
+        moved = [message, position, *(pictures[what] for what in AT_POSITION)]
+        image.select(move, image, moved, trigger_mode="always_last", **how)
     return blocks
 
 
-def _or_message(others: int, show: Callable[[], list[Any]]) -> list[Any]:
-    """What ``show`` returns, or the message of a user's error, with everything else left as it is."""
-    try:
-        return show()
-    except UserError as error:
-        return [f"**{str(error)[0].upper()}{str(error)[1:]}.**", *[gr.skip()] * others]
+def _paragraph(text: str) -> str:
+    return f'<p role="status">{html.escape(text[:1].upper() + text[1:])}</p>'
 
 
 def serve(subject: Subject, title: str, host: str = "127.0.0.1", port: int | None = None, megabytes: int = 20) -> None:
@@ -157,18 +182,29 @@ def serve(subject: Subject, title: str, host: str = "127.0.0.1", port: int | Non
         megabytes: of a file at most.
 
     Raises:
-        OSError: the port is taken, or the host is not this machine's.
+        UserError: the port is taken, or the host is not this machine's.
     """
+    try:
+        with socket.create_server((host, port or 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except OSError as error:
+        raise UserError(f"--host {host} {'' if port is None else f'--port {port} '}cannot be served: {error}; choose another") from error
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that uploads are removed then, too
+    os.environ["no_proxy"] = "*"  # Gradio asks its own server whether it has started
     with tempfile.TemporaryDirectory(prefix="litv2-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        blocks = build(Page(subject), title).queue(default_concurrency_limit=1)
+        blocks = build(Page(subject), title)
         blocks.launch(
             server_name=host,
             server_port=port,
             max_file_size=f"{megabytes}mb",
-            theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # of the visitor's system: none is fetched
+            theme=gr.themes.Base(font=FONT, font_mono=FONT),
+            css=STYLE,
             share=False,
             ssr_mode=False,
+            mcp_server=False,
+            run_history=False,  # a page that offers to store the images on other servers
+            enable_monitoring=False,
             quiet=True,  # instead of an advertisement for share=True
             prevent_thread_lock=True,
             footer_links=[],
