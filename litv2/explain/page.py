@@ -89,10 +89,9 @@ class Page:
         Raises:
             UserError: the model finds nothing, or grad-cam is not installed.
         """
-        from .activation import METHODS, cam
+        from .activation import cams_of_finding
 
-        model, score, what = self.subject.scored(view)
-        return draw_cam(view, {method: cam(model, view.tensor, score, method)[0] for method in METHODS}, what)
+        return draw_cam(view, *cams_of_finding(self.subject, view))
 
 
 def build(page: Page, title: str) -> gr.Blocks:
