@@ -1,5 +1,5 @@
-// x + HiLo(norm(x)), the attention half of a block. A map that windows do not divide is padded with zeros after the
-// norm and cropped at the end, as HiLo does.
+// x + HiLo(norm(x)), the attention half of a block. Tokens are in the order of the windows here, those of a window one after
+// the other. A map that windows do not divide is padded with zeros after the norm and cropped at the end, as HiLo does.
 
 #include "operators.h"
 
@@ -13,29 +13,39 @@ struct HiLo {
   const Kernels& k;
   int64_t images, height, width, channels;  // of x
   int64_t window, h_heads, l_heads, head;   // head: channels of one
-  int64_t padded_height, padded_width;
 
   int64_t h_channels() const { return h_heads * head; }
   int64_t l_channels() const { return l_heads * head; }
-  int64_t cells() const { return padded_height * padded_width / (window * window); }  // of the pooled map
+  int64_t across() const { return (width + window - 1) / window; }  // windows of a row of them
+  int64_t cells() const { return (height + window - 1) / window * across(); }  // windows of an image, tokens of the pooled map
+  int64_t size() const { return window * window; }
+  bool pads() const { return cells() * size() > height * width; }
   // Of one token: Hi-Fi's q, k, v, then Lo-Fi's q, and k, v where nothing is pooled.
   int64_t projected() const { return 3 * h_channels() + (window == 1 ? 3 : 1) * l_channels(); }
   int64_t projected_stride() const { return round_up(projected(), kColumns); }
 
-  // Calls use(image, first row, rows) for each band, on all threads. Bands are whole rows of windows, the same for each
-  // image; there is one for each thread, if there are so many rows of windows.
+  // Calls use(image, first window, windows) for each band, on all threads. Bands are the same for each image; there is one for
+  // each thread, if there are so many windows.
   template <typename Use>
   void for_each_band(const Use& use) const {
-    const int64_t window_rows = padded_height / window, tokens = padded_height * padded_width;
     const int64_t per_image = (at::get_num_threads() + images - 1) / std::max<int64_t>(images, 1);
-    const int64_t wanted = std::max((tokens + kBandTokens / 2) / kBandTokens, per_image);
-    const int64_t bands = std::clamp<int64_t>(wanted, 1, window_rows);
+    const int64_t wanted = std::max((cells() * size() + kBandTokens / 2) / kBandTokens, per_image);
+    const int64_t bands = std::clamp<int64_t>(wanted, 1, cells());
     at::parallel_for(0, images * bands, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = window_rows * (i % bands) / bands, last = window_rows * (i % bands + 1) / bands;
-        use(i / bands, first * window, (last - first) * window);
+        const int64_t first = cells() * (i % bands) / bands, last = cells() * (i % bands + 1) / bands;
+        use(i / bands, first, last - first);
       }
     });
+  }
+
+  // Calls use(token of the map, token of the band, count) for the tokens of each row of each window of a band, without padding.
+  template <typename Use>
+  void for_each_row(int64_t image, int64_t first, int64_t windows, const Use& use) const {
+    for (int64_t i = 0; i < windows * window; ++i) {
+      const int64_t w = first + i / window, y = w / across() * window + i % window, x = w % across() * window;
+      if (y < height) use((image * height + y) * width + x, i * window, std::min(window, width - x));
+    }
   }
 };
 
@@ -47,33 +57,19 @@ struct Linear {
 // x -> norm -> projected tokens, and the mean of the normalised tokens over each window.
 void project(const HiLo& a, const float* x, const float* norm_weight, const float* norm_bias, float eps, Linear linear,
              float* projected, float* pooled) {
-  const int64_t C = a.channels, s = a.window, stride = a.projected_stride();
-  a.for_each_band([&](int64_t image, int64_t first, int64_t rows) {
+  const int64_t C = a.channels, stride = a.projected_stride();
+  a.for_each_band([&](int64_t image, int64_t first, int64_t windows) {
+    const int64_t T = windows * a.size(), cell = image * a.cells() + first;
     Scratch scratch;
-    float* tokens = scratch.take(rows * a.padded_width * C);
-    for (int64_t i = 0; i < rows; ++i) {
-      float* row = tokens + i * a.padded_width * C;
-      const int64_t inside = first + i < a.height ? a.width : 0;
-      if (inside > 0)
-        a.k.layer_norm(inside, C, x + ((image * a.height + first + i) * a.width) * C, C, norm_weight, norm_bias, eps,
-                       row);
-      std::fill(row + inside * C, row + a.padded_width * C, 0.0f);
-    }
-    Factor factor(linear.weight, rows * a.padded_width, C, scratch);
-    factor.set(a.k, 0, rows * a.padded_width, tokens, C);
-    product(a.k, rows * a.padded_width, factor, linear.weight, 0, 0, a.projected(), linear.bias, 0,
-            projected + (image * a.padded_height + first) * a.padded_width * stride, stride);
-    if (s == 1 || a.l_heads == 0) return;
-    const int64_t across = a.padded_width / s;
-    float* cell = pooled + (image * a.cells() + first / s * across) * C;
-    for (int64_t i = 0; i < rows / s * across; ++i, cell += C) {
-      std::fill_n(cell, C, 0.0f);
-      for (int64_t j = 0; j < s; ++j) {
-        const float* token = tokens + ((i / across * s + j) * a.padded_width + i % across * s) * C;
-        for (int64_t t = 0; t < s; ++t) a.k.add(1, C, cell, token + t * C, C, cell);
-      }
-      for (int64_t c = 0; c < C; ++c) cell[c] *= 1.0f / (s * s);
-    }
+    float* tokens = scratch.take(T * C);
+    if (a.pads()) std::fill_n(tokens, T * C, 0.0f);
+    a.for_each_row(image, first, windows, [&](int64_t from, int64_t to, int64_t count) {
+      a.k.layer_norm(count, C, x + from * C, C, norm_weight, norm_bias, eps, tokens + to * C);
+    });
+    Factor factor(linear.weight, T, C, scratch);
+    factor.set(a.k, 0, T, tokens, C);
+    product(a.k, T, factor, linear.weight, 0, 0, a.projected(), linear.bias, 0, projected + cell * a.size() * stride, stride);
+    if (a.window > 1 && a.l_heads > 0) a.k.means(windows, a.size(), C, tokens, pooled + cell * C);
   });
 }
 
@@ -116,27 +112,20 @@ void pack_heads(const HiLo& a, const float* kv, int64_t stride, float* keys, flo
 // Attention of both kinds, their output projections, and the sum with x.
 void attend(const HiLo& a, const float* x, const float* projected, const float* keys, const float* values,
             Linear h_proj, Linear l_proj, float* out) {
-  const int64_t C = a.channels, s = a.window, d = a.head, M = a.cells(), panel = a.k.panel;
+  const int64_t C = a.channels, d = a.head, M = a.cells(), panel = a.k.panel;
   const int64_t stride = a.projected_stride(), wide = round_up(C, kColumns) + kColumns, Dh = a.h_channels(),
                 Dl = a.l_channels();
-  const int64_t keys_size = round_up(M, panel) * d, values_size = round_up(d, panel) * M, size = s * s;
-  a.for_each_band([&](int64_t image, int64_t first, int64_t rows) {
-    const int64_t T = rows * a.padded_width;
-    const float* from = projected + (image * a.padded_height + first) * a.padded_width * stride;
+  const int64_t keys_size = round_up(M, panel) * d, values_size = round_up(d, panel) * M;
+  a.for_each_band([&](int64_t image, int64_t first, int64_t windows) {
+    const int64_t T = windows * a.size();
+    const float* from = projected + (image * a.cells() + first) * a.size() * stride;
     Scratch scratch;
     float* mixed = scratch.take(T * C);
     float* sum = scratch.take(T * wide);
     if (Dh > 0) {
-      std::vector<int64_t> tokens(T), out_tokens(T);  // of window after window: where each begins
-      for (int64_t i = 0; i < T; ++i) {
-        const int64_t across = a.padded_width / s, w = i / size, j = i % size;
-        const int64_t token = (w / across * s + j / s) * a.padded_width + w % across * s + j % s;
-        tokens[i] = token * stride, out_tokens[i] = token * C;
-      }
-      float* logits = scratch.take(size * (size + 16));
+      float* logits = scratch.take(a.size() * (a.size() + 16));
       for (int64_t h = 0; h < a.h_heads; ++h)
-        a.k.window_attention(T / size, size, d, Dh, from + h * d, tokens.data(), mixed + h * d, out_tokens.data(),
-                             logits);
+        a.k.window_attention(windows, a.size(), d, from + h * d, stride, Dh, mixed + h * d, C, logits);
       Factor factor(h_proj.weight, T, Dh, scratch);
       factor.set(a.k, 0, T, mixed, C);
       product(a.k, T, factor, h_proj.weight, 0, 0, Dh, h_proj.bias, 0, sum, wide);
@@ -152,10 +141,9 @@ void attend(const HiLo& a, const float* x, const float* projected, const float* 
       factor.set(a.k, 0, T, mixed + Dh, C);
       product(a.k, T, factor, l_proj.weight, 0, 0, Dl, l_proj.bias, 0, sum + Dh, wide);
     }
-    for (int64_t i = 0; i < rows && first + i < a.height; ++i) {
-      const int64_t at = (image * a.height + first + i) * a.width * C;
-      a.k.add(a.width, C, x + at, sum + i * a.padded_width * wide, wide, out + at);
-    }
+    a.for_each_row(image, first, windows, [&](int64_t token, int64_t of_band, int64_t count) {
+      a.k.add(count, C, x + token * C, sum + of_band * wide, wide, out + token * C);
+    });
   });
 }
 
@@ -170,17 +158,7 @@ Tensor hilo(const Tensor& x_, const Tensor& norm_weight, const Tensor& norm_bias
   const int64_t C = x.size(3), s = window_size, heads = h_heads + l_heads;
   TORCH_CHECK_VALUE(s >= 1 && h_heads >= 0 && l_heads >= 0 && heads > 0 && C % heads == 0, "hilo: window_size=", s,
                     ", heads ", h_heads, " + ", l_heads, " for ", C, " channels: the number of heads must divide the channels");
-  const HiLo a{k,
-               x.size(0),
-               x.size(1),
-               x.size(2),
-               C,
-               s,
-               h_heads,
-               l_heads,
-               C / heads,
-               round_up(x.size(1), s),
-               round_up(x.size(2), s)};
+  const HiLo a{k, x.size(0), x.size(1), x.size(2), C, s, h_heads, l_heads, C / heads};
   const int64_t Dh = a.h_channels(), Dl = a.l_channels();
   const bool pools = s > 1 && Dl > 0;
   check_sizes("hilo", {{norm_weight, C}, {norm_bias, C}});
@@ -195,7 +173,7 @@ Tensor hilo(const Tensor& x_, const Tensor& norm_weight, const Tensor& norm_bias
   const Linear h_out = linear("hilo, h_proj", Dh > 0, h_proj, h_proj_bias, Dh, Dh);
   const Linear l_out = linear("hilo, l_proj", Dl > 0, l_proj, l_proj_bias, Dl, Dl);
 
-  const int64_t M = a.cells(), tokens = a.images * a.padded_height * a.padded_width;
+  const int64_t M = a.cells(), tokens = a.images * M * a.size();
   const auto room = [&](int64_t floats) { return at::empty({floats}, x.options()); };
   const auto write = [](const Tensor& tensor) { return tensor.data_ptr<float>(); };
   const Tensor projected = room(tokens * a.projected_stride()), pooled = room(pools ? a.images * M * C : 0);

@@ -18,13 +18,19 @@ INLINE void store(float* p, Vector x) { *reinterpret_cast<Vector*>(p) = x; }
 INLINE Vector all(float x) { return Vector{} + x; }
 INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }  // b where one is NaN
 
-INLINE float sum(Vector x) {
+// The numbers of a vector combined, half with half.
+template <typename Combine>
+INLINE float reduced(Vector x, const Combine& combine) {
   float part[V];
   store(part, x);
   for (int n = V / 2; n > 0; n /= 2) {
-    for (int i = 0; i < n; ++i) part[i] += part[i + n];
+    for (int i = 0; i < n; ++i) part[i] = combine(part[i], part[i + n]);
   }
   return part[0];
+}
+
+INLINE float sum(Vector x) {
+  return reduced(x, [](float a, float b) { return a + b; });
 }
 
 // c[0] x^(N-1) + ... + c[N-1]
@@ -225,6 +231,23 @@ void add(int64_t rows, int64_t channels, const float* x, const float* y, int64_t
   }
 }
 
+void means(int64_t count, int64_t size, int64_t channels, const float* x, float* out) {
+  const float share = 1.0f / size;
+  for (int64_t i = 0; i < count; ++i, x += size * channels, out += channels) {
+    int64_t c = 0;
+    for (; c + V <= channels; c += V) {
+      Vector total = load(x + c);
+      for (int64_t j = 1; j < size; ++j) total += load(x + j * channels + c);
+      store(out + c, total * share);
+    }
+    for (; c < channels; ++c) {
+      float total = x[c];
+      for (int64_t j = 1; j < size; ++j) total += x[j * channels + c];
+      out[c] = total * share;
+    }
+  }
+}
+
 void gelu_rows(int64_t rows, int64_t channels, const float* x, int64_t ldx, float* out) {
   for (int64_t row = 0; row < rows; ++row, x += ldx, out += channels) {
     int64_t c = 0;
@@ -334,8 +357,7 @@ INLINE float exponentials(float* x, int64_t M) {
   const int64_t whole = (M + V - 1) / V * V;
   Vector top = load(x);
   for (int64_t j = V; j < whole; j += V) top = larger(top, load(x + j));
-  float most = top[0];
-  for (int i = 1; i < V; ++i) most = top[i] > most ? top[i] : most;
+  const float most = reduced(top, [](float a, float b) { return a > b ? a : b; });
   Vector total{};
   for (int64_t j = 0; j < whole; j += V) {
     const Vector e = exponential(load(x + j) - most);
@@ -362,34 +384,36 @@ void attention(int64_t T, int64_t M, int64_t d, const float* queries, int64_t ld
   }
 }
 
-void window_attention(int64_t windows, int64_t size, int64_t d, int64_t channels, const float* qkv,
-                      const int64_t* tokens, float* out, const int64_t* out_tokens, float* scratch) {
+void window_attention(int64_t windows, int64_t size, int64_t d, const float* qkv, int64_t ldq, int64_t channels, float* out,
+                      int64_t ldo, float* scratch) {
   const int64_t wide = (size + V - 1) / V * V;
-  for (int64_t w = 0; w < windows; ++w, tokens += size, out_tokens += size) {
+  for (int64_t w = 0; w < windows; ++w, qkv += size * ldq, out += size * ldo) {
+    const float *keys = qkv + channels, *values = keys + channels;
     for (int64_t i = 0; i < size; ++i) {
-      const float* q = qkv + tokens[i];
-      float* p = scratch + i * wide;
-      store(p + wide - V, all(kNothing));
+      const float* q = qkv + i * ldq;
+      store(scratch + (i + 1) * wide - V, all(kNothing));
       for (int64_t j = 0; j < size; ++j) {
-        const float* k = qkv + tokens[j] + channels;
+        const float* k = keys + j * ldq;
         Vector dots{};
         int64_t c = 0;
         for (; c + V <= d; c += V) dots += load(q + c) * load(k + c);
         float dot = sum(dots);
         for (; c < d; ++c) dot += q[c] * k[c];
-        p[j] = dot;
+        scratch[i * wide + j] = dot;
       }
+    }
+    for (int64_t i = 0; i < size; ++i) {
+      float *p = scratch + i * wide, *y = out + i * ldo;
       const float factor = 1.0f / exponentials(p, size);
-      float* y = out + out_tokens[i];
       int64_t c = 0;
       for (; c + V <= d; c += V) {
         Vector mix{};
-        for (int64_t j = 0; j < size; ++j) mix += p[j] * load(qkv + tokens[j] + 2 * channels + c);
+        for (int64_t j = 0; j < size; ++j) mix += p[j] * load(values + j * ldq + c);
         store(y + c, mix * factor);
       }
       for (; c < d; ++c) {
         float mix = 0;
-        for (int64_t j = 0; j < size; ++j) mix += p[j] * qkv[tokens[j] + 2 * channels + c];
+        for (int64_t j = 0; j < size; ++j) mix += p[j] * values[j * ldq + c];
         y[c] = mix * factor;
       }
     }
@@ -407,6 +431,7 @@ const Kernels KERNELS = {KERNELS_NAME,
                          from_sums,
                          layer_norm,
                          add,
+                         means,
                          gelu_rows,
                          deformed_patches,
                          depthwise_gelu,
