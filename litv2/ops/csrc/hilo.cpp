@@ -11,8 +11,8 @@ constexpr int64_t kPooledRows = 48;
 
 struct HiLo {
   const Kernels& k;
-  int64_t images, height, width, channels;  // of x
-  int64_t window, h_heads, l_heads, head;   // head: channels of one
+  int64_t height, width, channels;         // of x
+  int64_t window, h_heads, l_heads, head;  // head: channels of one
 
   int64_t h_channels() const { return h_heads * head; }
   int64_t l_channels() const { return l_heads * head; }
@@ -24,27 +24,26 @@ struct HiLo {
   int64_t projected() const { return 3 * h_channels() + (window == 1 ? 3 : 1) * l_channels(); }
   int64_t projected_stride() const { return round_up(projected(), kColumns); }
 
-  // Calls use(image, first window, windows) for each band, on all threads. Bands are the same for each image; there is one for
-  // each thread, if there are so many windows.
+  // Calls use(first window, windows) for each band, on all threads that the image has. There is one for each of them, if there are
+  // so many windows.
   template <typename Use>
   void for_each_band(const Use& use) const {
-    const int64_t per_image = (at::get_num_threads() + images - 1) / std::max<int64_t>(images, 1);
-    const int64_t wanted = std::max((cells() * size() + kBandTokens / 2) / kBandTokens, per_image);
-    const int64_t bands = std::clamp<int64_t>(wanted, 1, cells());
-    at::parallel_for(0, images * bands, 1, [&](int64_t begin, int64_t end) {
+    const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+    const int64_t bands = std::min(cells(), round_up((cells() * size() + kBandTokens - 1) / kBandTokens, threads));
+    at::parallel_for(0, bands, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = cells() * (i % bands) / bands, last = cells() * (i % bands + 1) / bands;
-        use(i / bands, first, last - first);
+        const int64_t first = cells() * i / bands, last = cells() * (i + 1) / bands;
+        use(first, last - first);
       }
     });
   }
 
   // Calls use(token of the map, token of the band, count) for the tokens of each row of each window of a band, without padding.
   template <typename Use>
-  void for_each_row(int64_t image, int64_t first, int64_t windows, const Use& use) const {
+  void for_each_row(int64_t first, int64_t windows, const Use& use) const {
     for (int64_t i = 0; i < windows * window; ++i) {
       const int64_t w = first + i / window, y = w / across() * window + i % window, x = w % across() * window;
-      if (y < height) use((image * height + y) * width + x, i * window, std::min(window, width - x));
+      if (y < height) use(y * width + x, i * window, std::min(window, width - x));
     }
   }
 };
@@ -58,23 +57,23 @@ struct Linear {
 void project(const HiLo& a, const float* x, const float* norm_weight, const float* norm_bias, float eps, Linear linear,
              float* projected, float* pooled) {
   const int64_t C = a.channels, stride = a.projected_stride();
-  a.for_each_band([&](int64_t image, int64_t first, int64_t windows) {
-    const int64_t T = windows * a.size(), cell = image * a.cells() + first;
+  a.for_each_band([&](int64_t first, int64_t windows) {
+    const int64_t T = windows * a.size();
     Scratch scratch;
     float* tokens = scratch.take(T * C);
     if (a.pads()) std::fill_n(tokens, T * C, 0.0f);
-    a.for_each_row(image, first, windows, [&](int64_t from, int64_t to, int64_t count) {
+    a.for_each_row(first, windows, [&](int64_t from, int64_t to, int64_t count) {
       a.k.layer_norm(count, C, x + from * C, C, norm_weight, norm_bias, eps, tokens + to * C);
     });
     Factor factor(linear.weight, T, C, scratch);
     factor.set(a.k, 0, T, tokens, C);
-    product(a.k, T, factor, linear.weight, 0, 0, a.projected(), linear.bias, 0, projected + cell * a.size() * stride, stride);
-    if (a.window > 1 && a.l_heads > 0) a.k.means(windows, a.size(), C, tokens, pooled + cell * C);
+    product(a.k, T, factor, linear.weight, 0, 0, a.projected(), linear.bias, 0, projected + first * a.size() * stride, stride);
+    if (a.window > 1 && a.l_heads > 0) a.k.means(windows, a.size(), C, tokens, pooled + first * C);
   });
 }
 
 void project_pooled(const HiLo& a, const float* pooled, Linear linear, float* kv, int64_t stride) {
-  const int64_t rows = a.images * a.cells();
+  const int64_t rows = a.cells();
   const int64_t pieces = std::min<int64_t>(rows, std::max<int64_t>(rows / kPooledRows, at::get_num_threads()));
   at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = rows * begin / pieces, last = rows * end / pieces;
@@ -86,13 +85,13 @@ void project_pooled(const HiLo& a, const float* pooled, Linear linear, float* kv
   });
 }
 
-// Keys (transposed) and values of each head of each image as packed matrices, one after the other.
+// Keys (transposed) and values of each head as packed matrices, one after the other.
 void pack_heads(const HiLo& a, const float* kv, int64_t stride, float* keys, float* values) {
   const int64_t M = a.cells(), d = a.head, panel = a.k.panel, keys_size = round_up(M, panel) * d,
                 values_size = round_up(d, panel) * M;
-  at::parallel_for(0, a.images * a.l_heads, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, a.l_heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const float* from = kv + i / a.l_heads * M * stride + i % a.l_heads * d;
+      const float* from = kv + i * d;
       float *key = keys + i * keys_size, *value = values + i * values_size;
       for (int64_t m = 0; m < round_up(M, panel); ++m) {
         float* column = key + m / panel * panel * d + m % panel;
@@ -116,9 +115,9 @@ void attend(const HiLo& a, const float* x, const float* projected, const float* 
   const int64_t stride = a.projected_stride(), wide = round_up(C, kColumns) + kColumns, Dh = a.h_channels(),
                 Dl = a.l_channels();
   const int64_t keys_size = round_up(M, panel) * d, values_size = round_up(d, panel) * M;
-  a.for_each_band([&](int64_t image, int64_t first, int64_t windows) {
+  a.for_each_band([&](int64_t first, int64_t windows) {
     const int64_t T = windows * a.size();
-    const float* from = projected + (image * a.cells() + first) * a.size() * stride;
+    const float* from = projected + first * a.size() * stride;
     Scratch scratch;
     float* mixed = scratch.take(T * C);
     float* sum = scratch.take(T * wide);
@@ -132,16 +131,14 @@ void attend(const HiLo& a, const float* x, const float* projected, const float* 
     }
     if (Dl > 0) {
       float* logits = scratch.take(a.k.attention_scratch(M, d));
-      for (int64_t h = 0; h < a.l_heads; ++h) {
-        const int64_t i = image * a.l_heads + h;
-        a.k.attention(T, M, d, from + 3 * Dh + h * d, stride, keys + i * keys_size, values + i * values_size,
+      for (int64_t h = 0; h < a.l_heads; ++h)
+        a.k.attention(T, M, d, from + 3 * Dh + h * d, stride, keys + h * keys_size, values + h * values_size,
                       mixed + Dh + h * d, C, logits);
-      }
       Factor factor(l_proj.weight, T, Dl, scratch);
       factor.set(a.k, 0, T, mixed + Dh, C);
       product(a.k, T, factor, l_proj.weight, 0, 0, Dl, l_proj.bias, 0, sum + Dh, wide);
     }
-    a.for_each_row(image, first, windows, [&](int64_t token, int64_t of_band, int64_t count) {
+    a.for_each_row(first, windows, [&](int64_t token, int64_t of_band, int64_t count) {
       a.k.add(count, C, x + token * C, sum + of_band * wide, wide, out + token * C);
     });
   });
@@ -158,7 +155,7 @@ Tensor hilo(const Tensor& x_, const Tensor& norm_weight, const Tensor& norm_bias
   const int64_t C = x.size(3), s = window_size, heads = h_heads + l_heads;
   TORCH_CHECK_VALUE(s >= 1 && h_heads >= 0 && l_heads >= 0 && heads > 0 && C % heads == 0, "hilo: window_size=", s,
                     ", heads ", h_heads, " + ", l_heads, " for ", C, " channels: the number of heads must divide the channels");
-  const HiLo a{k, x.size(0), x.size(1), x.size(2), C, s, h_heads, l_heads, C / heads};
+  const HiLo a{k, x.size(1), x.size(2), C, s, h_heads, l_heads, C / heads};
   const int64_t Dh = a.h_channels(), Dl = a.l_channels();
   const bool pools = s > 1 && Dl > 0;
   check_sizes("hilo", {{norm_weight, C}, {norm_bias, C}});
@@ -173,23 +170,26 @@ Tensor hilo(const Tensor& x_, const Tensor& norm_weight, const Tensor& norm_bias
   const Linear h_out = linear("hilo, h_proj", Dh > 0, h_proj, h_proj_bias, Dh, Dh);
   const Linear l_out = linear("hilo, l_proj", Dl > 0, l_proj, l_proj_bias, Dl, Dl);
 
-  const int64_t M = a.cells(), tokens = a.images * M * a.size();
-  const auto room = [&](int64_t floats) { return at::empty({floats}, x.options()); };
-  const auto write = [](const Tensor& tensor) { return tensor.data_ptr<float>(); };
-  const Tensor projected = room(tokens * a.projected_stride()), pooled = room(pools ? a.images * M * C : 0);
-  project(a, pointer(x), pointer(norm_weight), pointer(norm_bias), static_cast<float>(eps), projection,
-          write(projected), write(pooled));
-
-  const int64_t kv_stride = pools ? round_up(2 * Dl, kColumns) : a.projected_stride();
-  const Tensor pooled_kv = room(pools ? a.images * M * kv_stride : 0);
-  const Tensor keys = room(a.images * l_heads * round_up(M, k.panel) * a.head);
-  const Tensor values = room(a.images * l_heads * round_up(a.head, k.panel) * M);
-  if (pools) project_pooled(a, pointer(pooled), pooled_projection, write(pooled_kv), kv_stride);
-  if (Dl > 0)
-    pack_heads(a, pools ? pointer(pooled_kv) : pointer(projected) + 3 * Dh + Dl, kv_stride, write(keys), write(values));
-
+  const int64_t M = a.cells(), kv_stride = pools ? round_up(2 * Dl, kColumns) : a.projected_stride();
   const Tensor out = at::empty_like(x);
-  attend(a, pointer(x), pointer(projected), pointer(keys), pointer(values), h_out, l_out, write(out));
+  const auto attend_to = [&](int64_t image) {
+    Scratch scratch;
+    float *projected = scratch.take(M * a.size() * a.projected_stride()), *pooled = scratch.take(pools ? M * C : 0),
+          *pooled_kv = scratch.take(pools ? M * kv_stride : 0), *keys = scratch.take(l_heads * round_up(M, k.panel) * a.head),
+          *values = scratch.take(l_heads * round_up(a.head, k.panel) * M);
+    const int64_t first = image * a.height * a.width * C;
+    project(a, pointer(x) + first, pointer(norm_weight), pointer(norm_bias), static_cast<float>(eps), projection, projected, pooled);
+    if (pools) project_pooled(a, pooled, pooled_projection, pooled_kv, kv_stride);
+    if (Dl > 0) pack_heads(a, pools ? pooled_kv : projected + 3 * Dh + Dl, kv_stride, keys, values);
+    attend(a, pointer(x) + first, projected, keys, values, h_out, l_out, out.data_ptr<float>() + first);
+  };
+  // What is made of an image stays in the cache of the thread that has the image. Those that are not enough for all threads are
+  // shared by them.
+  const int64_t images = x.size(0), alone = images - images % at::get_num_threads();
+  at::parallel_for(0, alone, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t image = begin; image < end; ++image) attend_to(image);
+  });
+  for (int64_t image = alone; image < images; ++image) attend_to(image);
   return out;
 }
 
