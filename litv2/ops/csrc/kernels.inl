@@ -12,25 +12,28 @@ typedef uint8_t Bytes __attribute__((vector_size(VECTOR_FLOATS), aligned(1), may
 typedef uint16_t Halves __attribute__((vector_size(2 * VECTOR_FLOATS), aligned(2), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
+#define ALWAYS_INLINE __attribute__((always_inline))  // of a lambda
 
 INLINE Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
 INLINE void store(float* p, Vector x) { *reinterpret_cast<Vector*>(p) = x; }
 INLINE Vector all(float x) { return Vector{} + x; }
 INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }  // b where one is NaN
 
-// The numbers of a vector combined, half with half.
-template <typename Combine>
-INLINE float reduced(Vector x, const Combine& combine) {
-  float part[V];
-  store(part, x);
-  for (int n = V / 2; n > 0; n /= 2) {
-    for (int i = 0; i < n; ++i) part[i] = combine(part[i], part[i + n]);
+// The numbers of a vector of N combined, half with half.
+template <int N, typename Numbers, typename Combine>
+INLINE float reduced(Numbers x, const Combine& combine) {
+  if constexpr (N > 1) {
+    typedef float Half __attribute__((vector_size(2 * N)));
+    Half halves[2];
+    __builtin_memcpy(halves, &x, sizeof(x));
+    return reduced<N / 2>(combine(halves[0], halves[1]), combine);
+  } else {
+    return x[0];
   }
-  return part[0];
 }
 
 INLINE float sum(Vector x) {
-  return reduced(x, [](float a, float b) { return a + b; });
+  return reduced<V>(x, [](auto a, auto b) ALWAYS_INLINE { return a + b; });
 }
 
 // c[0] x^(N-1) + ... + c[N-1]
@@ -267,8 +270,6 @@ void deformed_patches(int64_t row, int64_t width, const float* image, int64_t in
   }
 }
 
-#define ALWAYS_INLINE __attribute__((always_inline))  // of a lambda
-
 // Calls use(token, value, columns) along a row with the value of the convolution, a vector of channels, and the numbers that
 // it is made of: those left of the token, at it, and right of it, above, here and below. Each is read once.
 template <typename Use>
@@ -357,7 +358,7 @@ INLINE float exponentials(float* x, int64_t M) {
   const int64_t whole = (M + V - 1) / V * V;
   Vector top = load(x);
   for (int64_t j = V; j < whole; j += V) top = larger(top, load(x + j));
-  const float most = reduced(top, [](float a, float b) { return a > b ? a : b; });
+  const float most = reduced<V>(top, [](auto a, auto b) ALWAYS_INLINE { return a > b ? a : b; });
   Vector total{};
   for (int64_t j = 0; j < whole; j += V) {
     const Vector e = exponential(load(x + j) - most);
