@@ -24,7 +24,8 @@ import torch
 from harness import parser, publish, say
 from litv2.errors import UserError, run_program
 from litv2.explain.activation import METHODS, cam
-from litv2.explain.subjects import Subject, View, load_subject
+from litv2.explain.loading import load_subject
+from litv2.explain.subjects import Subject, View
 from litv2.preprocess import read_image
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the picture

@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     try:
-        from ..explain import page, subjects
+        from ..explain import page
+        from ..explain.loading import load_subject
     except MissingPackage:
         raise
     except ImportError as error:
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("the small classifier is part of the repository, not of the package; pass another with --checkpoint")
     if args.max_mb < 1 or not (args.port is None or 0 < args.port < 65536):
         raise UserError(f"--max-mb {args.max_mb} must be at least 1, and --port {args.port} one of 1 to 65535")
-    subject = subjects.load_subject(args.checkpoint or SMALL, args.model, args.config, args.img_size, args.device)
+    subject = load_subject(args.checkpoint or SMALL, args.model, args.config, args.img_size, args.device)
     print_notes(subject.notes)
     if not _is_loopback(args.host):
         print(f"warning: everyone who can reach {args.host} can use the page and upload images; it has no password", file=sys.stderr)

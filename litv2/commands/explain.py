@@ -47,10 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        from ..explain import subjects
+        from ..explain.loading import load_subject
     except ImportError as error:
         raise MissingPackage(f"{error}; explain needs: pip install 'litv2[explain]'") from error
-    subject = subjects.load_subject(args.checkpoint, args.model, args.config, args.img_size, args.device)
+    subject = load_subject(args.checkpoint, args.model, args.config, args.img_size, args.device)
     print_notes(subject.notes)
     paths, unreadable = image_files(args.images), set[Path]()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -136,12 +136,11 @@ def _offsets(subject: Subject, view: View, at: list[list[float]] | None) -> Expl
 
 def _cam(subject: Subject, view: View, at: list[list[float]] | None) -> Explained:
     """Of what the model finds, wherever that is."""
-    from ..explain.activation import METHODS, cam
+    from ..explain.activation import cams_of_finding
     from ..explain.drawing import draw_cam
 
-    model, score, what = subject.scored(view)
-    maps = {method: cam(model, view.tensor, score, method)[0] for method in METHODS}
-    return [(draw_cam(view, maps, what), dict(maps))]
+    maps, what = cams_of_finding(subject, view)
+    return [(draw_cam(view, maps, what), maps)]
 
 
 _EXPLAINED = {"attention": _attention, "offsets": _offsets, "cam": _cam}

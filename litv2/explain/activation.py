@@ -13,15 +13,16 @@ from ..errors import MissingPackage, UserError, listed
 from ..layers import channels_first
 from ..model import LITv2
 from .recording import check_images, evaluating, network_of
+from .subjects import Subject, View
 
 try:
-    from pytorch_grad_cam import EigenCAM, GradCAM, GradCAMPlusPlus
+    from pytorch_grad_cam import EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM
 except ImportError as error:
     raise MissingPackage(f"{error}; class activation maps need grad-cam: pip install 'litv2[explain]'") from error
 
-__all__ = ["METHODS", "cam"]
+__all__ = ["METHODS", "cam", "cams_of_finding"]
 
-METHODS = {"gradcam": GradCAM, "gradcam++": GradCAMPlusPlus, "eigencam": EigenCAM}
+METHODS = {"gradcam": GradCAM, "gradcam++": GradCAMPlusPlus, "eigencam": EigenCAM, "hirescam": HiResCAM}
 
 Score = Callable[[Any], Tensor]  # of the model's output for one image
 
@@ -40,7 +41,9 @@ def cam(
         images: (B, C, H, W), normalised.
         target: what is explained, one or one per image: a class, or a function from the model's output for an image to a score; None for
             the predicted class. Eigen-CAM does not depend on it.
-        method: "gradcam" (arXiv 1610.02391), "gradcam++" (arXiv 1710.11063) or "eigencam" (arXiv 2008.00299).
+        method: "gradcam" (arXiv 1610.02391), "gradcam++" (arXiv 1710.11063), "eigencam" (arXiv 2008.00299), or "hirescam" (arXiv
+            2011.08891), which does not average gradients over positions: for boxes, whose score depends on one place. Of a classifier
+            it is the same as "gradcam".
         layers: modules of the network whose maps are taken; of several the average is returned. By default the norm before the
             classifier, where Grad-CAM of an average-pooled network is the original class activation map, or the backbone's output norms.
 
@@ -56,6 +59,17 @@ def cam(
     with evaluating(model), _without_gradients_of(model), torch.enable_grad(), METHODS[method](**how) as explain:
         explain.compute_input_gradient = True  # parameters have none here, but the maps need them
         return torch.from_numpy(explain(images.detach().clone(), targets))
+
+
+def cams_of_finding(subject: Subject, view: View) -> tuple[dict[str, Tensor], str]:
+    """Returns a map (H, W) by each method for what a subject finds in an image, and its name.
+
+    Raises:
+        UserError: it finds nothing.
+    """
+    model, score, what = subject.scored(view)
+    methods = [method for method in METHODS if method != "hirescam" or subject.task != "classification"]
+    return {method: cam(model, view.tensor, score, method)[0] for method in methods}, what
 
 
 def output_norms(network: LITv2) -> list[nn.Module]:

@@ -96,10 +96,9 @@ class Page:
         if what == "spectrum":
             return draw_spectrum(spectrum(model, images))
         if what == "class activation":
-            from .activation import METHODS, cam
+            from .activation import cams_of_finding  # which needs grad-cam
 
-            module, score, name = self.subject.scored(view)
-            return draw_cam(view, {method: cam(module, images, score, method)[0] for method in METHODS}, name)
+            return draw_cam(view, *cams_of_finding(self.subject, view))
         place = None if at is None else view.to_tensor(at[0] + 0.5, at[1] + 0.5)
         if what == "attention":
             return draw_attention(view, attention(model, images, place))

@@ -26,7 +26,7 @@ class PackedOperator(nn.Module):
                 self.register_buffer(key, value.detach().clone(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return getattr(torch.ops.litv2, self.name)(x, **self.numbers, **dict(self.named_buffers()))
+        return getattr(torch.ops.litv2, self.name)(x, **self.numbers, **self._buffers)  # in a hundredth of the time of named_buffers()
 
     def extra_repr(self) -> str:
         return self.name

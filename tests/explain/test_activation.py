@@ -73,6 +73,17 @@ def test_eigen_cam_is_the_first_principal_component():
     assert any(torch.allclose(found, scaled(sign * component, 96, 128), atol=1e-3) for sign in (1, -1))
 
 
+def test_hires_cam_of_a_place():
+    """Of a score that depends on one position, the map is there alone; gradients averaged over positions, as Grad-CAM's, are everywhere.
+    Of the mean over positions, both are the same."""
+    model, x = tiny_model(global_pool="").eval(), normal(5, 1, 3, 96, 128)
+    place = cam(model, x, lambda logits: logits[1, 2].square().sum(), "hirescam")[0]
+    assert divmod(int(place.argmax()), 128) in {(row, column) for row in range(32, 64) for column in range(64, 96)}
+    assert place[:16].max() == place[80:].max() == place[:, :48].max() == 0
+    pooled = tiny_model().eval()
+    torch.testing.assert_close(cam(pooled, x, 3, "hirescam"), cam(pooled, x, 3), atol=1e-5, rtol=0)
+
+
 def test_nothing_is_left_behind():
     model = tiny_model().train()
     model.stages[0].eval()
@@ -81,7 +92,7 @@ def test_nothing_is_left_behind():
     flags, required = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
     with torch.inference_mode():
         x = normal(3, 1, 3, 64, 64)
-    for method in ("gradcam", "gradcam++", "eigencam"):
+    for method in ("gradcam", "gradcam++", "eigencam", "hirescam"):
         cam(model, x, method=method)
     with pytest.raises(ZeroDivisionError):  # of a caller's own score
         cam(model, x, lambda logits: 1 // 0)

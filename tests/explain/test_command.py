@@ -12,7 +12,7 @@ from PIL import Image
 from helpers import TINY, tiny_model
 from litv2.__main__ import main
 from litv2.explain import attention, offsets, spectrum
-from litv2.explain.subjects import load_subject
+from litv2.explain.loading import load_subject
 
 
 @pytest.fixture

@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 
 from browser_helpers import chromium, opened
+from document_helpers import documented
 from helpers import ROOT, TINY, generator, tiny_model
 from litv2.__main__ import main
 from litv2.errors import UserError
-from litv2.explain.subjects import load_subject
+from litv2.explain.loading import load_subject
 
 pytestmark = pytest.mark.extra
 pytest.importorskip("gradio", reason="Gradio is not installed: pip install -r requirements-test.txt", exc_type=ImportError)
@@ -122,9 +123,10 @@ def address(browser, checkpoint, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "litv2", "demo", "--checkpoint", str(checkpoint), "--port", str(port), "--max-mb", "1"]
+    (command,) = documented("docs/explain.md", r"python -m litv2 demo")
+    line = [sys.executable, *command.words[1:], "--checkpoint", str(checkpoint), "--port", str(port), "--max-mb", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(line, cwd=command.folder, env=environment, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout.readline() == f"the page is at http://127.0.0.1:{port}/; Ctrl-C ends it\n"
         yield f"http://127.0.0.1:{port}/"
         server.send_signal(signal.SIGINT)

@@ -10,7 +10,7 @@ from PIL import Image
 from helpers import TINY, tiny_model
 from litv2 import LITv2
 from litv2.errors import UserError
-from litv2.explain.subjects import load_subject
+from litv2.explain.loading import load_subject
 from litv2.preprocess import MEAN, STD
 
 

@@ -1,5 +1,5 @@
-// x + HiLo(norm(x)), the attention half of a block. A map that windows do not divide is padded with zeros after the
-// norm and cropped at the end, as HiLo does.
+// x + HiLo(norm(x)), the attention half of a block. Tokens are in the order of the windows here, those of a window one after
+// the other. A map that windows do not divide is padded with zeros after the norm and cropped at the end, as HiLo does.
 
 #include "operators.h"
 
@@ -11,31 +11,40 @@ constexpr int64_t kPooledRows = 48;
 
 struct HiLo {
   const Kernels& k;
-  int64_t images, height, width, channels;  // of x
-  int64_t window, h_heads, l_heads, head;   // head: channels of one
-  int64_t padded_height, padded_width;
+  int64_t height, width, channels;         // of x
+  int64_t window, h_heads, l_heads, head;  // head: channels of one
 
   int64_t h_channels() const { return h_heads * head; }
   int64_t l_channels() const { return l_heads * head; }
-  int64_t cells() const { return padded_height * padded_width / (window * window); }  // of the pooled map
+  int64_t across() const { return (width + window - 1) / window; }  // windows of a row of them
+  int64_t cells() const { return (height + window - 1) / window * across(); }  // windows of an image, tokens of the pooled map
+  int64_t size() const { return window * window; }
+  bool pads() const { return cells() * size() > height * width; }
   // Of one token: Hi-Fi's q, k, v, then Lo-Fi's q, and k, v where nothing is pooled.
   int64_t projected() const { return 3 * h_channels() + (window == 1 ? 3 : 1) * l_channels(); }
   int64_t projected_stride() const { return round_up(projected(), kColumns); }
 
-  // Calls use(image, first row, rows) for each band, on all threads. Bands are whole rows of windows, the same for each
-  // image; there is one for each thread, if there are so many rows of windows.
+  // Calls use(first window, windows) for each band, on all threads that the image has. There is one for each of them, if there are
+  // so many windows.
   template <typename Use>
   void for_each_band(const Use& use) const {
-    const int64_t window_rows = padded_height / window, tokens = padded_height * padded_width;
-    const int64_t per_image = (at::get_num_threads() + images - 1) / std::max<int64_t>(images, 1);
-    const int64_t wanted = std::max((tokens + kBandTokens / 2) / kBandTokens, per_image);
-    const int64_t bands = std::clamp<int64_t>(wanted, 1, window_rows);
-    at::parallel_for(0, images * bands, 1, [&](int64_t begin, int64_t end) {
+    const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+    const int64_t bands = std::min(cells(), round_up((cells() * size() + kBandTokens - 1) / kBandTokens, threads));
+    at::parallel_for(0, bands, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = window_rows * (i % bands) / bands, last = window_rows * (i % bands + 1) / bands;
-        use(i / bands, first * window, (last - first) * window);
+        const int64_t first = cells() * i / bands, last = cells() * (i + 1) / bands;
+        use(first, last - first);
       }
     });
+  }
+
+  // Calls use(token of the map, token of the band, count) for the tokens of each row of each window of a band, without padding.
+  template <typename Use>
+  void for_each_row(int64_t first, int64_t windows, const Use& use) const {
+    for (int64_t i = 0; i < windows * window; ++i) {
+      const int64_t w = first + i / window, y = w / across() * window + i % window, x = w % across() * window;
+      if (y < height) use(y * width + x, i * window, std::min(window, width - x));
+    }
   }
 };
 
@@ -47,38 +56,24 @@ struct Linear {
 // x -> norm -> projected tokens, and the mean of the normalised tokens over each window.
 void project(const HiLo& a, const float* x, const float* norm_weight, const float* norm_bias, float eps, Linear linear,
              float* projected, float* pooled) {
-  const int64_t C = a.channels, s = a.window, stride = a.projected_stride();
-  a.for_each_band([&](int64_t image, int64_t first, int64_t rows) {
+  const int64_t C = a.channels, stride = a.projected_stride();
+  a.for_each_band([&](int64_t first, int64_t windows) {
+    const int64_t T = windows * a.size();
     Scratch scratch;
-    float* tokens = scratch.take(rows * a.padded_width * C);
-    for (int64_t i = 0; i < rows; ++i) {
-      float* row = tokens + i * a.padded_width * C;
-      const int64_t inside = first + i < a.height ? a.width : 0;
-      if (inside > 0)
-        a.k.layer_norm(inside, C, x + ((image * a.height + first + i) * a.width) * C, C, norm_weight, norm_bias, eps,
-                       row);
-      std::fill(row + inside * C, row + a.padded_width * C, 0.0f);
-    }
-    Factor factor(linear.weight, rows * a.padded_width, C, scratch);
-    factor.set(a.k, 0, rows * a.padded_width, tokens, C);
-    product(a.k, rows * a.padded_width, factor, linear.weight, 0, 0, a.projected(), linear.bias, 0,
-            projected + (image * a.padded_height + first) * a.padded_width * stride, stride);
-    if (s == 1 || a.l_heads == 0) return;
-    const int64_t across = a.padded_width / s;
-    float* cell = pooled + (image * a.cells() + first / s * across) * C;
-    for (int64_t i = 0; i < rows / s * across; ++i, cell += C) {
-      std::fill_n(cell, C, 0.0f);
-      for (int64_t j = 0; j < s; ++j) {
-        const float* token = tokens + ((i / across * s + j) * a.padded_width + i % across * s) * C;
-        for (int64_t t = 0; t < s; ++t) a.k.add(1, C, cell, token + t * C, C, cell);
-      }
-      for (int64_t c = 0; c < C; ++c) cell[c] *= 1.0f / (s * s);
-    }
+    float* tokens = scratch.take(T * C);
+    if (a.pads()) std::fill_n(tokens, T * C, 0.0f);
+    a.for_each_row(first, windows, [&](int64_t from, int64_t to, int64_t count) {
+      a.k.layer_norm(count, C, x + from * C, C, norm_weight, norm_bias, eps, tokens + to * C);
+    });
+    Factor factor(linear.weight, T, C, scratch);
+    factor.set(a.k, 0, T, tokens, C);
+    product(a.k, T, factor, linear.weight, 0, 0, a.projected(), linear.bias, 0, projected + first * a.size() * stride, stride);
+    if (a.window > 1 && a.l_heads > 0) a.k.means(windows, a.size(), C, tokens, pooled + first * C);
   });
 }
 
 void project_pooled(const HiLo& a, const float* pooled, Linear linear, float* kv, int64_t stride) {
-  const int64_t rows = a.images * a.cells();
+  const int64_t rows = a.cells();
   const int64_t pieces = std::min<int64_t>(rows, std::max<int64_t>(rows / kPooledRows, at::get_num_threads()));
   at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = rows * begin / pieces, last = rows * end / pieces;
@@ -90,13 +85,13 @@ void project_pooled(const HiLo& a, const float* pooled, Linear linear, float* kv
   });
 }
 
-// Keys (transposed) and values of each head of each image as packed matrices, one after the other.
+// Keys (transposed) and values of each head as packed matrices, one after the other.
 void pack_heads(const HiLo& a, const float* kv, int64_t stride, float* keys, float* values) {
   const int64_t M = a.cells(), d = a.head, panel = a.k.panel, keys_size = round_up(M, panel) * d,
                 values_size = round_up(d, panel) * M;
-  at::parallel_for(0, a.images * a.l_heads, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, a.l_heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const float* from = kv + i / a.l_heads * M * stride + i % a.l_heads * d;
+      const float* from = kv + i * d;
       float *key = keys + i * keys_size, *value = values + i * values_size;
       for (int64_t m = 0; m < round_up(M, panel); ++m) {
         float* column = key + m / panel * panel * d + m % panel;
@@ -116,46 +111,36 @@ void pack_heads(const HiLo& a, const float* kv, int64_t stride, float* keys, flo
 // Attention of both kinds, their output projections, and the sum with x.
 void attend(const HiLo& a, const float* x, const float* projected, const float* keys, const float* values,
             Linear h_proj, Linear l_proj, float* out) {
-  const int64_t C = a.channels, s = a.window, d = a.head, M = a.cells(), panel = a.k.panel;
+  const int64_t C = a.channels, d = a.head, M = a.cells(), panel = a.k.panel;
   const int64_t stride = a.projected_stride(), wide = round_up(C, kColumns) + kColumns, Dh = a.h_channels(),
                 Dl = a.l_channels();
-  const int64_t keys_size = round_up(M, panel) * d, values_size = round_up(d, panel) * M, size = s * s;
-  a.for_each_band([&](int64_t image, int64_t first, int64_t rows) {
-    const int64_t T = rows * a.padded_width;
-    const float* from = projected + (image * a.padded_height + first) * a.padded_width * stride;
+  const int64_t keys_size = round_up(M, panel) * d, values_size = round_up(d, panel) * M;
+  a.for_each_band([&](int64_t first, int64_t windows) {
+    const int64_t T = windows * a.size();
+    const float* from = projected + first * a.size() * stride;
     Scratch scratch;
     float* mixed = scratch.take(T * C);
     float* sum = scratch.take(T * wide);
     if (Dh > 0) {
-      std::vector<int64_t> tokens(T), out_tokens(T);  // of window after window: where each begins
-      for (int64_t i = 0; i < T; ++i) {
-        const int64_t across = a.padded_width / s, w = i / size, j = i % size;
-        const int64_t token = (w / across * s + j / s) * a.padded_width + w % across * s + j % s;
-        tokens[i] = token * stride, out_tokens[i] = token * C;
-      }
-      float* logits = scratch.take(size * (size + 16));
+      float* logits = scratch.take(a.size() * (a.size() + 16));
       for (int64_t h = 0; h < a.h_heads; ++h)
-        a.k.window_attention(T / size, size, d, Dh, from + h * d, tokens.data(), mixed + h * d, out_tokens.data(),
-                             logits);
+        a.k.window_attention(windows, a.size(), d, from + h * d, stride, Dh, mixed + h * d, C, logits);
       Factor factor(h_proj.weight, T, Dh, scratch);
       factor.set(a.k, 0, T, mixed, C);
       product(a.k, T, factor, h_proj.weight, 0, 0, Dh, h_proj.bias, 0, sum, wide);
     }
     if (Dl > 0) {
       float* logits = scratch.take(a.k.attention_scratch(M, d));
-      for (int64_t h = 0; h < a.l_heads; ++h) {
-        const int64_t i = image * a.l_heads + h;
-        a.k.attention(T, M, d, from + 3 * Dh + h * d, stride, keys + i * keys_size, values + i * values_size,
+      for (int64_t h = 0; h < a.l_heads; ++h)
+        a.k.attention(T, M, d, from + 3 * Dh + h * d, stride, keys + h * keys_size, values + h * values_size,
                       mixed + Dh + h * d, C, logits);
-      }
       Factor factor(l_proj.weight, T, Dl, scratch);
       factor.set(a.k, 0, T, mixed + Dh, C);
       product(a.k, T, factor, l_proj.weight, 0, 0, Dl, l_proj.bias, 0, sum + Dh, wide);
     }
-    for (int64_t i = 0; i < rows && first + i < a.height; ++i) {
-      const int64_t at = (image * a.height + first + i) * a.width * C;
-      a.k.add(a.width, C, x + at, sum + i * a.padded_width * wide, wide, out + at);
-    }
+    a.for_each_row(first, windows, [&](int64_t token, int64_t of_band, int64_t count) {
+      a.k.add(count, C, x + token * C, sum + of_band * wide, wide, out + token * C);
+    });
   });
 }
 
@@ -170,17 +155,7 @@ Tensor hilo(const Tensor& x_, const Tensor& norm_weight, const Tensor& norm_bias
   const int64_t C = x.size(3), s = window_size, heads = h_heads + l_heads;
   TORCH_CHECK_VALUE(s >= 1 && h_heads >= 0 && l_heads >= 0 && heads > 0 && C % heads == 0, "hilo: window_size=", s,
                     ", heads ", h_heads, " + ", l_heads, " for ", C, " channels: the number of heads must divide the channels");
-  const HiLo a{k,
-               x.size(0),
-               x.size(1),
-               x.size(2),
-               C,
-               s,
-               h_heads,
-               l_heads,
-               C / heads,
-               round_up(x.size(1), s),
-               round_up(x.size(2), s)};
+  const HiLo a{k, x.size(1), x.size(2), C, s, h_heads, l_heads, C / heads};
   const int64_t Dh = a.h_channels(), Dl = a.l_channels();
   const bool pools = s > 1 && Dl > 0;
   check_sizes("hilo", {{norm_weight, C}, {norm_bias, C}});
@@ -195,23 +170,26 @@ Tensor hilo(const Tensor& x_, const Tensor& norm_weight, const Tensor& norm_bias
   const Linear h_out = linear("hilo, h_proj", Dh > 0, h_proj, h_proj_bias, Dh, Dh);
   const Linear l_out = linear("hilo, l_proj", Dl > 0, l_proj, l_proj_bias, Dl, Dl);
 
-  const int64_t M = a.cells(), tokens = a.images * a.padded_height * a.padded_width;
-  const auto room = [&](int64_t floats) { return at::empty({floats}, x.options()); };
-  const auto write = [](const Tensor& tensor) { return tensor.data_ptr<float>(); };
-  const Tensor projected = room(tokens * a.projected_stride()), pooled = room(pools ? a.images * M * C : 0);
-  project(a, pointer(x), pointer(norm_weight), pointer(norm_bias), static_cast<float>(eps), projection,
-          write(projected), write(pooled));
-
-  const int64_t kv_stride = pools ? round_up(2 * Dl, kColumns) : a.projected_stride();
-  const Tensor pooled_kv = room(pools ? a.images * M * kv_stride : 0);
-  const Tensor keys = room(a.images * l_heads * round_up(M, k.panel) * a.head);
-  const Tensor values = room(a.images * l_heads * round_up(a.head, k.panel) * M);
-  if (pools) project_pooled(a, pointer(pooled), pooled_projection, write(pooled_kv), kv_stride);
-  if (Dl > 0)
-    pack_heads(a, pools ? pointer(pooled_kv) : pointer(projected) + 3 * Dh + Dl, kv_stride, write(keys), write(values));
-
+  const int64_t M = a.cells(), kv_stride = pools ? round_up(2 * Dl, kColumns) : a.projected_stride();
   const Tensor out = at::empty_like(x);
-  attend(a, pointer(x), pointer(projected), pointer(keys), pointer(values), h_out, l_out, write(out));
+  const auto attend_to = [&](int64_t image) {
+    Scratch scratch;
+    float *projected = scratch.take(M * a.size() * a.projected_stride()), *pooled = scratch.take(pools ? M * C : 0),
+          *pooled_kv = scratch.take(pools ? M * kv_stride : 0), *keys = scratch.take(l_heads * round_up(M, k.panel) * a.head),
+          *values = scratch.take(l_heads * round_up(a.head, k.panel) * M);
+    const int64_t first = image * a.height * a.width * C;
+    project(a, pointer(x) + first, pointer(norm_weight), pointer(norm_bias), static_cast<float>(eps), projection, projected, pooled);
+    if (pools) project_pooled(a, pooled, pooled_projection, pooled_kv, kv_stride);
+    if (Dl > 0) pack_heads(a, pools ? pooled_kv : projected + 3 * Dh + Dl, kv_stride, keys, values);
+    attend(a, pointer(x) + first, projected, keys, values, h_out, l_out, out.data_ptr<float>() + first);
+  };
+  // What is made of an image stays in the cache of the thread that has the image. Those that are not enough for all threads are
+  // shared by them.
+  const int64_t images = x.size(0), alone = images - images % at::get_num_threads();
+  at::parallel_for(0, alone, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t image = begin; image < end; ++image) attend_to(image);
+  });
+  for (int64_t image = alone; image < images; ++image) attend_to(image);
   return out;
 }
 

@@ -41,6 +41,9 @@ struct Kernels {
   // out = x + y, row by row; y and out may have other strides.
   void (*add)(int64_t rows, int64_t channels, const float* x, const float* y, int64_t ldy, float* out);
 
+  // The mean of each `size` rows of `channels`.
+  void (*means)(int64_t count, int64_t size, int64_t channels, const float* x, float* out);
+
   // out = gelu(x), rows of `channels`.
   void (*gelu)(int64_t rows, int64_t channels, const float* x, int64_t ldx, float* out);
 
@@ -67,11 +70,11 @@ struct Kernels {
                     const float* values, float* out, int64_t ldo, float* scratch);
   int64_t (*attention_scratch)(int64_t M, int64_t d);
 
-  // Softmax attention inside of windows of `size` tokens, of one head: token i of window w begins at offset
-  // tokens[w * size + i] of qkv (queries there, keys and values after `channels` and 2 * `channels` floats) and of out
-  // (out_tokens). scratch has room for size * (size + 16) floats.
-  void (*window_attention)(int64_t windows, int64_t size, int64_t d, int64_t channels, const float* qkv,
-                           const int64_t* tokens, float* out, const int64_t* out_tokens, float* scratch);
+  // Softmax attention inside of windows of `size` tokens, one after the other, of one head: of a token of qkv, `ldq` floats
+  // from the next, the queries are first, keys and values after `channels` and 2 * `channels` floats. scratch has room for
+  // size * (size + 16) floats.
+  void (*window_attention)(int64_t windows, int64_t size, int64_t d, const float* qkv, int64_t ldq, int64_t channels,
+                           float* out, int64_t ldo, float* scratch);
 
   // The gradient before the GELU of a row of depthwise_gelu, from that of its result; those of the weight and the bias
   // are added to sums (10 x channels). Tokens are `channels` floats apart.

@@ -12,19 +12,28 @@ typedef uint8_t Bytes __attribute__((vector_size(VECTOR_FLOATS), aligned(1), may
 typedef uint16_t Halves __attribute__((vector_size(2 * VECTOR_FLOATS), aligned(2), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
+#define ALWAYS_INLINE __attribute__((always_inline))  // of a lambda
 
 INLINE Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
 INLINE void store(float* p, Vector x) { *reinterpret_cast<Vector*>(p) = x; }
 INLINE Vector all(float x) { return Vector{} + x; }
 INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }  // b where one is NaN
 
-INLINE float sum(Vector x) {
-  float part[V];
-  store(part, x);
-  for (int n = V / 2; n > 0; n /= 2) {
-    for (int i = 0; i < n; ++i) part[i] += part[i + n];
+// The numbers of a vector of N combined, half with half.
+template <int N, typename Numbers, typename Combine>
+INLINE float reduced(Numbers x, const Combine& combine) {
+  if constexpr (N > 1) {
+    typedef float Half __attribute__((vector_size(2 * N)));
+    Half halves[2];
+    __builtin_memcpy(halves, &x, sizeof(x));
+    return reduced<N / 2>(combine(halves[0], halves[1]), combine);
+  } else {
+    return x[0];
   }
-  return part[0];
+}
+
+INLINE float sum(Vector x) {
+  return reduced<V>(x, [](auto a, auto b) ALWAYS_INLINE { return a + b; });
 }
 
 // c[0] x^(N-1) + ... + c[N-1]
@@ -48,16 +57,16 @@ INLINE Vector exponential(Vector x) {
   return p * reinterpret_cast<const Vector&>(exponent);
 }
 
-// erf as z P(z^2) / Q(z^2), fitted for |z| <= 3.9 (error 4e-7 in float32) and +-1 beyond, where float32 has nothing
-// else.
-INLINE Vector error_function(Vector z) {
-  const Vector t = z * z;
-  const Vector p = polynomial(t, {2.01186707e-08f, -1.99693125e-06f, 1.47476180e-04f, 3.89632920e-03f, 5.11490529e-02f,
-                                  2.04226030e-01f, 1.12837880f});
-  const Vector q = polynomial(t, {1.00661561e-03f, 1.47305895e-02f, 1.16785985e-01f, 5.14319619e-01f, 1.0f});
-  const Vector inside = z * p / q;
-  const Vector upper = z > 3.9f ? all(1.0f) : inside;
-  return z < -3.9f ? all(-1.0f) : upper;
+// The normal distribution's function as 1/2 + x P(x^2) / Q(x^2), fitted for |x| <= 5.5 (error 2e-7 in float32); 0 and 1 beyond,
+// where float32 has nothing else.
+INLINE Vector normal(Vector x) {
+  const Vector t = x * x;
+  const Vector p = polynomial(t, {1.11141004e-10f, -2.20631817e-08f, 3.25879397e-06f, 1.72195050e-04f, 4.52098027e-03f,
+                                  3.61024027e-02f, 3.98942151e-01f});
+  const Vector q = polynomial(t, {6.29134756e-05f, 1.84132369e-03f, 2.91964962e-02f, 2.57159810e-01f, 1.0f});
+  const Vector inside = x * p / q;
+  const Vector upper = x > 5.5154f ? all(0.5f) : inside;
+  return 0.5f + (x < -5.5154f ? all(-0.5f) : upper);
 }
 
 // gelu as x (1/2 + z P(z^2)) with z = x between -4.3 and 4.3, absolute error 5e-5.
@@ -70,12 +79,10 @@ INLINE Vector fast_gelu(Vector x) {
   return x * (0.5f + z * p);
 }
 
-INLINE Vector gelu(Vector x) { return 0.5f * x * (1.0f + error_function(x * 0.70710678f)); }
+INLINE Vector gelu(Vector x) { return x * normal(x); }
 
 // d gelu(x) / dx
-INLINE Vector gelu_slope(Vector x) {
-  return 0.5f * (1.0f + error_function(x * 0.70710678f)) + x * 0.39894228f * exponential(-0.5f * x * x);
-}
+INLINE Vector gelu_slope(Vector x) { return normal(x) + x * 0.39894228f * exponential(-0.5f * x * x); }
 
 // R rows of C, one panel wide. B's rows are one panel apart.
 template <int R>
@@ -225,6 +232,23 @@ void add(int64_t rows, int64_t channels, const float* x, const float* y, int64_t
   }
 }
 
+void means(int64_t count, int64_t size, int64_t channels, const float* x, float* out) {
+  const float share = 1.0f / size;
+  for (int64_t i = 0; i < count; ++i, x += size * channels, out += channels) {
+    int64_t c = 0;
+    for (; c + V <= channels; c += V) {
+      Vector total = load(x + c);
+      for (int64_t j = 1; j < size; ++j) total += load(x + j * channels + c);
+      store(out + c, total * share);
+    }
+    for (; c < channels; ++c) {
+      float total = x[c];
+      for (int64_t j = 1; j < size; ++j) total += x[j * channels + c];
+      out[c] = total * share;
+    }
+  }
+}
+
 void gelu_rows(int64_t rows, int64_t channels, const float* x, int64_t ldx, float* out) {
   for (int64_t row = 0; row < rows; ++row, x += ldx, out += channels) {
     int64_t c = 0;
@@ -243,8 +267,6 @@ void deformed_patches(int64_t row, int64_t width, const float* image, int64_t in
     }
   }
 }
-
-#define ALWAYS_INLINE __attribute__((always_inline))  // of a lambda
 
 // Calls use(token, value, columns) along a row with the value of the convolution, a vector of channels, and the numbers that
 // it is made of: those left of the token, at it, and right of it, above, here and below. Each is read once.
@@ -334,8 +356,7 @@ INLINE float exponentials(float* x, int64_t M) {
   const int64_t whole = (M + V - 1) / V * V;
   Vector top = load(x);
   for (int64_t j = V; j < whole; j += V) top = larger(top, load(x + j));
-  float most = top[0];
-  for (int i = 1; i < V; ++i) most = top[i] > most ? top[i] : most;
+  const float most = reduced<V>(top, [](auto a, auto b) ALWAYS_INLINE { return a > b ? a : b; });
   Vector total{};
   for (int64_t j = 0; j < whole; j += V) {
     const Vector e = exponential(load(x + j) - most);
@@ -362,34 +383,36 @@ void attention(int64_t T, int64_t M, int64_t d, const float* queries, int64_t ld
   }
 }
 
-void window_attention(int64_t windows, int64_t size, int64_t d, int64_t channels, const float* qkv,
-                      const int64_t* tokens, float* out, const int64_t* out_tokens, float* scratch) {
+void window_attention(int64_t windows, int64_t size, int64_t d, const float* qkv, int64_t ldq, int64_t channels, float* out,
+                      int64_t ldo, float* scratch) {
   const int64_t wide = (size + V - 1) / V * V;
-  for (int64_t w = 0; w < windows; ++w, tokens += size, out_tokens += size) {
+  for (int64_t w = 0; w < windows; ++w, qkv += size * ldq, out += size * ldo) {
+    const float *keys = qkv + channels, *values = keys + channels;
     for (int64_t i = 0; i < size; ++i) {
-      const float* q = qkv + tokens[i];
-      float* p = scratch + i * wide;
-      store(p + wide - V, all(kNothing));
+      const float* q = qkv + i * ldq;
+      store(scratch + (i + 1) * wide - V, all(kNothing));
       for (int64_t j = 0; j < size; ++j) {
-        const float* k = qkv + tokens[j] + channels;
+        const float* k = keys + j * ldq;
         Vector dots{};
         int64_t c = 0;
         for (; c + V <= d; c += V) dots += load(q + c) * load(k + c);
         float dot = sum(dots);
         for (; c < d; ++c) dot += q[c] * k[c];
-        p[j] = dot;
+        scratch[i * wide + j] = dot;
       }
+    }
+    for (int64_t i = 0; i < size; ++i) {
+      float *p = scratch + i * wide, *y = out + i * ldo;
       const float factor = 1.0f / exponentials(p, size);
-      float* y = out + out_tokens[i];
       int64_t c = 0;
       for (; c + V <= d; c += V) {
         Vector mix{};
-        for (int64_t j = 0; j < size; ++j) mix += p[j] * load(qkv + tokens[j] + 2 * channels + c);
+        for (int64_t j = 0; j < size; ++j) mix += p[j] * load(values + j * ldq + c);
         store(y + c, mix * factor);
       }
       for (; c < d; ++c) {
         float mix = 0;
-        for (int64_t j = 0; j < size; ++j) mix += p[j] * qkv[tokens[j] + 2 * channels + c];
+        for (int64_t j = 0; j < size; ++j) mix += p[j] * values[j * ldq + c];
         y[c] = mix * factor;
       }
     }
@@ -407,6 +430,7 @@ const Kernels KERNELS = {KERNELS_NAME,
                          from_sums,
                          layer_norm,
                          add,
+                         means,
                          gelu_rows,
                          deformed_patches,
                          depthwise_gelu,

@@ -38,22 +38,28 @@ struct Matrix {
 // back at the end of the scope. A taken block stays where it is.
 class Scratch {
  public:
-  Scratch() : used_(0) {}
+  Scratch() : before_(memory().used) {}
+  ~Scratch() { memory().used = before_; }
+  Scratch(const Scratch&) = delete;
   float* take(int64_t floats) {
-    auto& blocks = memory();
-    if (used_ == blocks.size()) blocks.emplace_back();
-    auto& block = blocks[used_++];
+    auto& [blocks, used] = memory();
+    if (used == blocks.size()) blocks.emplace_back();
+    auto& block = blocks[used++];
     if (static_cast<int64_t>(block.size()) < floats + 16) block.resize(floats + 16);  // 16: to align the address
     const auto address = reinterpret_cast<uintptr_t>(block.data());
     return block.data() + (64 - address % 64) % 64 / sizeof(float);
   }
 
  private:
-  static std::vector<std::vector<float>>& memory() {
-    static thread_local std::vector<std::vector<float>> blocks(8);
-    return blocks;
+  struct Memory {
+    std::vector<std::vector<float>> blocks;
+    size_t used = 0;
+  };
+  static Memory& memory() {
+    static thread_local Memory memory;
+    return memory;
   }
-  size_t used_;
+  size_t before_;
 };
 
 // The left factor of products with a matrix, A (M x K), rounded as the matrix is, in memory of the scope: room for M x K.

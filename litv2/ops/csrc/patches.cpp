@@ -8,12 +8,12 @@ namespace {
 
 constexpr int64_t kTokens = 112;  // about so many are made at once
 
-// Calls use(first, last) for bands of rows, counted through all images, on all threads.
+// Calls use(first, last) for bands of rows, counted through all images, on all threads: as many for each, if there are so many.
 template <typename Use>
 void for_each_band(int64_t rows, int64_t width, const Use& use) {
-  const int64_t band = std::clamp<int64_t>(kTokens / width, 1, std::max<int64_t>(1, rows / at::get_num_threads()));
-  at::parallel_for(0, (rows + band - 1) / band, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) use(i * band, std::min(rows, (i + 1) * band));
+  const int64_t wanted = round_up((rows * width + kTokens - 1) / kTokens, at::get_num_threads()), bands = std::min(rows, wanted);
+  at::parallel_for(0, bands, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) use(rows * i / bands, rows * (i + 1) / bands);
   });
 }
 
