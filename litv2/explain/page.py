@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import tempfile
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -39,16 +40,24 @@ AT_POSITION = ("attention", "offsets")
 PICTURES = (*AT_POSITION, "spectrum", "class activation")
 
 FONT = ["system-ui", "sans-serif"]  # of the visitor's system: none is fetched
-STYLE = ".picture {overflow-x: auto} .picture img {min-width: 44rem}"  # which a phone scrolls: smaller, nobody could read them
+STYLE = """
+div.matplotlib.layout {overflow-x: auto; align-items: safe center}
+div.matplotlib.layout img {min-width: 44rem}
+"""  # a phone scrolls pictures: smaller, nobody could read them
 
+File = dict[str, Any]  # of an upload, as Gradio describes it: "path" and others
 Position = tuple[int, int] | None  # column and row of a pixel of the image
 
 
 class Page:
-    """What the page shows, as functions of an uploaded file and the position that was clicked. It keeps nothing between calls."""
+    """What the page shows, as functions of an uploaded file and the position that was clicked. It keeps nothing between calls.
+
+    Attributes:
+        turn: held while the model is used: what watches it would see the images of other threads, too.
+    """
 
     def __init__(self, subject: Subject):
-        self.subject = subject
+        self.subject, self.turn = subject, threading.Lock()
 
     def view(self, path: str) -> View:
         """The image as the model sees it, turned upright as the browser shows it.
@@ -73,9 +82,10 @@ class Page:
 
     def prediction(self, view: View) -> tuple[str, Any]:
         """How long it took, and what the model finds, for ``gr.Label`` or ``gr.AnnotatedImage``."""
-        start = time.perf_counter()
-        found = self.subject.predict(view)
-        took = f"{1e3 * (time.perf_counter() - start):.0f} ms for this image on {view.tensor.device.type}"
+        with self.turn:
+            start = time.perf_counter()
+            found = self.subject.predict(view)
+            took = f"{1e3 * (time.perf_counter() - start):.0f} ms for this image on {view.tensor.device.type}"
         names = self.subject.names
         if self.subject.task == "classification":
             return took, {name: value.item() for name, value in zip(names, found)}
@@ -92,17 +102,18 @@ class Page:
         Raises:
             UserError: the model does not see the position, finds nothing, or has no attention; or grad-cam is not installed.
         """
+        place = None if at is None else view.to_tensor(at[0] + 0.5, at[1] + 0.5)
         model, images = self.subject.model, view.tensor
-        if what == "spectrum":
-            return draw_spectrum(spectrum(model, images))
-        if what == "class activation":
+        with self.turn:
+            if what == "attention":
+                return draw_attention(view, attention(model, images, place))
+            if what == "offsets":
+                return draw_offsets(view, offsets(model, images, place))
+            if what == "spectrum":
+                return draw_spectrum(spectrum(model, images))
             from .activation import cams_of_finding  # which needs grad-cam
 
             return draw_cam(view, *cams_of_finding(self.subject, view))
-        place = None if at is None else view.to_tensor(at[0] + 0.5, at[1] + 0.5)
-        if what == "attention":
-            return draw_attention(view, attention(model, images, place))
-        return draw_offsets(view, offsets(model, images, place))
 
 
 def build(page: Page, title: str) -> gr.Blocks:
@@ -112,8 +123,6 @@ def build(page: Page, title: str) -> gr.Blocks:
         with gr.Row():
             with gr.Column():
                 image = gr.Image(label="your image", sources=["upload", "clipboard"], height=360, buttons=[], elem_id="image")
-                # The file as it is: Gradio's own reading says nothing of what is wrong with a damaged one.
-                image.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
                 if folder := photographs():
                     gr.Examples([str(path) for path in sorted(folder.glob("*.jpg"))], image, label="or one of these", elem_id="examples")
             with gr.Column():
@@ -127,21 +136,21 @@ def build(page: Page, title: str) -> gr.Blocks:
         for what in PICTURES:
             with gr.Tab(what):
                 remarks[what] = gr.HTML(padding=False, visible=False)
-                pictures[what] = gr.Plot(show_label=False, elem_id=what.replace(" ", "-"), elem_classes="picture")
+                pictures[what] = gr.Plot(show_label=False, elem_id=what.replace(" ", "-"))
         position = gr.State()  # of the visitor, a Position
 
-        def predict(path: str | None) -> dict[Any, Any]:
+        def predict(file: File | None) -> dict[Any, Any]:
             try:
-                text, result = ("", None) if path is None else page.prediction(page.view(path))
+                text, result = ("", None) if file is None else page.prediction(page.view(file["path"]))
             except UserError as error:
                 text, result = str(error), None
             return {message: _paragraph(text), found: result, position: None}
 
-        def explain(what: str, path: str | None, at: Position) -> dict[Any, Any]:
+        def explain(what: str, file: File | None, at: Position) -> dict[Any, Any]:
             """A picture, or why there is none."""
             figure, remark = None, ""
             try:
-                view = None if path is None else page.view(path)
+                view = None if file is None else page.view(file["path"])
             except UserError:  # the prediction has said so
                 view = None
             try:
@@ -150,22 +159,25 @@ def build(page: Page, title: str) -> gr.Blocks:
                 remark = str(error)
             return {pictures[what]: figure, remarks[what]: gr.HTML(_paragraph(remark), visible=bool(remark))}
 
-        def move(path: str, click: gr.SelectData) -> dict[Any, Any]:
+        def move(file: File, click: gr.SelectData) -> dict[Any, Any]:
             x, y = click.index
             try:
-                view = page.view(path)
+                view = page.view(file["path"])
                 moved = {pictures[what]: page.picture(what, view, (x, y)) for what in AT_POSITION}
             except UserError as error:
                 return {message: _paragraph(str(error))}
             return {message: _paragraph(f"position {x}, {y}"), position: (x, y), **moved}
 
-        # One group: of all visitors one at a time uses the model, since what watches it would see the images of others, too.
-        how: dict[str, Any] = dict(concurrency_id="model", concurrency_limit=1, api_visibility="private")
+        # One queue, in which everything is computed in the order in which it was asked for; of a visitor the last image and click count.
+        # The functions get the file as it is (preprocess): Gradio's own reading says nothing of what is wrong with a damaged one.
+        how: dict[str, Any] = dict(
+            concurrency_id="model", concurrency_limit=1, trigger_mode="always_last", preprocess=False, api_visibility="private"
+        )
         step = image.change(predict, image, [message, found, position], **how)
         for what in PICTURES:
             step = step.then(partial(explain, what), [image, position], [pictures[what], remarks[what]], **how)
         moved = [message, position, *(pictures[what] for what in AT_POSITION)]
-        image.select(move, image, moved, trigger_mode="always_last", **how)
+        image.select(move, image, moved, **how)
     return blocks
 
 
@@ -192,7 +204,8 @@ def serve(subject: Subject, title: str, host: str = "127.0.0.1", port: int | Non
     os.environ["no_proxy"] = "*"  # Gradio asks its own server whether it has started
     with tempfile.TemporaryDirectory(prefix="litv2-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        blocks = build(Page(subject), title)
+        page = Page(subject)
+        blocks = build(page, title)
         blocks.launch(
             server_name=host,
             server_port=port,
@@ -211,3 +224,4 @@ def serve(subject: Subject, title: str, host: str = "127.0.0.1", port: int | Non
         )
         print(f"the page is at {blocks.local_url}; Ctrl-C ends it", flush=True)
         blocks.block_thread()
+        page.turn.acquire()  # what is being computed ends and nothing begins: threads that end within torch abort the process

@@ -135,3 +135,27 @@ def test_the_command_takes_dense_checkpoints(tmp_path, monkeypatch, capsys):
     assert {path.name for path in Path("x").iterdir()} == {"image-cam.png", "image-offsets.png", "image.npz"}
     assert main(["explain", "image.png", *flags, "--img-size", "64"]) == 2
     assert "as its configuration says" in capsys.readouterr().err
+
+
+def test_page(subject, tmp_path, monkeypatch):
+    """What `python -m litv2 demo` shows, as its component takes it."""
+    gradio = pytest.importorskip("gradio", exc_type=ImportError)
+    from litv2.explain import page
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(page, "LEAST_SCORE", 0.0)
+    view = subject.view(photograph())
+    text, (picture, shapes) = page.Page(subject).prediction(view)
+    found = subject.predict(view)
+    assert text.endswith("ms for this image on cpu") and picture.size == (150, 130)
+    if subject.task == "segmentation":
+        assert [label for _, label in shapes] == [subject.names[i] for i in found.unique()]
+        assert sum(area.astype(int) for area, _ in shapes).tolist() == np.ones((130, 150)).tolist()
+    else:
+        assert text.startswith(f"{len(found)} objects, ")
+        names = [f"{subject.names[i]} {score:.0%}" for i, score in zip(found.labels, found.scores)]
+        assert [label for _, label in shapes] == names and len(names) > 1
+        expected = found.masks if "masks" in found else found.bboxes.round()
+        np.testing.assert_array_equal(np.stack([shape for shape, _ in shapes]), expected)
+    drawn = gradio.AnnotatedImage().postprocess((picture, shapes[:3]))
+    assert [part.label for part in drawn.annotations] == [label for _, label in shapes[:3]]
