@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> None:
         from ..explain.site import write_site
         from ..explain.subjects import Classifier
     except ImportError as error:
-        raise MissingPackage(f"{error}; the page needs: pip install 'litv2[onnx,train]'") from error
+        raise MissingPackage(f"{error}; the page needs: pip install 'litv2[onnx,explain]'") from error
     classifier = Classifier(args.checkpoint, args.model, args.img_size)
     print_notes(classifier.notes)
     write_site(classifier, args.out)

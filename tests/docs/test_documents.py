@@ -186,6 +186,6 @@ def test_citation():
 
 
 def test_no_document_holds_a_path_of_a_machine():
-    listing = subprocess.run(["git", "ls-files", "*.md", "*.cff", "docs/*"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for path in listing.stdout.splitlines():
-        assert not re.search(r"(?<![\w.])/(work|root|home|tmp)/", (ROOT / path).read_text(encoding="utf-8")), path
+    listing = ["git", "ls-files", "*.md", "*.cff", "*.ipynb", "docs/*"]
+    for path in subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+        assert not re.search(r"(?<![\w.])/(work|root|home|tmp)/", (ROOT / path).read_text(encoding="utf-8", errors="replace")), path
