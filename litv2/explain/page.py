@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import tempfile
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -52,12 +51,11 @@ Position = tuple[int, int] | None  # column and row of a pixel of the image
 class Page:
     """What the page shows, as functions of an uploaded file and the position that was clicked. It keeps nothing between calls.
 
-    Attributes:
-        turn: held while the model is used: what watches it would see the images of other threads, too.
+    One thread at a time may use it: what watches the model would see the images of others, too.
     """
 
     def __init__(self, subject: Subject):
-        self.subject, self.turn = subject, threading.Lock()
+        self.subject = subject
 
     def view(self, path: str) -> View:
         """The image as the model sees it, turned upright as the browser shows it.
@@ -82,10 +80,9 @@ class Page:
 
     def prediction(self, view: View) -> tuple[str, Any]:
         """How long it took, and what the model finds, for ``gr.Label`` or ``gr.AnnotatedImage``."""
-        with self.turn:
-            start = time.perf_counter()
-            found = self.subject.predict(view)
-            took = f"{1e3 * (time.perf_counter() - start):.0f} ms for this image on {view.tensor.device.type}"
+        start = time.perf_counter()
+        found = self.subject.predict(view)
+        took = f"{1e3 * (time.perf_counter() - start):.0f} ms for this image on {view.tensor.device.type}"
         names = self.subject.names
         if self.subject.task == "classification":
             return took, {name: value.item() for name, value in zip(names, found)}
@@ -104,16 +101,15 @@ class Page:
         """
         place = None if at is None else view.to_tensor(at[0] + 0.5, at[1] + 0.5)
         model, images = self.subject.model, view.tensor
-        with self.turn:
-            if what == "attention":
-                return draw_attention(view, attention(model, images, place))
-            if what == "offsets":
-                return draw_offsets(view, offsets(model, images, place))
-            if what == "spectrum":
-                return draw_spectrum(spectrum(model, images))
-            from .activation import cams_of_finding  # which needs grad-cam
+        if what == "attention":
+            return draw_attention(view, attention(model, images, place))
+        if what == "offsets":
+            return draw_offsets(view, offsets(model, images, place))
+        if what == "spectrum":
+            return draw_spectrum(spectrum(model, images))
+        from .activation import cams_of_finding  # which needs grad-cam
 
-            return draw_cam(view, *cams_of_finding(self.subject, view))
+        return draw_cam(view, *cams_of_finding(self.subject, view))
 
 
 def build(page: Page, title: str) -> gr.Blocks:
@@ -168,8 +164,8 @@ def build(page: Page, title: str) -> gr.Blocks:
                 return {message: _paragraph(str(error))}
             return {message: _paragraph(f"position {x}, {y}"), position: (x, y), **moved}
 
-        # One queue, in which everything is computed in the order in which it was asked for; of a visitor the last image and click count.
-        # The functions get the file as it is (preprocess): Gradio's own reading says nothing of what is wrong with a damaged one.
+        # One queue: what uses the model is computed one by one, in the order in which it was asked for; of a visitor's images and clicks
+        # the last counts. Files are not read by Gradio (preprocess), which says nothing of what is wrong with a damaged one.
         how: dict[str, Any] = dict(
             concurrency_id="model", concurrency_limit=1, trigger_mode="always_last", preprocess=False, api_visibility="private"
         )
@@ -186,7 +182,7 @@ def _paragraph(text: str) -> str:
 
 
 def serve(subject: Subject, title: str, host: str = "127.0.0.1", port: int | None = None, megabytes: int = 20) -> None:
-    """Serves the page until it is interrupted. Uploads are kept in a folder of their own, which is removed at the end.
+    """Serves the page until it is interrupted, then ends the process. Uploads are kept in a folder, which is removed at the end.
 
     Args:
         port: None for the first free one from 7860.
@@ -204,8 +200,7 @@ def serve(subject: Subject, title: str, host: str = "127.0.0.1", port: int | Non
     os.environ["no_proxy"] = "*"  # Gradio asks its own server whether it has started
     with tempfile.TemporaryDirectory(prefix="litv2-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        page = Page(subject)
-        blocks = build(page, title)
+        blocks = build(Page(subject), title)
         blocks.launch(
             server_name=host,
             server_port=port,
@@ -224,4 +219,4 @@ def serve(subject: Subject, title: str, host: str = "127.0.0.1", port: int | Non
         )
         print(f"the page is at {blocks.local_url}; Ctrl-C ends it", flush=True)
         blocks.block_thread()
-        page.turn.acquire()  # what is being computed ends and nothing begins: threads that end within torch abort the process
+    os._exit(0)  # at once: the interpreter's own end stops Gradio's threads, which aborts the process if one is within torch

@@ -70,10 +70,23 @@ def test_pictures(page, tmp_path, monkeypatch):
     for what in ("attention", "offsets"):
         with pytest.raises(UserError, match="does not see position 2.5 45.5; it sees columns"):
             page.picture(what, view, (2, 45))
+
+
+def test_a_tab_says_what_is_missing(page, tmp_path, monkeypatch):
+    from litv2.explain.page import PICTURES, build
+
     monkeypatch.delitem(sys.modules, "litv2.explain.activation", raising=False)
     monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)
-    with pytest.raises(UserError, match=r"class activation maps need grad-cam: pip install 'litv2\[explain\]'"):
-        page.picture("class activation", view)
+    file = dict(path=str(photograph(tmp_path / "a.png")))
+    explain = {f.fn.args[0]: f.fn for f in build(page, "title").fns.values() if hasattr(f.fn, "args")}
+    assert tuple(explain) == PICTURES
+    for what, function in explain.items():
+        picture, remark = function(file, None).values()
+        if what == "class activation":
+            assert picture is None and remark.visible
+            assert "class activation maps need grad-cam: pip install &#x27;litv2[explain]&#x27;</p>" in remark.value
+        else:
+            assert picture is not None and not remark.visible
 
 
 def test_visitors_use_the_model_one_at_a_time(page):
