@@ -19,9 +19,9 @@ import distributed
 from data.dataset import Batch
 from data.loader import BadFiles
 from litv2.errors import UserError
+from litv2.signals import StopRequested, StopSignals
 from precision import Precision
 from reading import Reading
-from signals import StopRequested, StopSignals
 
 
 class NonFiniteLoss(RuntimeError):

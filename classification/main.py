@@ -36,13 +36,13 @@ from data.sources import DataError
 from litv2.compilation import COMPILE_OPTIONS
 from litv2.errors import UserError, run_program
 from litv2.files import atomic_write
+from litv2.signals import StopRequested, StopSignals
 from litv2.weights.download import fetch
 from litv2.weights.reading import read_checkpoint
 from litv2.weights.state_dict import find_weights, load_weights
 from logger import close_log, open_log
 from network import build_model
 from precision import Precision, choose_precision, set_tf32
-from signals import StopRequested, StopSignals
 from throughput import measure_throughput
 from training import Training, seed_everything
 

@@ -30,6 +30,7 @@ from data.dataset import ImageDataset, StreamingDataset
 from data.loader import BadFiles, Loaders
 from litv2 import LITv2
 from litv2.errors import UserError
+from litv2.signals import StopRequested, StopSignals
 from litv2.weights.state_dict import load_weights
 from logger import LOG
 from memory import peak_memory_mb
@@ -37,7 +38,6 @@ from metrics import Metrics, read_metrics
 from optim import build_optimizer, build_scheduler
 from plots import plot_curves, plot_predictions
 from precision import Precision
-from signals import StopRequested, StopSignals
 
 
 class Training:

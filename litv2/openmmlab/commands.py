@@ -16,6 +16,7 @@ from mmengine.registry import VISUALIZERS
 
 from ..configurations import config_of
 from ..errors import UserError
+from ..signals import StopRequested
 from .build import build_model
 from .config import adapt_to_device, load_config
 from .evaluation import augment, draw, format_only, select_metrics
@@ -60,7 +61,7 @@ def prepare(args: argparse.Namespace) -> Config:
     return config
 
 
-def train() -> None:
+def train() -> int | None:
     parser = arguments("Trains the model of a configuration.", launcher=True)
     parser.add_argument("config")
     parser.add_argument("--work-dir", help=WORK_DIR)
@@ -77,10 +78,15 @@ def train() -> None:
         config.resume = True
         config.load_from = None if args.resume == "auto" else args.resume
     runner = StrictRunner.from_cfg(config)
-    runner.train()
+    try:
+        runner.train()
+    except StopRequested as stop:
+        print(f"{stop}: a checkpoint is in {runner.work_dir}; the same command with --resume goes on from there")
+        return 128 + stop.number
     if runner.rank == 0:
         plot_curves(runner.work_dir, Path(runner.work_dir) / "curves.png")
         print(f"checkpoints, logs and curves.png are in {runner.work_dir}")
+    return None
 
 
 def test() -> None:

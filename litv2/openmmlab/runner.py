@@ -1,12 +1,14 @@
 """A strict version of mmengine's Runner for the tools of detection and segmentation.
 
 * Checkpoints are read without running their code and loaded strictly.
+* They are written atomically, and a run resumes exactly (``exact_loops.py``) from the newest that is whole.
 * A data set that is missing, empty or has other classes than the model stops the run before it starts.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,17 +16,22 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.dataset import BaseDataset
+from mmengine.dist import is_main_process
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError, listed
+from ..files import atomic_write
 from ..weights.download import fetch
 from ..weights.reading import read_checkpoint
 from ..weights.state_dict import load_weights
+from .exact_loops import ExactEpochLoop, ExactIterLoop
 
 __all__ = ["StrictRunner", "load_checkpoint"]
+
+EXACT_LOOPS = {"EpochBasedTrainLoop": ExactEpochLoop, "IterBasedTrainLoop": ExactIterLoop}
 
 # The layers whose shape depends on the number of classes, with their outputs per class and their additional outputs.
 CLASS_LAYERS = {
@@ -103,6 +110,9 @@ def _class_disagreement(own: dict, weights: dict) -> str:
 class StrictRunner(Runner):
     """mmengine's Runner with strict and safe checkpoint loading and checked data sets. Create one with ``from_cfg(config)``."""
 
+    _resume: bool
+    _load_from: str | None
+
     def build_model(self, model: nn.Module | dict) -> nn.Module:
         """Builds the model with channels-last parameters, the layout of the backbone's maps, so that the neck copies nothing."""
         return super().build_model(model).to(memory_format=torch.channels_last)
@@ -120,7 +130,44 @@ class StrictRunner(Runner):
         self.logger.info(f"loaded {filename}")
         return content
 
+    def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Saves a checkpoint: beside an older one of this name, flushed, and renamed."""
+        if is_main_process():
+            with atomic_write(Path(out_dir) / filename) as draft:
+                super().save_checkpoint(out_dir, draft.name, *args, **kwargs)
+
+    def save_for_resume(self, epoch: int, iteration: int) -> None:
+        """Saves a checkpoint after this number of epochs and iterations, which ``--resume`` finds."""
+        self.save_checkpoint(self.work_dir, f"iter_{iteration}.pth", by_epoch=False, meta=dict(epoch=epoch, iter=iteration))
+
+    def load_or_resume(self) -> None:
+        """As mmengine's; but ``--resume`` without a file takes the newest checkpoint of the run that is whole."""
+        if self._resume and self._load_from is None and not self._has_loaded:
+            self._load_from = self._newest_checkpoint()
+            if self._load_from is None:
+                self.logger.info(f"there is no checkpoint in {self.work_dir}: training begins at the beginning")
+                self._resume = False
+        super().load_or_resume()
+
+    def _newest_checkpoint(self) -> str | None:
+        """By the number of iterations in its name, since clocks may jump; a damaged one is reported and left out."""
+        length = len(self.train_loop.dataloader)
+        found = {}
+        for path in Path(self.work_dir).glob("*.pth"):
+            if match := re.fullmatch(r"(epoch|iter)_(\d+)\.pth", path.name):
+                found[path] = int(match[2]) * (length if match[1] == "epoch" else 1)
+        for path in sorted(found, key=lambda path: (found[path], path.name), reverse=True):
+            try:
+                _read(path)
+                return str(path)
+            except UserError as error:
+                self.logger.warning(f"{error}; trying the checkpoint before it")
+        return None
+
     def build_train_loop(self, loop):
+        if isinstance(loop, dict):
+            kind = loop.get("type") or ("EpochBasedTrainLoop" if loop.get("by_epoch") else "IterBasedTrainLoop")
+            loop = {**{key: value for key, value in loop.items() if key != "by_epoch"}, "type": EXACT_LOOPS.get(kind, kind)}
         loop = super().build_train_loop(loop)
         self._check_classes(loop.dataloader.dataset)
         return loop

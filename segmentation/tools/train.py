@@ -12,10 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, i
 from litv2.errors import run_program
 
 
-def main() -> None:
+def main() -> int | None:
     from litv2.openmmlab.commands import train  # imported here, so that a missing package gives a one-line error
 
-    train()
+    return train()
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from data.sources import DataError
 from engine import NonFiniteLoss, Progress, Step, evaluate, train_one_epoch
 from gpu_helpers import DEVICES
 from helpers import ROOT, assert_as_precise, normal, tiny_model
+from litv2.signals import StopRequested, StopSignals
 from optim import build_scheduler
 from precision import Precision, choose_precision, set_tf32
-from signals import StopRequested, StopSignals
 from throughput import measure_throughput
 
 CPU = torch.device("cpu")

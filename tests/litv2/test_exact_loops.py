@@ -1,0 +1,149 @@
+"""Training of detectors and segmenters: a run that is killed and resumed ends bit for bit like one that is not."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.extra
+pytest.importorskip("mmdet", exc_type=ImportError)
+pytest.importorskip("mmseg", exc_type=ImportError)
+
+from mmengine.hooks import Hook  # noqa: E402
+
+from litv2.errors import UserError  # noqa: E402
+from litv2.openmmlab import commands  # noqa: E402
+from litv2.openmmlab.config import adapt_to_device, load_config  # noqa: E402
+from litv2.openmmlab.runner import StrictRunner  # noqa: E402
+from litv2.signals import StopRequested  # noqa: E402
+from mm_helpers import SMALL_OPTIONS, own_project  # noqa: E402
+
+TIMES = {  # six iterations, a checkpoint after each two
+    "detection": ["train_cfg.max_epochs=2", "train_cfg.val_interval=9"],
+    "segmentation": ["train_cfg.max_iters=6", "train_cfg.val_interval=99"],
+}
+EVERY_TWO = ["default_hooks.checkpoint.by_epoch=False", "default_hooks.checkpoint.interval=2", "default_hooks.checkpoint.save_best=None"]
+
+
+@pytest.fixture(scope="module", params=["detection", "segmentation"])
+def project(request, tmp_path_factory) -> tuple[str, Path]:
+    return request.param, own_project(request.param, tmp_path_factory.mktemp(request.param))
+
+
+class Killed(BaseException):
+    """As kill -9: nothing that the run would do at its end is done."""
+
+
+class At(Hook):
+    """Does something after an iteration, when its checkpoint is written."""
+
+    priority = "LOWEST"
+
+    def __init__(self, iteration: int, act):
+        self.iteration, self.act = iteration, act
+
+    def after_train_iter(self, runner, **_) -> None:
+        if runner.iter + 1 == self.iteration:
+            self.act(runner)
+
+
+def kill(runner) -> None:
+    raise Killed
+
+
+def train(project: tuple[str, Path], work_dir: Path, *options: str, resume: bool = False, hook: Hook | None = None) -> StrictRunner:
+    """In this process, as the tool does it."""
+    task, folder = project
+    flags = [*SMALL_OPTIONS[task], *TIMES[task], *EVERY_TWO, f"data_root={folder / 'data'}", "load_from=None", *options]
+    config = load_config(folder / "mine.py", commands.arguments("").parse_args(["--cfg-options", *flags]).cfg_options)
+    config.update(work_dir=str(work_dir), resume=resume, experiment_name=f"{work_dir.name}-{resume}-{len(list(work_dir.glob('*')))}")
+    adapt_to_device(config, "none")
+    runner = StrictRunner.from_cfg(config)
+    if hook is not None:
+        runner.register_hook(hook, priority="LOWEST")
+    runner.train()
+    return runner
+
+
+def state(path: Path) -> dict[str, torch.Tensor]:
+    """Weights, statistics and moments of the optimizer."""
+    content = torch.load(path, weights_only=False)
+    moments = {f"{i}.{key}": value for i, parts in content["optimizer"]["state"].items() for key, value in parts.items()}
+    return {**content["state_dict"], **moments, "iter": torch.tensor(content["meta"]["iter"])}
+
+
+def assert_same(first: Path, second: Path) -> None:
+    one, other = state(first), state(second)
+    assert one.keys() == other.keys() and [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+@pytest.fixture(scope="module")
+def whole(project, tmp_path_factory) -> Path:
+    """The last checkpoint of a run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(project, folder, "randomness.seed=5")
+    return folder / "iter_6.pth"
+
+
+@pytest.mark.parametrize("iteration", [2, 3, 5])
+def test_killed_and_resumed(project, whole, tmp_path, iteration):
+    """In the middle of an epoch of three iterations, and at its end, with an iteration that is computed again, and without."""
+    with pytest.raises(Killed):
+        train(project, tmp_path, "randomness.seed=5", hook=At(iteration, kill))
+    runner = train(project, tmp_path, "randomness.seed=5", resume=True)
+    assert runner.iter == 6
+    assert_same(whole, tmp_path / "iter_6.pth")
+
+
+def test_workers_and_an_unknown_seed(project, tmp_path):
+    """Images are augmented alike in other processes; a seed that was drawn is that of the checkpoint."""
+    folders = [tmp_path / name for name in ("whole", "killed")]
+    with pytest.raises(Killed):
+        train(project, folders[1], hook=At(3, kill))
+    seed = torch.load(folders[1] / "iter_2.pth", weights_only=False)["meta"]["seed"]
+    workers = ["train_dataloader.num_workers=2", "train_dataloader.persistent_workers=True"]
+    train(project, folders[1], *workers, resume=True)
+    train(project, folders[0], f"randomness.seed={seed}")
+    assert_same(*(folder / "iter_6.pth" for folder in folders))
+
+
+def test_stopped_by_a_signal(project, whole, tmp_path):
+    """At the end of its iteration; the checkpoint of that is the one that the run goes on from."""
+    with pytest.raises(StopRequested, match="SIGTERM"):
+        train(project, tmp_path, "randomness.seed=5", hook=At(3, lambda runner: os.kill(os.getpid(), signal.SIGTERM)))
+    assert (tmp_path / "iter_3.pth").is_file()
+    train(project, tmp_path, "randomness.seed=5", resume=True)
+    assert_same(whole, tmp_path / "iter_6.pth")
+
+
+def test_a_damaged_checkpoint_is_left_out(project, whole, tmp_path, caplog):
+    with pytest.raises(Killed):
+        train(project, tmp_path, "randomness.seed=5", hook=At(4, kill))
+    newest = tmp_path / "iter_4.pth"
+    newest.write_bytes(newest.read_bytes()[:-5000])
+    (tmp_path / "iter_5.pth.123.tmp").write_text("a draft")
+    train(project, tmp_path, "randomness.seed=5", resume=True)
+    log = "".join(path.read_text() for path in tmp_path.rglob("*.log"))
+    assert "iter_4.pth" in log and "trying the checkpoint before it" in log and "iter: 2" in log
+    assert_same(whole, tmp_path / "iter_6.pth")
+
+
+def test_a_loss_that_is_not_finite_is_not_applied(project, tmp_path):
+    def spoil(runner) -> None:
+        head = next(module for name, module in runner.model.named_modules() if name in ("bbox_head.retina_cls", "decode_head.conv_seg"))
+        head.register_forward_hook(lambda module, args, out: out * float("nan"))
+        before.update({key: value.clone() for key, value in runner.model.named_parameters()})
+        models.append(runner.model)
+
+    before: dict[str, torch.Tensor] = {}
+    models: list[torch.nn.Module] = []
+    with pytest.raises(UserError, match=r"the loss is nan at iteration 4, of the images .*\.jpg.*the last checkpoint is .*iter_2.pth"):
+        train(project, tmp_path, hook=At(3, spoil))
+    assert all(torch.equal(value, before[key]) for key, value in models[0].named_parameters())
+    assert {path.name for path in tmp_path.glob("*.pth")} == {"iter_2.pth"}
+
+
