@@ -8,8 +8,13 @@ maximum inside the box. A classifier's map is of the class that it predicts, whi
 annotated box, so that the figure says whether it looks at objects, whatever it calls them. Crowds are left out, and so is what the model
 does not see.
 
+Of several maxima, the share inside counts. So a map that is 0 everywhere, because nothing speaks for the class or a detector has no box
+there, counts as a random position; "empty" is the share of such maps.
+
 Beside the maps stand the centre of the image and a random position, whose chance is the share of the image that the boxes cover. Figures
-are means over boxes (of a detector) or images with 95 % intervals, by bootstrap over images; "over_centre" is the paired difference.
+are means over boxes (of a detector) or images with 95 % intervals, by bootstrap over images; "over_centre" and "over_random" are those of
+paired differences. A map of a score that depends on one place of the network's map is local whatever the network has learned: compare a
+detector with the same one without training.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from litv2.explain.loading import load_subject
 from litv2.explain.subjects import Subject, View
 from litv2.preprocess import read_image
 
+WAYS = [*METHODS, "centre", "random"]
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the picture
 
 
@@ -42,16 +48,17 @@ def main() -> None:
     subject = load_subject(args.checkpoint, config=args.config)
     if subject.task == "segmentation":
         raise UserError("the pointing game is for classifiers and detectors, not for segmenters")
-    hits = []  # of each image: (targets, ways of pointing)
+    outcomes = []  # of each image: (targets, WAYS and METHODS)
     for name, boxes in annotated(args.annotations)[: args.limit]:
         view = subject.view(read_image(args.folder / name))
         found = [points(subject, view, target) for target in targets(subject, boxes)]
         if found:
-            hits.append(np.array(found))
+            outcomes.append(np.array(found))
         say(f"{name}: {len(found)} targets")
-    if not hits:
+    if not outcomes:
         raise UserError(f"{args.annotations}: none of the annotated boxes can be pointed at by this model")
-    publish(rows(hits), args.out, f"pointing game, {sum(map(len, hits))} targets in {len(hits)} images", checkpoint=args.checkpoint)
+    title = f"pointing game, {sum(map(len, outcomes))} targets in {len(outcomes)} images"
+    publish(rows(outcomes), args.out, title, checkpoint=args.checkpoint)
 
 
 def annotated(path: Path) -> list[tuple[str, list[tuple[str, Box]]]]:
@@ -74,7 +81,7 @@ def targets(subject: Subject, boxes: list[tuple[str, Box]]) -> list[tuple[int | 
 
 
 def points(subject: Subject, view: View, target: tuple[int | None, list[Box]]) -> list[float]:
-    """Hits of each method, then of the centre, then the chance of a random position."""
+    """Hits of each way of pointing, then of each method whether its map is empty."""
     label, boxes = target
     inside = mask(view, boxes)
     if label is None:
@@ -84,12 +91,9 @@ def points(subject: Subject, view: View, target: tuple[int | None, list[Box]]) -
 
         model, score = subject.boxes(view), score_of_box(torch.tensor(in_tensor(view, boxes[0]), device=view.tensor.device), label)
     H, W = view.size
-    hits = []
-    for method in METHODS:
-        values = cam(model, view.tensor, score, method)[0, :H, :W]
-        row, column = divmod(int(values.argmax()), W)
-        hits.append(float(inside[row, column]))
-    return [*hits, float(inside[H // 2, W // 2]), inside.mean()]
+    maps = [cam(model, view.tensor, score, method)[0, :H, :W].numpy() for method in METHODS]
+    hits = [inside[values == values.max()].mean() for values in maps]
+    return [*hits, float(inside[H // 2, W // 2]), inside.mean(), *(float(values.max() == 0) for values in maps)]
 
 
 def mask(view: View, boxes: list[Box]) -> np.ndarray:
@@ -108,16 +112,23 @@ def in_tensor(view: View, box: Box) -> Box:
     return x0, y0, x1, y1
 
 
-def rows(hits: list[np.ndarray]) -> list[dict]:
-    count, total = np.array([len(each) for each in hits]), np.stack([each.sum(0) for each in hits])
-    chosen = np.random.default_rng(0).integers(0, len(hits), (10_000, len(hits)))
-    resampled = total[chosen].sum(1) / count[chosen].sum(1)[:, None]
-    mean, centre = total.sum(0) / count.sum(), len(METHODS)
-    result = []
-    for i, name in enumerate([*METHODS, "centre", "random"]):
-        difference = interval(resampled[:, i] - resampled[:, centre]) if i < centre else None
-        result.append(dict(points_at=name, hits=f"{mean[i]:.1%}", interval=interval(resampled[:, i]), over_centre=difference))
-    return result
+def rows(outcomes: list[np.ndarray]) -> list[dict]:
+    count, total = np.array([len(each) for each in outcomes]), np.stack([each.sum(0) for each in outcomes])
+    chosen = np.random.default_rng(0).integers(0, len(outcomes), (10_000, len(outcomes)))
+    resampled = dict(zip(WAYS, (total[chosen].sum(1) / count[chosen].sum(1)[:, None]).T))
+    mean = total.sum(0) / count.sum()
+    empty = dict(zip(METHODS, mean[len(WAYS) :]))
+    return [
+        dict(
+            points_at=way,
+            hits=f"{mean[i]:.1%}",
+            interval=interval(resampled[way]),
+            over_centre=interval(resampled[way] - resampled["centre"]) if way in METHODS else None,
+            over_random=interval(resampled[way] - resampled["random"]) if way in METHODS else None,
+            empty=f"{empty[way]:.1%}" if way in METHODS else None,
+        )
+        for i, way in enumerate(WAYS)
+    ]
 
 
 def interval(values: np.ndarray) -> str:

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..classes import class_names
 from ..errors import UserError
-from ..factory import load_model
+from ..explain.subjects import Classifier
 from ..files import atomic_write, free_stem
-from ..preprocess import evaluation_transform, read_image
+from ..preprocess import read_image
 from . import print_notes
 
 if TYPE_CHECKING:
@@ -34,32 +33,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    loaded = load_model(args.checkpoint, args.model)
-    model = loaded.model
-    names = class_names(loaded.content, model.num_classes)
-    size = loaded.image_size if args.img_size is None else args.img_size
-    smallest = model.feature_info[-1]["reduction"]
-    if size < smallest:
-        raise UserError(f"an image size of {size} pixels is too small: this model needs at least {smallest}; set --img-size")
-    print_notes(loaded.notes)
-    transform = evaluation_transform(size, loaded.crop, model.in_chans)
-    try:
-        model.to(args.device).eval()
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+    subject = Classifier(args.checkpoint, args.model, args.img_size)
+    print_notes(subject.notes)
+    subject.to(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
     failed = False
     used: set[str] = set()
     for path in args.images:
         try:
-            image = read_image(path, "RGB" if model.in_chans == 3 else "L")
+            image = read_image(path)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             failed = True
             continue
-        with torch.inference_mode():
-            confidence = model(transform(image)[None].to(args.device))[0].float().softmax(dim=0).cpu()
-        best = [(names[i], confidence[i].item()) for i in confidence.argsort(descending=True)[:TOP].tolist()]
+        confidence = subject.predict(subject.view(image))
+        best = [(subject.names[i], confidence[i].item()) for i in confidence.argsort(descending=True)[:TOP].tolist()]
         target = args.out / f"{free_stem(path.stem, used)}.png"
         with atomic_write(target) as draft:
             _annotated(image, best).save(draft, format="PNG")
@@ -74,7 +62,7 @@ def _annotated(image: Image.Image, best: list[tuple[str, float]]) -> Image.Image
     from PIL import Image, ImageDraw, ImageFont
 
     height, panel, margin, row = 360, 420, 16, 64
-    picture = image.convert("RGB").resize((min(960, max(1, round(image.width * height / image.height))), height))
+    picture = image.resize((min(960, max(1, round(image.width * height / image.height))), height))
     canvas = Image.new("RGB", (picture.width + panel, height), "white")
     canvas.paste(picture, (0, 0))
     draw = ImageDraw.Draw(canvas)

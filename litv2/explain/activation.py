@@ -43,9 +43,11 @@ def cam(
             the predicted class. Eigen-CAM does not depend on it.
         method: "gradcam" (arXiv 1610.02391), "gradcam++" (arXiv 1710.11063), "eigencam" (arXiv 2008.00299), or "hirescam" (arXiv
             2011.08891), which does not average gradients over positions: for boxes, whose score depends on one place. Of a classifier
-            it is the same as "gradcam".
+            it is the same as "gradcam". The sign of Eigen-CAM's principal component is arbitrary: its map may be of what the image shows,
+            or of the rest.
         layers: modules of the network whose maps are taken; of several the average is returned. By default the norm before the
-            classifier, where Grad-CAM of an average-pooled network is the original class activation map, or the backbone's output norms.
+            classifier, where Grad-CAM of an average-pooled network is the original class activation map, or the backbone's output norms:
+            all of them, since a detector looks for small objects on the early maps and for large ones on the late ones.
 
     Raises:
         UserError: the method or a class is unknown.
@@ -55,10 +57,14 @@ def cam(
     if method not in METHODS:
         raise UserError(f"cam: {method=} must be one of {listed(METHODS)}")
     targets = _targets(network, target, len(images))
-    how = dict(model=model, target_layers=output_norms(network) if layers is None else list(layers), reshape_transform=channels_first)
-    with evaluating(model), _without_gradients_of(model), torch.enable_grad(), METHODS[method](**how) as explain:
+    chosen = output_norms(network) if layers is None else list(layers)
+    with evaluating(model), _without_gradients_of(model), torch.enable_grad():
+        explain = METHODS[method](model=model, target_layers=chosen, reshape_transform=_maps)
         explain.compute_input_gradient = True  # parameters have none here, but the maps need them
-        return torch.from_numpy(explain(images.detach().clone(), targets))
+        try:  # not as a context manager, which hides an IndexError of a target
+            return torch.from_numpy(explain(images.detach().clone(), targets))
+        finally:
+            explain.activations_and_grads.release()
 
 
 def cams_of_finding(subject: Subject, view: View) -> tuple[dict[str, Tensor], str]:
@@ -81,10 +87,15 @@ def output_norms(network: LITv2) -> list[nn.Module]:
     return norms or [backbone.layers[i] for i in backbone.out_indices]
 
 
-def _targets(network: LITv2, target: int | Score | Sequence[int | Score] | None, images: int) -> list[Score] | None:
-    """One score per image; None for that of the predicted class."""
+def _maps(tokens: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, C, H, W), in float32: numpy has no bfloat16, and its singular values no float16."""
+    return channels_first(tokens).float()
+
+
+def _targets(network: LITv2, target: int | Score | Sequence[int | Score] | None, images: int) -> list[Score]:
+    """One score per image."""
     if target is None:
-        return None
+        return [lambda logits: logits[logits.argmax()]] * images
     each = list(target) if isinstance(target, Sequence) else [target] * images
     if len(each) != images:
         raise UserError(f"cam: {len(each)} targets for {images} images; expected one, or one for each")

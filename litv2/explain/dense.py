@@ -16,7 +16,7 @@ from torchvision.ops import box_iou
 
 from ..errors import UserError
 from ..openmmlab.build import build_model
-from ..openmmlab.config import load_config
+from ..openmmlab.config import image_steps, load_config
 from ..preprocess import decode
 from ..weights.download import fetch
 from .recording import network_of
@@ -32,7 +32,7 @@ class Dense(Subject):
 
     def __init__(self, model: Any, config: Any):
         self.model, self.network, self.names, self.notes = model, network_of(model), list(model.dataset_meta["classes"]), []
-        load, *steps = (step for step in config.test_dataloader.dataset.pipeline if step["type"] != "LoadAnnotations")
+        load, *steps = image_steps(config.test_dataloader.dataset)
         self.pipeline = Compose([{**load, "type": f"{config.default_scope}.LoadImageFromNDArray"}, *steps])
 
     def view(self, image: Image.Image) -> View:
@@ -111,7 +111,8 @@ def score_of_box(box: Tensor, label: int) -> Callable[[Boxes], Tensor]:
 
     def score(found: Boxes) -> Tensor:
         boxes, scores = found
-        return torch.where(box_iou(boxes, box[None])[:, 0] >= 0.5, scores[:, label], 0.0).amax()
+        overlapping = torch.where(box_iou(boxes, box[None])[:, 0] >= 0.5, scores[:, label], 0.0)
+        return nn.functional.pad(overlapping, (0, 1)).amax()  # the 0 is for where nothing is found at all
 
     return score
 

@@ -36,10 +36,7 @@ def load_subject(
         from .dense import load_dense
 
         subject = load_dense(checkpoint, config)
-    try:
-        subject.model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    subject.to(device)
     return subject
 
 

@@ -81,6 +81,17 @@ class Subject:
     names: list[str]
     notes: list[str]
 
+    def to(self, device: str) -> None:
+        """Moves the model.
+
+        Raises:
+            UserError: there is no such device.
+        """
+        try:
+            self.model.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
+
     def view(self, image: Image.Image) -> View:
         """Returns the image as the model sees it, on the model's device."""
         raise NotImplementedError

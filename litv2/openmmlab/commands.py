@@ -18,7 +18,7 @@ from ..configurations import config_of
 from ..errors import UserError
 from ..signals import StopRequested
 from .build import build_model
-from .config import adapt_to_device, load_config
+from .config import adapt_to_device, image_steps, load_config
 from .evaluation import augment, draw, format_only, select_metrics
 from .flops import count_flops
 from .plots import plot_curves
@@ -180,8 +180,7 @@ def demo() -> None:
     config = load_config(args.config or config_of(args.checkpoint), args.cfg_options)
     model = build_model(config, args.checkpoint).to(args.device)
 
-    pipeline = [step for step in config.test_dataloader.dataset.pipeline if step["type"] != "LoadAnnotations"]
-    data = Compose(pipeline)(dict(img_path=args.image, img_id=0))
+    data = Compose(image_steps(config.test_dataloader.dataset))(dict(img_path=args.image, img_id=0))
     with torch.inference_mode():
         result = model.test_step(dict(inputs=[data["inputs"]], data_samples=[data["data_samples"]]))[0]
 

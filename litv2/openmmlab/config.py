@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 
 from ..errors import UserError
 from . import missing_package
 from .old_keys import move_pretrained
 
-__all__ = ["adapt_to_device", "load_config", "revert_sync_bn"]
+__all__ = ["adapt_to_device", "image_steps", "load_config", "revert_sync_bn"]
 
 # Keys that mmengine's Runner reads but a configuration need not have.
 OPTIONAL_KEYS = {"custom_hooks", "experiment_name", "find_unused_parameters", "model_wrapper_cfg", "randomness", "sync_bn", "work_dir"}
@@ -88,3 +88,8 @@ def revert_sync_bn(config: dict | list | tuple) -> None:
             revert_sync_bn(value)
     if isinstance(config, dict) and config.get("type") == "SyncBN":
         config["type"] = "BN"
+
+
+def image_steps(dataset: ConfigDict) -> list:
+    """Returns the steps of a data set's pipeline for images without annotations."""
+    return [step for step in dataset.pipeline if step["type"] != "LoadAnnotations"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from mmengine.config import Config, ConfigDict
 
 from ..errors import UserError
+from .config import image_steps
 
 __all__ = ["augment", "draw", "format_only", "select_metrics"]
 
@@ -45,7 +46,7 @@ def format_only(config: Config) -> str:
     if not evaluator.get(argument):
         evaluator[argument] = str(Path(config.work_dir) / "predictions")
     dataset = _test_set(config)
-    dataset.pipeline = [step for step in dataset.pipeline if step["type"] != "LoadAnnotations"]  # test sets may come without annotations
+    dataset.pipeline = image_steps(dataset)  # test sets may come without annotations
     return evaluator[argument] + suffix
 
 

@@ -118,6 +118,7 @@ def test_a_box_that_is_gone_has_no_score():
     assert score_of_box(torch.tensor([0.0, 0, 10, 10]), 0)((boxes, scores)) == 0.3
     assert score_of_box(torch.tensor([0.0, 0, 10, 20]), 0)((boxes, scores)) == 0.1  # the second overlaps by 0.45
     assert score_of_box(torch.tensor([20.0, 20, 30, 30]), 0)((boxes, scores)) == 0
+    assert score_of_box(torch.tensor([0.0, 0, 10, 10]), 0)((boxes[:0], scores[:0])) == 0  # nothing is found in the image
 
 
 def test_the_command_takes_dense_checkpoints(tmp_path, monkeypatch, capsys):
