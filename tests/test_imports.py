@@ -14,7 +14,7 @@ from helpers import ROOT
 
 # From the lowest to the highest: a room imports from those before it, and from itself.
 ROOMS = [
-    ["hilo", "litv2.errors", "litv2.files", "litv2.curves", "litv2.compilation", "litv2.classes", "litv2.configurations"],
+    ["hilo", "litv2.errors", "litv2.files", "litv2.curves", "litv2.compilation", "litv2.classes", "litv2.configurations", "litv2.signals"],
     ["mm_modules"],
     ["litv2.ops"],
     ["litv2.layers"],

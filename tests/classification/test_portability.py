@@ -46,7 +46,7 @@ def test_stop_signals_leave_other_threads_alone():
     import signal
     from concurrent.futures import ThreadPoolExecutor
 
-    from signals import StopSignals
+    from litv2.signals import StopSignals
 
     before = signal.getsignal(signal.SIGTERM)
     with ThreadPoolExecutor(1) as pool:
