@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 from command_helpers import free_port, run, run_here
 from document_helpers import documented
@@ -48,6 +49,14 @@ def test_train(command, files, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_HOME", str(files["DIR"].parent))
     run_here(monkeypatch, command, "--work-dir", tmp_path, "--cfg-options", *TRAINING, files=files)
     check_training(tmp_path, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", documented("docs/explain.md", r"python tools/train\.py .*"), ids=str)
+def test_train_the_detector_of_the_pointing_game(command, files, tmp_path, monkeypatch):
+    small = [option for option in SMALL_OPTIONS["detection"] if option.startswith(("train_", "val_", "test_"))]
+    run_here(monkeypatch, command, "--work-dir", tmp_path, "--cfg-options", *small, "train_cfg.max_epochs=1", files=files)
+    weights = torch.load(tmp_path / "epoch_1.pth", weights_only=False)["state_dict"]
+    assert weights["backbone.patch_embed.proj.weight"].shape[0] == 32  # the document's, not the published one
 
 
 @pytest.mark.parametrize("command", documented(DOCUMENT, r"(bash )?tools/dist_train\.sh .*"), ids=str)

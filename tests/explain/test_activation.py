@@ -94,8 +94,9 @@ def test_nothing_is_left_behind():
         x = normal(3, 1, 3, 64, 64)
     for method in ("gradcam", "gradcam++", "eigencam", "hirescam"):
         cam(model, x, method=method)
-    with pytest.raises(IndexError):  # of a caller's own score; the package's context manager would hide it
+    with pytest.raises(IndexError) as error:  # of a caller's own score; the package's context manager would hide it
         cam(model, x, lambda logits: logits[99])
+    assert error.traceback  # which keeps the package's object, and hooks that it left, alive
     assert [m.training for m in model.modules()] == flags and [p.requires_grad for p in model.parameters()] == required
     assert (model.head.weight.grad == 1).all() and all(p.grad is None for p in model.parameters() if p is not model.head.weight)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
