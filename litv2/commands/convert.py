@@ -16,6 +16,8 @@ from ..weights.state_dict import find_weights
 from . import read, which_weights
 
 KEPT = ("class_names", "epoch", "max_accuracy", "config")  # entries that are kept along with the weights
+# Keys of the trainer's configuration that hold paths of the machine that it ran on, which are nobody else's business.
+PATHS = (("DATA", "DATA_PATH"), ("MODEL", "RESUME"), ("MODEL", "PRETRAINED"), ("OUTPUT",), ("BASE",))
 LARGEST_ENTRY = 1 << 20  # characters; an entry of a hostile file may expand without end when it is written
 
 
@@ -84,9 +86,15 @@ def _entries(content: dict) -> tuple[dict, list[str]]:
         if found.get(key) is None:
             continue
         try:
-            kept[key] = json.loads(_json(found[key]))
+            kept[key] = json.loads(_json(found[key]))  # a copy
         except (TypeError, ValueError, RecursionError) as error:
             notes.append(f"not kept: {key} ({error})")
+    for *groups, key in PATHS:
+        place = kept.get("config")
+        for group in groups:
+            place = place.get(group) if isinstance(place, dict) else None
+        if isinstance(place, dict):
+            place.pop(key, None)
     return kept, notes
 
 

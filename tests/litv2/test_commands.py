@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -152,6 +153,19 @@ def test_convert_to_half_precision(ours, capsys, dtype):
         torch.testing.assert_close(value, expected[key], rtol=0, atol=0)
     torch.save(dict(model={"a": torch.tensor([1e6])}), "large.pth")
     assert "a has values up to 1e+06, too large for torch.float16" in fails(capsys, "convert", "large.pth", "o.pth", "--dtype", "float16")
+
+
+def test_convert_leaves_paths_of_the_machine_behind(ours):
+    """Everything else of the configuration stays, and so does what a file says that has none or an odd one."""
+    content = torch.load(ours, weights_only=True)
+    expected = copy.deepcopy(content["config"])
+    content["config"]["DATA"]["DATA_PATH"] = content["config"]["MODEL"]["PRETRAINED"] = content["config"]["OUTPUT"] = "/secret/folder"
+    torch.save(content, ours)
+    for name in ("clean.safetensors", "clean.pth"):
+        assert main(["convert", str(ours), name]) == 0
+        assert b"/secret" not in Path(name).read_bytes() and read_checkpoint(name)["config"] == expected
+    torch.save({**content, "config": {"DATA": "/odd", "MODEL": None}}, ours)
+    assert main(["convert", str(ours), "odd.pth"]) == 0 and read_checkpoint("odd.pth")["config"] == {"DATA": "/odd", "MODEL": None}
 
 
 def test_convert_writes_whole_or_not_at_all(ours, tmp_path, capsys):
