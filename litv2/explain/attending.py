@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hilo import HiLo, HiLoWeights
 
 from .positions import Position, cells_at, positions
-from .recording import Attended, Merged, check_images, network_of, watched
+from .recording import Attended, Merged, network_of, watched
 from .sampling import spread_over_samples
 
 __all__ = ["Attention", "BlockAttention", "attention"]
@@ -70,13 +70,9 @@ def attention(model: nn.Module, images: Tensor, at: Position = None) -> Attentio
     Args:
         model: a LITv2, or a model with one as its backbone. Any mode; it is as before afterwards.
         images: (B, C, H, W), normalised.
-        at: one position or one per image, or None for the strongest response (``positions.py``).
-
-    Raises:
-        UserError: a position is outside of the images.
+        at: as in ``positions``, whose errors are raised, too.
     """
     network = network_of(model)
-    check_images(network, images)
     chosen = positions(network, images, at)
     blocks: list[BlockAttention] = []
     steps: list[Callable[[Tensor], Tensor]] = []  # each from the shares after a layer to those before it

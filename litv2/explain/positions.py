@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..model import LITv2
-from .recording import evaluating
+from .recording import check_images, evaluating
 
 __all__ = ["Position", "cells_at", "positions", "strongest"]
 
@@ -24,8 +24,9 @@ def positions(network: LITv2, images: Tensor, at: Position) -> Tensor:
         at: x and y, or one pair per image (B, 2); None for each image's strongest response.
 
     Raises:
-        UserError: a position is outside of the images.
+        UserError: a position is outside of the images, or the network does not take them.
     """
+    check_images(network, images)
     if at is None:
         return strongest(network, images)
     chosen, (H, W) = torch.as_tensor(at, dtype=torch.float32, device=images.device), images.shape[2:]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .positions import Position, cells_at, positions
-from .recording import Merged, check_images, network_of, watched
+from .recording import Merged, network_of, watched
 
 __all__ = ["Samples", "offsets", "spread_over_samples"]
 
@@ -43,13 +43,9 @@ def offsets(model: nn.Module, images: Tensor, at: Position = None) -> list[Sampl
     Args:
         model: a LITv2, or a model with one as its backbone. Any mode; it is as before afterwards.
         images: (B, C, H, W), normalised.
-        at: one position or one per image, or None for the strongest response (``positions.py``).
-
-    Raises:
-        UserError: a position is outside of the images.
+        at: as in ``positions``, whose errors are raised, too.
     """
     network = network_of(model)
-    check_images(network, images)
     chosen = positions(network, images, at)
     mergings: list[Merged] = []
     with watched(network, lambda layer: mergings.append(layer) if isinstance(layer, Merged) else None):
