@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,7 +65,7 @@ class View:
         return (x - left) * W / (right - left), (y - top) * H / (bottom - top)
 
 
-class Subject:
+class Subject(ABC):
     """A model that can be explained, and its preprocessing.
 
     Attributes:
@@ -92,14 +93,15 @@ class Subject:
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
 
+    @abstractmethod
     def view(self, image: Image.Image) -> View:
         """Returns the image as the model sees it, on the model's device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def predict(self, view: View) -> Any:
         """Returns what the model finds, on the CPU, in pixels of the picture."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scored(self, view: View) -> tuple[nn.Module, Callable[[Any], Tensor], str]:
         """Returns what a class activation map is made of: a module whose output is indexed by image, the score of what it finds in this
         image, as a function of its output for the image, and its name.
@@ -107,7 +109,6 @@ class Subject:
         Raises:
             UserError: it finds nothing.
         """
-        raise NotImplementedError
 
 
 class Classifier(Subject):

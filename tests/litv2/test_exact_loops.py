@@ -18,8 +18,9 @@ from mmengine.hooks import Hook  # noqa: E402
 from litv2.errors import UserError  # noqa: E402
 from litv2.openmmlab import commands  # noqa: E402
 from litv2.openmmlab.config import adapt_to_device, load_config  # noqa: E402
-from litv2.openmmlab.runner import StrictRunner  # noqa: E402
+from litv2.openmmlab.runner import MMENGINE_CLASSES, StrictRunner  # noqa: E402
 from litv2.signals import StopRequested  # noqa: E402
+from litv2.weights.reading import read_checkpoint  # noqa: E402
 from mm_helpers import SMALL_OPTIONS, own_project  # noqa: E402
 
 TIMES = {  # six iterations, a checkpoint after each two
@@ -71,7 +72,7 @@ def train(project: tuple[str, Path], work_dir: Path, *options: str, resume: bool
 
 def state(path: Path) -> dict[str, torch.Tensor]:
     """Weights, statistics and moments of the optimizer."""
-    content = torch.load(path, weights_only=False)
+    content = read_checkpoint(path, also=MMENGINE_CLASSES)
     moments = {f"{i}.{key}": value for i, parts in content["optimizer"]["state"].items() for key, value in parts.items()}
     return {**content["state_dict"], **moments, "iter": torch.tensor(content["meta"]["iter"])}
 
@@ -104,7 +105,7 @@ def test_workers_and_an_unknown_seed(project, tmp_path):
     folders = [tmp_path / name for name in ("whole", "killed")]
     with pytest.raises(Killed):
         train(project, folders[1], hook=At(3, kill))
-    seed = torch.load(folders[1] / "iter_2.pth", weights_only=False)["meta"]["seed"]
+    seed = read_checkpoint(folders[1] / "iter_2.pth", also=MMENGINE_CLASSES)["meta"]["seed"]
     workers = ["train_dataloader.num_workers=2", "train_dataloader.persistent_workers=True"]
     train(project, folders[1], *workers, resume=True)
     train(project, folders[0], f"randomness.seed={seed}")
