@@ -91,7 +91,7 @@ class Page:
         found = found[found.scores >= LEAST_SCORE]
         labels = [f"{names[label]} {score:.0%}" for label, score in zip(found.labels.tolist(), found.scores.tolist())]
         shapes = found.masks.numpy() if "masks" in found else [tuple(box) for box in found.bboxes.round().int().tolist()]
-        return f"{len(found)} objects, {took}", (view.picture, list(zip(shapes, labels)))
+        return f"{len(found)} {'object' if len(found) == 1 else 'objects'}, {took}", (view.picture, list(zip(shapes, labels)))
 
     def picture(self, what: str, view: View, at: Position = None) -> Figure:
         """One of ``PICTURES``; those of ``AT_POSITION`` are of the strongest response, or of a position.

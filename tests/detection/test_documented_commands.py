@@ -6,10 +6,11 @@ import re
 from dataclasses import replace
 
 import pytest
-import torch
 
 from command_helpers import free_port, run, run_here
 from document_helpers import documented
+from litv2.openmmlab.runner import MMENGINE_CLASSES
+from litv2.weights.reading import read_checkpoint
 from mm_helpers import SMALL_OPTIONS, assert_drawn, metrics_in, published_project
 
 pytestmark = pytest.mark.extra
@@ -55,7 +56,7 @@ def test_train(command, files, tmp_path, monkeypatch, capsys):
 def test_train_the_detector_of_the_pointing_game(command, files, tmp_path, monkeypatch):
     small = [option for option in SMALL_OPTIONS["detection"] if option.startswith(("train_", "val_", "test_"))]
     run_here(monkeypatch, command, "--work-dir", tmp_path, "--cfg-options", *small, "train_cfg.max_epochs=1", files=files)
-    weights = torch.load(tmp_path / "epoch_1.pth", weights_only=False)["state_dict"]
+    weights = read_checkpoint(tmp_path / "epoch_1.pth", also=MMENGINE_CLASSES)["state_dict"]
     assert weights["backbone.patch_embed.proj.weight"].shape[0] == 32  # the document's, not the published one
 
 
