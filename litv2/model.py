@@ -191,7 +191,7 @@ class LITv2(nn.Module):
     def _run_stages(self, x: Tensor, last: int | None = None) -> list[Tensor]:
         """Image -> tokens (B, H, W, C) after the blocks of each stage, up to stage ``last``; None for all."""
         last = len(self.layers) - 1 if last is None else last
-        _check_images(x, self.in_chans, self.feature_info[last]["reduction"])
+        check_images(x, self.in_chans, self.feature_info[last]["reduction"])
         maps = []
         x = self.patch_embed(x)
         for i, stage in enumerate(self.stages[: last + 1]):
@@ -251,7 +251,8 @@ class LITv2(nn.Module):
 
 
 @torch.fx.wrap  # a single node in a traced graph, where sizes are unknown
-def _check_images(x: Tensor, in_chans: int, smallest: int) -> None:
+def check_images(x: Tensor, in_chans: int, smallest: int) -> None:
+    """Raises ValueError if these are no images of so many channels, or a side has fewer pixels than ``smallest``."""
     if x.dim() != 4 or x.shape[1] != in_chans:
         raise ValueError(f"LITv2: expected images of shape (B, {in_chans}, H, W), got {tuple(x.shape)}")
     if min(x.shape[2:]) < smallest:

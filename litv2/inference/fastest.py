@@ -21,7 +21,7 @@ from ..ops.folding import inference_copy
 from .compiled import Compiled
 from .cuda_graph import CudaGraph, each_tensor
 from .fused import fuse
-from .packed import packed_model
+from .packed import in_one_call, packed_model
 
 __all__ = ["FORMS", "Optimized", "make_form", "optimize", "why_not"]
 
@@ -176,7 +176,7 @@ def make_form(model: LITv2, form: str, dtype: torch.dtype) -> Optimized:
     """Builds one of ``FORMS``, neither checked nor timed."""
     if form.startswith("native"):
         packed = packed_model(inference_copy(model).to(torch.float32), PRODUCTS[form])
-        return Optimized(packed, form, dtype, torch.float32)
+        return Optimized(in_one_call(packed), form, dtype, torch.float32)
     fused = fuse(model).to(dtype)
     wrapper = {"compiled": Compiled, "graph": CudaGraph}.get(form)
     return Optimized(wrapper(fused) if wrapper else fused, form, dtype, dtype)

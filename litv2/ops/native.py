@@ -27,7 +27,9 @@ def _register() -> None:
         N, K = weight.shape
         if weight.dtype == torch.bfloat16:
             return weight.new_empty(-(-N // columns), K // 2, columns, 2)
-        return weight.new_empty(-(-N // panel), K, panel)
+        panels = -(-N // panel)
+        pairs = panels // 2 if K % 64 == 0 and panels * panel >= 128 else 0  # strassen_pairs in csrc/operators.h
+        return weight.new_empty(panels + 2 * pairs, K, panel)
 
     @torch.library.register_fake("litv2::native_depthwise_gelu")
     def _(x, weight, bias):
@@ -37,8 +39,12 @@ def _register() -> None:
     def _(gradient, x, weight, bias):
         return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight), torch.empty_like(bias)
 
-    for name in ("feed_forward", "hilo"):
+    for name in ("feed_forward", "hilo", "blocks"):
         torch.library.register_fake(f"litv2::native_{name}")(lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format))
+
+    @torch.library.register_fake("litv2::native_classifier")
+    def _(image, patch, tensors, eps, stages, classes):
+        return image.new_empty(len(image), classes)
 
     @torch.library.register_fake("litv2::native_patch_embed")
     def _(image, patch, weight, bias, norm_weight, norm_bias, eps):

@@ -184,7 +184,7 @@ class Wrong(nn.Module):
 @pytest.mark.parametrize("build, which", [(LITv2, 0), (Pyramid, 0), (Pyramid, 3)])
 @pytest.mark.parametrize("form", [pytest.param("native", marks=needs_native), "fused"])
 def test_a_wrong_form_is_refused(monkeypatch, form, build, which, factor):
-    maker = {"native": "packed_model", "fused": "fuse"}[form]
+    maker = {"native": "in_one_call", "fused": "fuse"}[form]
     right = getattr(optimizer, maker)
     monkeypatch.setattr(optimizer, maker, lambda *arguments: Wrong(right(*arguments), which, factor))
     with pytest.raises(RuntimeError, match=f"the {form} form is not accurate enough: .* more than 1.0e-04"):

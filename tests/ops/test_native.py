@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from helpers import TINY, fill, golden, golden_arrays, max_difference, normal, tiny_model
 from litv2 import litv2_small
-from litv2.inference.packed import PackedOperator, PackedPatchEmbed, packed_block, packed_model
+from litv2.inference.packed import (
+    PackedBlocks,
+    PackedClassifier,
+    PackedOperator,
+    PackedPatchEmbed,
+    in_one_call,
+    packed_blocks,
+    packed_model,
+)
 from litv2.layers import Block, DeformableTokenMerging, PatchEmbed
 from litv2.ops.block_forward.native import infer_block
 from litv2.ops.packing import feed_forward_arguments, hilo_arguments, patch_embed_arguments, token_merging_arguments
@@ -45,7 +53,7 @@ def make_block(*args, **kwargs) -> Block:
 
 
 def forms_of(block: Block) -> list:
-    return [lambda x: infer_block(block, x), packed_block(block)]
+    return [lambda x: infer_block(block, x), packed_blocks([block])]
 
 
 @pytest.mark.parametrize("window, alpha", [(0, 0.5), (1, 0.5), *product((2, 3, 4, 7), (0, 0.3, 0.5, 0.9, 1))])
@@ -95,6 +103,40 @@ def test_block_of_any_width(dim, heads, window, alpha, mlp_ratio, qkv_bias):
 def test_block_over_many_bands(window, alpha, B, H, W):
     block = make_block(16, 2, window, alpha)
     check(block, forms_of(block), normal(W, B, H, W, 16), threads=(1, 2))
+
+
+@pytest.mark.parametrize(
+    "dim, heads, window, alpha, mlp_ratio, B, H, W",
+    [
+        (64, 2, 0, 0.5, 4, 1, 13, 15),  # an odd number of tokens
+        (96, 3, 2, 0.9, 4, 2, 14, 14),  # not whole pairs of panels; images that share a band
+        (192, 6, 2, 0.5, 4, 1, 20, 18),  # more hidden channels than a product takes at once, in whole parts
+        (448, 14, 1, 0.9, 2, 2, 9, 9),  # and not: 448, 896
+    ],
+)
+@torch.no_grad()
+def test_block_with_products_by_strassen(dim, heads, window, alpha, mlp_ratio, B, H, W):
+    """Tokens and channels enough for it. A token that is not finite does not reach the other images there either."""
+    block = make_block(dim, heads, window, alpha, mlp_ratio)
+    x = normal(dim, B, H, W, dim)
+    check(block, forms_of(block), x, threads=(1, 2, 3))
+    x[0, 3, 4, 5] = NAN
+    form = packed_blocks([block])
+    lost = form(x).isnan()
+    assert lost[0].any() and not lost[1:].any()
+
+
+@pytest.mark.parametrize("window, number", [(2, 3), (0, 2)])
+@torch.no_grad()
+def test_blocks_in_one_call(window, number):
+    blocks = [make_block(32, 4, window, 0.5) for _ in range(number)]
+    together, x = packed_blocks(blocks), normal(0, 2, 6, 5, 32)
+    assert [type(part) for part in together] == [PackedBlocks]
+    expected = x
+    for block in blocks:
+        expected = packed_blocks([block])(expected)
+    assert torch.equal(together(x), expected)
+    assert len(packed_blocks([make_block(32, 4, 2, 0.5), make_block(32, 4, 2, 1.0)])) == 4, "of different heads, so one by one"
 
 
 def test_block_of_any_strides_and_scale():
@@ -153,7 +195,7 @@ def test_block_of_bfloat16_products(window, alpha, dim, heads):
     for linear in [module for module in rounded.modules() if isinstance(module, nn.Linear)]:
         linear.weight.copy_(linear.weight.bfloat16())
         linear.register_forward_pre_hook(lambda _, inputs: inputs[0].bfloat16().double())
-    check_rounded(block, rounded, packed_block(block, torch.bfloat16), ((1, 1, 1), (2, 5, 6), (3, 14, 14)), 0.2)
+    check_rounded(block, rounded, packed_blocks([block], torch.bfloat16), ((1, 1, 1), (2, 5, 6), (3, 14, 14)), 0.2)
 
 
 def in_steps(x: Tensor, spread: Tensor, count: float) -> Tensor:
@@ -177,7 +219,7 @@ def test_block_of_int8_products(window, alpha, dim, heads):
     for linear in [module for module in rounded.modules() if isinstance(module, nn.Linear)]:
         linear.weight.copy_(in_steps(linear.weight, linear.weight.abs().amax(1, True), 127))
         linear.register_forward_pre_hook(per_token)
-    check_rounded(block, rounded, packed_block(block, torch.int8), ((2, 5, 6), (3, 14, 14)), 0.25)
+    check_rounded(block, rounded, packed_blocks([block], torch.int8), ((2, 5, 6), (3, 14, 14)), 0.25)
 
 
 @pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
@@ -185,7 +227,7 @@ def test_block_of_int8_products(window, alpha, dim, heads):
 def test_int8_products_of_wild_tokens(value):
     """A token that cannot be scaled gives no sound number; the others, and one that is all zero, are not touched."""
     block = make_block(32, 4, 0, 0.5)
-    form, x = packed_block(block, torch.int8), normal(0, 1, 9, 4, 32)
+    form, x = packed_blocks([block], torch.int8), normal(0, 1, 9, 4, 32)
     x[0, 7:] = 0
     before = form(x)
     assert before.isfinite().all()
@@ -248,11 +290,14 @@ ARGUMENTS = [
 def test_packed_model(arguments):
     model = tiny_model(**arguments).eval()
     form = packed_model(model)
+    one_call = in_one_call(form)
+    assert isinstance(one_call, PackedClassifier) == (model.num_classes > 0)
     for shape in ((1, 3, 64, 64), (3, 3, 65, 111), (2, 3, 33, 132)):
         x = normal(0, *shape)[:, : model.in_chans]
         exact = copy.deepcopy(model).double()
-        for ours in (form, model):
+        for ours in (one_call, form, model):
             assert max_difference(ours(x), exact(x.double())) < 1e-4
+        for ours in (form, model):
             for a, b in zip(ours.forward_pyramid(x), exact.forward_pyramid(x.double()), strict=True):
                 assert max_difference(a, b) < 1e-4 * max(1, b.abs().max())
 
@@ -260,7 +305,7 @@ def test_packed_model(arguments):
 @torch.no_grad()
 def test_packed_model_golden():
     case = golden()["classification"][0]
-    model = packed_model(fill(litv2_small(alpha=case["alpha"])))
+    model = in_one_call(packed_model(fill(litv2_small(alpha=case["alpha"]))))
     images = normal(case["input_seed"], case["batch"], 3, case["img_size"], case["img_size"])
     assert max_difference(model(images), golden_arrays()["cls0_logits"]) <= 1e-4
 
@@ -297,7 +342,7 @@ def test_empty_batch():
     model(x).sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
     with torch.no_grad():
-        assert model(x).shape == packed_model(model)(x).shape == (0, 10)
+        assert model(x).shape == in_one_call(packed_model(model))(x).shape == (0, 10)
 
 
 def test_packed_model_leaves_the_model_as_it_was():
@@ -331,13 +376,19 @@ def operator_case(name: str) -> dict:
         return dict(x=x, **feed_forward_arguments(block.mlp, block.norm2))
     if name == "native_hilo":
         return dict(x=x, **hilo_arguments(block.attn, block.norm1))
+    if name == "native_classifier":
+        form = in_one_call(packed_model(tiny_model()))
+        return dict(image=x.new_ones(1, 3, 32, 32), patch=4, tensors=form.tensors, eps=form.eps, stages=form.stages, classes=10)
+    if name == "native_blocks":
+        blocks = packed_blocks([block, block])[0]
+        return dict(x=x, tensors=blocks.tensors, eps=blocks.eps, h_heads=1, l_heads=1, window_size=2)
     if name == "native_patch_embed":
         return dict(image=normal(0, 2, 3, 8, 12), **patch_embed_arguments(fill(PatchEmbed(3, 24, 4)).requires_grad_(False)))
     merging = fill(DeformableTokenMerging(24, 40)).requires_grad_(False)
     return dict(x=x, **token_merging_arguments(merging))
 
 
-OPERATORS = "depthwise_gelu depthwise_gelu_backward feed_forward hilo patch_embed token_merging".split()
+OPERATORS = "blocks classifier depthwise_gelu depthwise_gelu_backward feed_forward hilo patch_embed token_merging".split()
 
 
 @pytest.mark.parametrize("name", [f"native_{name}" for name in OPERATORS])
@@ -375,6 +426,17 @@ def test_wrong_arguments(name):
         ("hilo", dict(l_heads=4)),
         ("hilo", dict(h_heads=2, l_heads=0)),
         ("hilo", dict(window_size=1)),
+        ("blocks", dict(eps=[1e-6] * 3)),
+        ("blocks", dict(tensors=[])),
+        ("blocks", dict(h_heads=0, l_heads=0)),
+        ("classifier", dict(stages=[])),
+        ("classifier", dict(stages=[1, 0, 0, 1])),
+        ("classifier", dict(tensors=[])),
+        ("classifier", dict(eps=[])),
+        ("classifier", dict(eps=[1e-6] * 100)),
+        ("classifier", dict(classes=0)),
+        ("classifier", dict(classes=-10)),
+        ("classifier", dict(classes=40)),
         ("patch_embed", dict(patch=0)),
         ("patch_embed", dict(patch=-4)),
         ("patch_embed", dict(patch=2)),
@@ -405,7 +467,7 @@ def test_pack():
     for N, K in ((1, 1), (20, 7), (64, 33)):
         weight, panel = normal(N, N, K), torch.ops.litv2.native_panel()
         packed = torch.ops.litv2.native_pack(weight.t().contiguous().t())
-        assert packed.shape == (-(-N // panel), K, panel)
+        assert packed.shape == (-(-N // panel), K, panel)  # no K that Strassen halves
         assert torch.equal(packed.transpose(1, 2).reshape(-1, K), F.pad(weight, (0, 0, 0, -N % panel)))
     for N, K in ((1, 32), (20, 64), (64, 96)):
         weight = normal(N, N, K).bfloat16()

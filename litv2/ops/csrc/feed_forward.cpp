@@ -8,12 +8,12 @@ namespace litv2::native {
 namespace {
 
 constexpr int64_t kBandTokens = 224;  // about so many tokens are worked on at once
-constexpr int64_t kChunk = 192;       // hidden channels at once, whole panels
+constexpr int64_t kChunk = 192;       // hidden channels at once, whole panels; more where Strassen's algorithm multiplies them
 constexpr int64_t kFewRows = 8;       // a thread with fewer would spend much on the rows around its own
 
 struct FeedForward {
   const Kernels& k;
-  int64_t height, width, channels, hidden;
+  int64_t height, width, channels, hidden, chunk_size;
   const float *norm_weight, *norm_bias;
   float eps;
   Matrix fc1, fc2;
@@ -27,12 +27,13 @@ struct FeedForward {
     const int64_t row = width * channels, wide = round_up(channels, kColumns);
     Scratch scratch;
     float* tokens = scratch.take((band + 2) * row);
-    Factor normed(fc1, (band + 2) * width, channels, scratch), factor(fc2, band * width, kChunk, scratch);
+    Factor normed(fc1, (band + 2) * width, channels, scratch), factor(fc2, band * width, chunk_size, scratch);
     float* hidden_rows = scratch.take((band + 2) * width * (to - from));
-    float* activated = scratch.take(band * width * kChunk);
+    float* activated = scratch.take(band * width * chunk_size);
     float* sum = scratch.take(band * width * wide);
-    float* zeros = scratch.take(width * kChunk);
-    std::fill_n(zeros, width * kChunk, 0.0f);
+    const int64_t none = std::max(width * chunk_size, wide);
+    float* zeros = scratch.take(none);
+    std::fill_n(zeros, none, 0.0f);
 
     for (int64_t begin = first; begin < last; begin += band) {
       const int64_t rows = std::min(band, last - begin);
@@ -42,8 +43,8 @@ struct FeedForward {
       k.layer_norm((end - known) * width, channels, x + (begin - 1 + known) * row, channels, norm_weight, norm_bias,
                    eps, tokens);
       normed.set(k, 0, (end - known) * width, tokens, channels);
-      for (int64_t c = from; c < to; c += kChunk) {
-        const int64_t chunk = std::min(kChunk, to - c), hidden_row = width * chunk;
+      for (int64_t c = from; c < to; c += chunk_size) {
+        const int64_t chunk = std::min(chunk_size, to - c), hidden_row = width * chunk;
         float* h = hidden_rows + (band + 2) * width * (c - from);
         if (known == 2) std::copy_n(h + band * hidden_row, 2 * hidden_row, h);
         product(k, (end - known) * width, normed, fc1, 0, c, chunk, fc1_bias + c, 0, h + known * hidden_row, chunk);
@@ -58,11 +59,11 @@ struct FeedForward {
           factor.set(k, i * width, width, row, chunk);
         }
         const bool first_chunk = c == from;
-        product(k, rows * width, factor, fc2, c, 0, channels, !first_chunk ? sum : from == 0 ? fc2_bias : nullptr,
+        product(k, rows * width, factor, fc2, c, 0, channels, !first_chunk ? sum : from == 0 ? fc2_bias : zeros,
                 first_chunk ? 0 : wide, sum, wide);
       }
       if (from == 0) {
-        k.add(rows * width, channels, x + begin * row, sum, wide, out + begin * row);
+        k.add(rows * width, channels, x + begin * row, channels, 1.0f, sum, wide, out + begin * row, channels);
       } else {
         for (int64_t i = 0; i < rows * width; ++i)
           std::copy_n(sum + i * wide, channels, out + begin * row + i * channels);
@@ -87,39 +88,43 @@ Tensor feed_forward(const Tensor& x_, const Tensor& norm_weight, const Tensor& n
                                {depthwise, 9 * hidden},
                                {depthwise_bias, hidden},
                                {fc2_bias, round_up(channels, kColumns)}});
+  const Matrix first = packed("fc1", fc1, channels, hidden), second = packed("fc2", fc2, hidden, channels);
+  const int64_t rows = x.size(0) * height, row = x.size(2) * channels, threads = at::get_num_threads();
+  const int64_t row_pieces = std::clamp<int64_t>(rows / kFewRows, 1, threads), wanted = threads / row_pieces;
+  const int64_t chunk_size = second.dtype == at::kFloat && hidden >= wanted * kStrassenDepth ? kStrassenDepth : kChunk;
+  const int64_t chunks = (hidden + chunk_size - 1) / chunk_size, hidden_pieces = std::clamp<int64_t>(wanted, 1, chunks);
   const FeedForward pass{k,
                          height,
                          x.size(2),
                          channels,
                          hidden,
+                         chunk_size,
                          pointer(norm_weight),
                          pointer(norm_bias),
                          static_cast<float>(eps),
-                         packed("fc1", fc1, channels, hidden),
-                         packed("fc2", fc2, hidden, channels),
+                         first,
+                         second,
                          pointer(fc1_bias),
                          pointer(depthwise),
                          pointer(depthwise_bias),
                          pointer(fc2_bias)};
   const Tensor out = at::empty_like(x);
-  const int64_t rows = x.size(0) * height, row = x.size(2) * channels, threads = at::get_num_threads();
-  const int64_t row_pieces = std::clamp<int64_t>(rows / kFewRows, 1, threads), chunks = (hidden + kChunk - 1) / kChunk;
-  const int64_t hidden_pieces = std::clamp<int64_t>(threads / row_pieces, 1, chunks);
   const Tensor rest = at::empty({hidden_pieces - 1, rows * row}, x.options());
   float *sum = out.data_ptr<float>(), *others = rest.data_ptr<float>();
   at::parallel_for(0, row_pieces * hidden_pieces, 1, [&](int64_t begin, int64_t end) {
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t i = piece / hidden_pieces, j = piece % hidden_pieces;
       pass.run(pointer(x), j == 0 ? sum : others + (j - 1) * rows * row, rows * i / row_pieces,
-               rows * (i + 1) / row_pieces, chunks * j / hidden_pieces * kChunk,
-               std::min(hidden, chunks * (j + 1) / hidden_pieces * kChunk));
+               rows * (i + 1) / row_pieces, chunks * j / hidden_pieces * chunk_size,
+               std::min(hidden, chunks * (j + 1) / hidden_pieces * chunk_size));
     }
   });
   if (hidden_pieces > 1) {
     at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
       for (int64_t j = 0; j + 1 < hidden_pieces; ++j) {
         const float* other = others + j * rows * row;
-        k.add((end - begin) * x.size(2), channels, sum + begin * row, other + begin * row, channels, sum + begin * row);
+        k.add((end - begin) * x.size(2), channels, sum + begin * row, channels, 1.0f, other + begin * row, channels,
+              sum + begin * row, channels);
       }
     });
   }

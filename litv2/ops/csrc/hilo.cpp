@@ -139,7 +139,7 @@ void attend(const HiLo& a, const float* x, const float* projected, const float* 
       product(a.k, T, factor, l_proj.weight, 0, 0, Dl, l_proj.bias, 0, sum + Dh, wide);
     }
     a.for_each_row(first, windows, [&](int64_t token, int64_t of_band, int64_t count) {
-      a.k.add(count, C, x + token * C, sum + of_band * wide, wide, out + token * C);
+      a.k.add(count, C, x + token * C, C, 1.0f, sum + of_band * wide, wide, out + token * C, C);
     });
   });
 }

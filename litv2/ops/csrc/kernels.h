@@ -14,10 +14,11 @@ struct Kernels {
   const char* name;
   int64_t panel;
 
-  // C (M x N) = start + A (M x K) B. start has the rows of C, one for all with a stride of 0 (a bias), and may be C; where
-  // it is nullptr the sums start at 0. panel_stride is between panels of B.
+  // C (M x N) = start + more + A (M x K) B. start has the rows of C, one for all with a stride of 0 (a bias), and may be C; more
+  // has rows of one panel and needs N to be one; where one is nullptr it is 0. panel_stride is between panels of B; what is so
+  // far after the last is fetched too.
   void (*product)(int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const float* B, int64_t panel_stride,
-                  const float* start, int64_t start_stride, float* C, int64_t ldc);
+                  const float* start, int64_t start_stride, float* C, int64_t ldc, const float* more);
 
   // Rows of K numbers rounded to the nearest bfloat16 (its bits), one after the other.
   void (*to_bfloat16)(int64_t M, int64_t K, const float* A, int64_t lda, uint16_t* out);
@@ -38,8 +39,12 @@ struct Kernels {
   void (*layer_norm)(int64_t rows, int64_t channels, const float* x, int64_t ldx, const float* weight,
                      const float* bias, float eps, float* out);
 
-  // out = x + y, row by row; y and out may have other strides.
-  void (*add)(int64_t rows, int64_t channels, const float* x, const float* y, int64_t ldy, float* out);
+  // out = x + factor * y, row by row.
+  void (*add)(int64_t rows, int64_t channels, const float* x, int64_t ldx, float factor, const float* y, int64_t ldy, float* out,
+              int64_t ldo);
+
+  // Whether all numbers are finite.
+  bool (*finite)(int64_t rows, int64_t channels, const float* x, int64_t ldx);
 
   // The mean of each `size` rows of `channels`.
   void (*means)(int64_t count, int64_t size, int64_t channels, const float* x, float* out);

@@ -84,16 +84,24 @@ INLINE Vector gelu(Vector x) { return x * normal(x); }
 // d gelu(x) / dx
 INLINE Vector gelu_slope(Vector x) { return normal(x) + x * 0.39894228f * exponential(-0.5f * x * x); }
 
-// R rows of C, one panel wide. B's rows are one panel apart.
-template <int R>
+// R rows of C, one panel wide. B's rows are one panel apart. What is `ahead` of them is fetched into the second cache.
+template <int R, bool Fetch = false>
 INLINE void tile(int64_t K, const float* A, int64_t lda, const float* B, const float* start, int64_t start_stride,
-                 float* C, int64_t ldc) {
+                 const float* more, float* C, int64_t ldc, int64_t ahead = 0) {
   Vector c[R][2];
   for (int i = 0; i < R; ++i) {
     for (int j = 0; j < 2; ++j) c[i][j] = start != nullptr ? load(start + i * start_stride + j * V) : Vector{};
   }
+  if (more != nullptr) {
+    for (int i = 0; i < R; ++i) {
+      for (int j = 0; j < 2; ++j) c[i][j] += load(more + i * kPanel + j * V);
+    }
+  }
   for (int64_t k = 0; k < K; ++k) {
     const Vector b0 = load(B + k * kPanel), b1 = load(B + k * kPanel + V);
+    if constexpr (Fetch) {
+      for (int64_t i = 0; i < kPanel; i += 16) __builtin_prefetch(B + k * kPanel + ahead + i, 0, 2);
+    }
     for (int i = 0; i < R; ++i) {
       const float a = A[i * lda + k];
       c[i][0] += a * b0;
@@ -107,27 +115,32 @@ INLINE void tile(int64_t K, const float* A, int64_t lda, const float* B, const f
 
 template <int R>
 void last_rows(int64_t rows, int64_t K, const float* A, int64_t lda, const float* B, const float* start,
-               int64_t start_stride, float* C, int64_t ldc) {
+               int64_t start_stride, const float* more, float* C, int64_t ldc) {
   if constexpr (R > 0) {
-    if (rows == R) return tile<R>(K, A, lda, B, start, start_stride, C, ldc);
-    last_rows<R - 1>(rows, K, A, lda, B, start, start_stride, C, ldc);
+    if (rows == R) return tile<R>(K, A, lda, B, start, start_stride, more, C, ldc);
+    last_rows<R - 1>(rows, K, A, lda, B, start, start_stride, more, C, ldc);
   }
 }
 
 void product(int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const float* B, int64_t panel_stride,
-             const float* start, int64_t start_stride, float* C, int64_t ldc) {
+             const float* start, int64_t start_stride, float* C, int64_t ldc, const float* more = nullptr) {
   constexpr int64_t kDepth = 512;  // of a panel's part that stays in the first cache
   for (int64_t k = 0; k < K; k += kDepth) {
     const int64_t depth = K - k < kDepth ? K - k : kDepth;
-    if (k > 0) start = C, start_stride = ldc;
+    if (k > 0) start = C, start_stride = ldc, more = nullptr;
     for (int64_t n = 0; n < N; n += kPanel) {
       const float* panel = B + n / kPanel * panel_stride + k * kPanel;
       const auto from = [&](int64_t m) { return start != nullptr ? start + m * start_stride + n : nullptr; };
+      const auto with = [&](int64_t m) { return more != nullptr ? more + m * kPanel + n : nullptr; };
       int64_t m = 0;
+      if (M >= PRODUCT_ROWS) {
+        tile<PRODUCT_ROWS, true>(depth, A + k, lda, panel, from(0), start_stride, with(0), C + n, ldc, panel_stride);
+        m = PRODUCT_ROWS;
+      }
       for (; m + PRODUCT_ROWS <= M; m += PRODUCT_ROWS)
-        tile<PRODUCT_ROWS>(depth, A + m * lda + k, lda, panel, from(m), start_stride, C + m * ldc + n, ldc);
-      last_rows<PRODUCT_ROWS - 1>(M - m, depth, A + m * lda + k, lda, panel, from(m), start_stride, C + m * ldc + n,
-                                  ldc);
+        tile<PRODUCT_ROWS>(depth, A + m * lda + k, lda, panel, from(m), start_stride, with(m), C + m * ldc + n, ldc);
+      last_rows<PRODUCT_ROWS - 1>(M - m, depth, A + m * lda + k, lda, panel, from(m), start_stride, with(m),
+                                  C + m * ldc + n, ldc);
     }
   }
 }
@@ -224,12 +237,24 @@ void layer_norm(int64_t rows, int64_t channels, const float* x, int64_t ldx, con
   }
 }
 
-void add(int64_t rows, int64_t channels, const float* x, const float* y, int64_t ldy, float* out) {
-  for (int64_t row = 0; row < rows; ++row, x += channels, y += ldy, out += channels) {
+void add(int64_t rows, int64_t channels, const float* x, int64_t ldx, float factor, const float* y, int64_t ldy, float* out,
+         int64_t ldo) {
+  for (int64_t row = 0; row < rows; ++row, x += ldx, y += ldy, out += ldo) {
     int64_t c = 0;
-    for (; c + V <= channels; c += V) store(out + c, load(x + c) + load(y + c));
-    for (; c < channels; ++c) out[c] = x[c] + y[c];
+    for (; c + V <= channels; c += V) store(out + c, load(x + c) + factor * load(y + c));
+    for (; c < channels; ++c) out[c] = x[c] + factor * y[c];
   }
+}
+
+bool finite(int64_t rows, int64_t channels, const float* x, int64_t ldx) {
+  Vector strange{};  // NaN from the first that is not
+  float rest = 0;
+  for (int64_t row = 0; row < rows; ++row, x += ldx) {
+    int64_t c = 0;
+    for (; c + V <= channels; c += V) strange += 0.0f * load(x + c);
+    for (; c < channels; ++c) rest += 0.0f * x[c];
+  }
+  return sum(strange) + rest == 0;
 }
 
 void means(int64_t count, int64_t size, int64_t channels, const float* x, float* out) {
@@ -430,6 +455,7 @@ const Kernels KERNELS = {KERNELS_NAME,
                          from_sums,
                          layer_norm,
                          add,
+                         finite,
                          means,
                          gelu_rows,
                          deformed_patches,

@@ -6,7 +6,7 @@
 #ifdef __x86_64__
 #pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,fma")
 #define VECTOR_FLOATS 16
-#define PRODUCT_ROWS 12
+#define PRODUCT_ROWS 14
 #define KERNELS avx512_kernels
 #define KERNELS_NAME "AVX-512"
 #include "kernels.inl"

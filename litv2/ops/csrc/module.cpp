@@ -4,6 +4,10 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <string_view>
 
 #include "operators.h"
@@ -34,12 +38,32 @@ const Kernels& kernels() {
   return chosen;
 }
 
+std::shared_ptr<char> large_pages(int64_t bytes) {
+  const int64_t size = round_up(bytes, kLargePage);
+  std::shared_ptr<char> memory(static_cast<char*>(std::aligned_alloc(kLargePage, size)), std::free);
+  TORCH_CHECK(memory != nullptr, "no memory left for ", size, " bytes");
+#ifdef __linux__
+  madvise(memory.get(), size, MADV_HUGEPAGE);
+#endif
+  return memory;
+}
+
 namespace {
 
-// (N, K) -> (panels, K, panel), see Kernels.
+// Weights, which every call reads.
+Tensor empty_weights(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const int64_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
+  if (bytes < kLargePage / 2) return at::empty(sizes, options);
+  const auto memory = large_pages(bytes);
+  return at::from_blob(memory.get(), sizes, [memory](void*) {}, options);
+}
+
+// (N, K) -> (panels, K, panel), see Kernels, and then for each pair of panels the sums of its quarters that Strassen's algorithm
+// takes: for each kStrassenDepth inputs four, of half the inputs of a panel each.
 Tensor pack_floats(const Tensor& weight) {
   const int64_t N = weight.size(0), K = weight.size(1), panel = kernels().panel, panels = round_up(N, panel) / panel;
-  const Tensor out = at::empty({panels, K, panel}, weight.options());
+  const int64_t pairs = strassen_pairs(K, panels);
+  const Tensor out = empty_weights({panels + 2 * pairs, K, panel}, weight.options());
   const float* from = pointer(weight);
   float* to = out.data_ptr<float>();
   constexpr int64_t kBlock = 16;  // a line of the cache of each row at a time
@@ -57,6 +81,21 @@ Tensor pack_floats(const Tensor& weight) {
       }
     }
   });
+  at::parallel_for(0, pairs, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      for (int64_t k = 0; k < K; k += kStrassenDepth) {
+        const int64_t quarter = std::min(kStrassenDepth, K - k) / 2 * panel;
+        const float *b11 = to + 2 * p * K * panel + k * panel, *b21 = b11 + quarter, *b12 = b11 + K * panel, *b22 = b12 + quarter;
+        float* sums = to + (panels + 2 * p) * K * panel + 2 * k * panel;
+        for (int64_t i = 0; i < quarter; ++i) {
+          sums[i] = b12[i] - b11[i];
+          sums[quarter + i] = b22[i] - sums[i];
+          sums[2 * quarter + i] = b22[i] - b12[i];
+          sums[3 * quarter + i] = b21[i] - sums[quarter + i];
+        }
+      }
+    }
+  });
   return out;
 }
 
@@ -65,7 +104,8 @@ Tensor pack_bfloat16s(const Tensor& weight) {
   const int64_t N = weight.size(0), K = weight.size(1), panels = round_up(N, kColumns) / kColumns;
   TORCH_CHECK_VALUE(K % kInputs == 0, "pack: bfloat16 weights of ", K, " inputs, expected a multiple of ", kInputs);
   const Tensor filled = at::constant_pad_nd(weight, {0, 0, 0, panels * kColumns - N});
-  return filled.view({panels, kColumns, K / 2, 2}).transpose(1, 2).contiguous();
+  return empty_weights({panels, K / 2, kColumns, 2}, weight.options())
+      .copy_(filled.view({panels, kColumns, K / 2, 2}).transpose(1, 2));
 }
 
 Tensor pack(const Tensor& weight) {
@@ -94,6 +134,10 @@ TORCH_LIBRARY_FRAGMENT(litv2, m) {
       "Tensor kv_bias, Tensor h_proj, Tensor h_proj_bias, Tensor l_proj, Tensor l_proj_bias, int h_heads, int l_heads, "
       "int window_size) -> Tensor");
   m.def(
+      "native_blocks(Tensor x, Tensor[] tensors, float[] eps, int h_heads, int l_heads, int window_size) -> Tensor");
+  m.def(
+      "native_classifier(Tensor image, int patch, Tensor[] tensors, float[] eps, int[] stages, int classes) -> Tensor");
+  m.def(
       "native_patch_embed(Tensor image, int patch, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, "
       "float eps) -> "
       "Tensor");
@@ -111,6 +155,8 @@ TORCH_LIBRARY_IMPL(litv2, CPU, m) {
   m.impl("native_pack", pack);
   m.impl("native_feed_forward", feed_forward);
   m.impl("native_hilo", hilo);
+  m.impl("native_blocks", blocks);
+  m.impl("native_classifier", classifier);
   m.impl("native_patch_embed", patch_embed);
   m.impl("native_token_merging", token_merging);
   m.impl("native_depthwise_gelu", depthwise_gelu);
@@ -122,6 +168,13 @@ TORCH_LIBRARY_IMPL(litv2, CPU, m) {
 void keep_freed_blocks() {
   void* volatile block = std::malloc((32 << 20) - (64 << 10));  // volatile: else the compiler leaves out both calls
   std::free(block);
+#ifdef __linux__
+  // The next blocks come from the heap; the pages of this one will be large (large_pages).
+  block = std::malloc((32 << 20) - (128 << 10));
+  const int64_t first = round_up(reinterpret_cast<int64_t>(block), kLargePage);
+  madvise(reinterpret_cast<void*>(first), 28 << 20, MADV_HUGEPAGE);
+  std::free(block);
+#endif
 }
 
 }  // namespace litv2::native

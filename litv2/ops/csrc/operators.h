@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <initializer_list>
+#include <memory>
 #include <numeric>
 #include <string>
 #include <utility>
@@ -26,40 +27,60 @@ inline const float* pointer(const Tensor& tensor) { return tensor.const_data_ptr
 // Of products in lower precision: K is a multiple of it, what a tile of the matrix unit holds.
 constexpr int64_t kInputs = 32;
 
+constexpr int64_t kLargePage = 2 << 20;  // bytes
+
 // The weights (K x N) of a product, packed (module.cpp and packing.py). The dtype is that of the product: both of its factors
 // are rounded to it, sums are float32 or exact.
 struct Matrix {
   at::ScalarType dtype;
   const void* panels;  // float32: of kernels().panel columns; else of kColumns, two (bfloat16) or four (int8) rows interleaved
-  int64_t K;
+  int64_t K, count;    // of the panels
 };
+
+// Strassen's algorithm (product.cpp) takes so many inputs at once, or what is left, and the float32 panels by two. Their number:
+constexpr int64_t kStrassenDepth = 384;
+inline int64_t strassen_pairs(int64_t K, int64_t panels) { return K % 64 == 0 && panels * kernels().panel >= 128 ? panels / 2 : 0; }
+
+// Memory of whole pages of 2 MiB, if the system has such: a processor finds their places in memory, and reads ahead in them,
+// at less cost than in pages of 4 KiB.
+std::shared_ptr<char> large_pages(int64_t bytes);
 
 // Memory of a thread that outlives the call, so that it is not mapped anew for each; what was taken from it is given
 // back at the end of the scope. A taken block stays where it is.
 class Scratch {
  public:
-  Scratch() : before_(memory().used) {}
-  ~Scratch() { memory().used = before_; }
+  Scratch() : before_(memory().position) {}
+  ~Scratch() { memory().position = before_; }
   Scratch(const Scratch&) = delete;
   float* take(int64_t floats) {
-    auto& [blocks, used] = memory();
-    if (used == blocks.size()) blocks.emplace_back();
-    auto& block = blocks[used++];
-    if (static_cast<int64_t>(block.size()) < floats + 16) block.resize(floats + 16);  // 16: to align the address
-    const auto address = reinterpret_cast<uintptr_t>(block.data());
-    return block.data() + (64 - address % 64) % 64 / sizeof(float);
+    auto& [blocks, position] = memory();
+    const int64_t bytes = round_up(floats * sizeof(float), 64);
+    auto& [block, used] = position;
+    if (used > 0 && used + bytes > blocks[block].bytes) ++block, used = 0;
+    if (block == blocks.size()) blocks.emplace_back();
+    if (used + bytes > blocks[block].bytes) blocks[block] = {large_pages(bytes), round_up(bytes, kLargePage)};  // nothing is taken of it
+    used += bytes;
+    return reinterpret_cast<float*>(blocks[block].start.get() + used - bytes);
   }
 
  private:
+  struct Block {
+    std::shared_ptr<char> start;
+    int64_t bytes = 0;
+  };
+  struct Position {
+    size_t block = 0;
+    int64_t used = 0;  // bytes of it
+  };
   struct Memory {
-    std::vector<std::vector<float>> blocks;
-    size_t used = 0;
+    std::vector<Block> blocks;
+    Position position;
   };
   static Memory& memory() {
     static thread_local Memory memory;
     return memory;
   }
-  size_t before_;
+  Position before_;
 };
 
 // The left factor of products with a matrix, A (M x K), rounded as the matrix is, in memory of the scope: room for M x K.
@@ -100,17 +121,17 @@ std::string int8_kernels();
 inline int64_t int8_panel(int64_t K) { return kColumns * (K + 4 + 4 * (K / kInputs)); }
 
 inline Matrix packed(const char* name, const Tensor& weight, int64_t K, int64_t N) {
-  const int64_t panel = kernels().panel, panels = round_up(N, kColumns) / kColumns;
   const auto dtype = weight.scalar_type();
+  const int64_t panel = dtype == at::kFloat ? kernels().panel : kColumns, panels = round_up(N, panel) / panel;
   const bool fits =
-      dtype == at::kFloat ? weight.sizes() == at::IntArrayRef({round_up(N, panel) / panel, K, panel})
+      dtype == at::kFloat ? weight.sizes() == at::IntArrayRef({panels + 2 * strassen_pairs(K, panels), K, panel})
       : K % kInputs != 0  ? false
       : dtype == at::kBFloat16
           ? weight.sizes() == at::IntArrayRef({panels, K / 2, kColumns, 2})
           : dtype == at::kChar && weight.sizes() == at::IntArrayRef({panels, int8_panel(K)});
   TORCH_CHECK_VALUE(fits && weight.is_contiguous(), name, ": ", weight.sizes(), " ", dtype, ", expected weights of ", K,
                     " inputs and ", N, " outputs, packed by litv2.ops.packing.packed");
-  return {dtype, weight.const_data_ptr(), K};
+  return {dtype, weight.const_data_ptr(), K, panels};
 }
 
 inline void check_sizes(const char* name, std::initializer_list<std::pair<Tensor, int64_t>> vectors) {
@@ -135,6 +156,10 @@ Tensor hilo(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias,
             const Tensor& proj_bias, const Tensor& kv, const Tensor& kv_bias, const Tensor& h_proj,
             const Tensor& h_proj_bias, const Tensor& l_proj, const Tensor& l_proj_bias, int64_t h_heads,
             int64_t l_heads, int64_t window_size);
+Tensor blocks(const Tensor& x, at::TensorList tensors, at::ArrayRef<double> eps, int64_t h_heads, int64_t l_heads,
+              int64_t window_size);
+Tensor classifier(const Tensor& image, int64_t patch, at::TensorList tensors, at::ArrayRef<double> eps, at::IntArrayRef stages,
+                  int64_t classes);
 Tensor patch_embed(const Tensor& image, int64_t patch, const Tensor& weight, const Tensor& bias,
                    const Tensor& norm_weight, const Tensor& norm_bias, double eps);
 Tensor token_merging(const Tensor& x, const Tensor& offset_top, const Tensor& offset_bottom, const Tensor& offset_bias,

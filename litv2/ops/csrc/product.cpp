@@ -127,12 +127,78 @@ void Factor::set(const Kernels& k, int64_t first, int64_t count, const float* A,
   }
 }
 
+namespace {
+
+// C (M x N) = start + A (M x depth) B for pairs of panels and even M and depth, by Strassen's algorithm in Winograd's form: of the
+// quarters of A, of B (half the depth of a panel each) and of C, 7 products instead of 8. `sums` are those of B's, see pack_floats.
+void strassen(const Kernels& k, int64_t M, int64_t N, int64_t depth, int64_t K, const float* A, int64_t lda, const float* panels,
+              const float* sums, const float* start, int64_t start_stride, float* C, int64_t ldc) {
+  const int64_t rows = M / 2, half = depth / 2, panel = k.panel, quarter = half * panel;
+  Scratch scratch;
+  const auto take = [&](int64_t columns) { return scratch.take(rows * columns); };
+  float *s1 = take(half), *s2 = take(half), *s3 = take(half), *s4 = take(half), *x = take(panel), *y = take(panel), *z = take(panel);
+  const float *a11 = A, *a12 = A + half, *a21 = A + rows * lda, *a22 = a21 + half;
+  k.add(rows, half, a21, lda, 1.0f, a22, lda, s1, half);
+  k.add(rows, half, s1, half, -1.0f, a11, lda, s2, half);
+  k.add(rows, half, a11, lda, -1.0f, a21, lda, s3, half);
+  k.add(rows, half, a12, lda, -1.0f, s2, half, s4, half);
+  if (!k.finite(rows, half, s4, half)) {  // holds all of A: a token that is not finite would reach others
+    k.product(M, N, depth, A, lda, panels, panel * K, start, start_stride, C, ldc, nullptr);
+    return;
+  }
+  // c = from + more + a b. `next` is what b is next.
+  const auto times = [&](const float* a, int64_t lda, const float* b, const float* next, const float* from, int64_t stride,
+                         const float* more, float* c, int64_t ldc) {
+    k.product(rows, panel, half, a, lda, b, next - b, from, stride, c, ldc, more);
+  };
+  for (int64_t n = 0; n < N; n += 2 * panel) {
+    const float *b11 = panels + n * K, *b21 = b11 + quarter, *b12 = b11 + K * panel, *b22 = b12 + quarter;
+    const float *t1 = sums + n * K, *t2 = t1 + quarter, *t3 = t2 + quarter, *t4 = t3 + quarter;
+    float *c11 = C + n, *c12 = c11 + panel, *c21 = c11 + rows * ldc, *c22 = c21 + panel;
+    const float *from11 = start + n, *from12 = from11 + panel, *from21 = from11 + rows * start_stride, *from22 = from21 + panel;
+    times(a11, lda, b11, b21, nullptr, 0, nullptr, x, panel);
+    times(a12, lda, b21, t2, from11, start_stride, x, c11, ldc);
+    times(s2, half, t2, t3, x, panel, nullptr, x, panel);
+    times(s3, half, t3, t4, x, panel, nullptr, y, panel);
+    times(a22, lda, t4, t1, from21, start_stride, y, c21, ldc);
+    times(s1, half, t1, b22, nullptr, 0, nullptr, z, panel);
+    k.add(rows, panel, y, panel, 1.0f, z, panel, y, panel);
+    k.add(rows, panel, from22, start_stride, 1.0f, y, panel, c22, ldc);
+    k.add(rows, panel, x, panel, 1.0f, z, panel, x, panel);
+    times(s4, half, b22, b11 + 2 * K * panel, from12, start_stride, x, c12, ldc);
+  }
+}
+
+constexpr int64_t kManyRows = 64;  // with fewer Strassen's quarters do not hide the time to read them
+
+void float_product(const Kernels& k, int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const Matrix& B, int64_t row,
+                   int64_t column, const float* start, int64_t start_stride, float* C, int64_t ldc) {
+  const int64_t panel = k.panel, pair = 2 * panel;
+  const float* panels = static_cast<const float*>(B.panels) + column * B.K + row * panel;
+  const auto plain = [&](int64_t m, int64_t M, int64_t n, int64_t N) {
+    k.product(M, N, K, A + m * lda, lda, panels + n * B.K, panel * B.K, start != nullptr ? start + m * start_stride + n : nullptr,
+              start_stride, C + m * ldc + n, ldc, nullptr);
+  };
+  const int64_t pairs = strassen_pairs(B.K, B.count), whole = std::min(N / pair, pairs - column / pair) * pair;
+  const bool blocks = row % kStrassenDepth == 0 && (K % kStrassenDepth == 0 || row + K == B.K) && column % pair == 0;
+  if (M < kManyRows || whole <= 0 || start == nullptr || !blocks) return plain(0, M, 0, N);
+  const int64_t even = M / 2 * 2;
+  plain(even, M - even, 0, N);
+  plain(0, even, whole, N - whole);
+  const float* sums = static_cast<const float*>(B.panels) + (B.count * panel + column) * B.K + 2 * row * panel;
+  for (int64_t k0 = 0; k0 < K; k0 += kStrassenDepth) {
+    strassen(k, even, whole, std::min(kStrassenDepth, K - k0), B.K, A + k0, lda, panels + k0 * panel, sums + 2 * k0 * panel, start,
+             start_stride, C, ldc);
+    start = C, start_stride = ldc;
+  }
+}
+
+}  // namespace
+
 void product(const Kernels& k, int64_t M, const Factor& A, const Matrix& B, int64_t row, int64_t column, int64_t N,
              const float* start, int64_t start_stride, float* C, int64_t ldc) {
-  if (B.dtype == at::kFloat) {
-    const float* panels = static_cast<const float*>(B.panels) + column * B.K + row * k.panel;
-    return k.product(M, N, A.K_, A.floats_, A.lda_, panels, k.panel * B.K, start, start_stride, C, ldc);
-  }
+  if (B.dtype == at::kFloat)
+    return float_product(k, M, N, A.K_, A.floats_, A.lda_, B, row, column, start, start_stride, C, ldc);
   const auto from = [&](int64_t m, int64_t n) { return start != nullptr ? start + m * start_stride + n : nullptr; };
   const Backend& backend = chosen(B.dtype);
   if (B.dtype == at::kBFloat16) {
