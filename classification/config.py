@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
 from yacs.config import CfgNode as CN
 
 import release_keys
 from litv2.errors import UserError, listed
 from optim import LOOKAHEAD, SCHEDULES, optimizer_names
+from plain_yaml import parse
 
 _C = CN()
 _C.BASE = []  # YAML files to load first, relative to the file that names them
@@ -116,6 +118,7 @@ _C.PRINT_FREQ = 50  # steps between log lines
 _C.EVAL_MODE = False  # evaluate and stop; --eval
 _C.THROUGHPUT_MODE = False  # time the model and stop; --throughput
 
+DEEPEST_BASE = 10  # files that name each other as BASE
 _CHOICES = {
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
     "DATA.CACHE_MODE": ("no", "full", "part"),
@@ -213,19 +216,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _of_file(path: Path) -> Iterator[tuple[str, str, Any]]:
-    """Yields (source, key, value) for each value in a YAML file, after those of its BASE files."""
+def _of_file(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[str, str, Any]]:
+    """Yields (source, key, value) for each value in a YAML file, after those of its BASE files; ``above`` are those that led to it."""
     if not path.is_file():
         raise ConfigError(f"there is no configuration file {path}")
+    if len(above) > DEEPEST_BASE:
+        raise ConfigError(f"{path}: BASE files name each other more than {DEEPEST_BASE} deep: {listed(above)}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        content = parse(path.read_text(encoding="utf-8")) or {}
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must contain keys and values, got a {type(content).__name__}")
-    for base in content.pop("BASE", None) or []:
-        if base:  # the release's default is a list of one empty name
-            yield from _of_file(path.parent / base)
+    bases = content.pop("BASE", None) or []
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: BASE must be a list of files, got {bases!r}")
+    for base in filter(None, bases):  # the release's default is a list of one empty name
+        yield from _of_file(path.parent / base, (*above, path))
     for key, value in _flat(content):
         yield str(path), key, value
 
@@ -263,13 +270,14 @@ def _set(config: CN, source: str, key: str, value: Any) -> None:
 def _typed(value: Any, default: Any, name: str, source: str) -> Any:
     """Converts ``value`` to the type of ``default``. Text is parsed as Python ("1e-3" is text in YAML 1.1 and --opts)."""
     if isinstance(value, str) and not isinstance(default, str):
-        try:
-            value = yaml.safe_load(value)
+        with suppress(ValueError):
+            value = parse(value)
             value = float(value) if isinstance(value, str) else value
-        except (yaml.YAMLError, ValueError):
-            pass
     if isinstance(default, float) and type(value) is int:
-        value = float(value)
+        with suppress(OverflowError):
+            value = float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{source}: {name} must be finite, got {value}")
     if isinstance(default, list) and isinstance(value, (list, tuple)) and len(default):
         return [_typed(item, default[0], f"{name}[{i}]", source) for i, item in enumerate(value)]
     if type(value) is not type(default):

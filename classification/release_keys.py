@@ -6,12 +6,13 @@ other keys have the same names here; :func:`translate` handles the few whose val
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
-import yaml
 from yacs.config import CfgNode
 
 from litv2.errors import UserError
+from plain_yaml import parse
 
 __all__ = ["OBSOLETE", "explain", "translate"]
 
@@ -36,7 +37,7 @@ def translate(key: str, value: Any) -> tuple[str, Any] | None:
         UserError: the AMP_OPT_LEVEL is invalid.
     """
     if key == "AMP_OPT_LEVEL":
-        if value not in _AMP:
+        if not isinstance(value, str) or value not in _AMP:
             raise UserError(f"AMP_OPT_LEVEL must be O0, O1 or O2, got {value!r}; this trainer calls it AMP")
         return ("AMP", _AMP[value]) if _AMP[value] else None
     if key == "TRAIN.ACCUMULATION_STEPS" and _plain(value) == 0:
@@ -67,4 +68,6 @@ def _plain(value: Any) -> Any:
     """Parses a value like the release: text from --opts as Python or YAML."""
     if value == "None":
         return None
-    return yaml.safe_load(value) if isinstance(value, str) else value
+    with suppress(UserError):  # what is not YAML is no accepted value either
+        return parse(value) if isinstance(value, str) else value
+    return value

@@ -17,8 +17,24 @@ from collections.abc import Callable, Iterable
 __all__ = ["MissingPackage", "UserError", "listed", "run_program"]
 
 
+LONGEST_MESSAGE = 2000  # characters
+
+
 class UserError(ValueError):
-    """Invalid user input; the message names the value, what was expected and what to do."""
+    """Invalid user input; the message names the value, what was expected and what to do.
+
+    What it quotes may come from an untrusted file: control characters, which could steer a terminal, are shown as ``\\x1b``, and a long
+    message loses its middle.
+    """
+
+    def __str__(self) -> str:
+        text = _shortened(super().__str__())
+        return _shortened("".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in text))
+
+
+def _shortened(text: str) -> str:
+    half = LONGEST_MESSAGE // 2 - 5
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:half]} ... {text[-half:]}"
 
 
 class MissingPackage(UserError, ImportError):

@@ -27,6 +27,8 @@ __all__ = [
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for RGB in [0, 1]
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # that are decoded; for some others Pillow starts programs
+MOST_ELONGATED = 100  # width by height or height by width: a transform enlarges the short side to that of its crop
 CROP = 224 / 256  # side of the crop relative to the short side of the resized image
 
 
@@ -34,15 +36,18 @@ def decode(file: BinaryIO | Image.Image, mode: str) -> Image.Image:
     """Decodes a file (or converts a PIL image) of any mode to a PIL image of ``mode``, RGB or L, with 8 bits per channel.
 
     Raises:
+        UserError: the image has floating-point pixels, or is more elongated than ``MOST_ELONGATED``.
         Exception: the file is damaged; the type varies: OSError, SyntaxError, struct.error ...
     """
     import numpy as np
     from PIL import Image
 
-    image = file if isinstance(file, Image.Image) else Image.open(file)
+    image = file if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS)
+    if max(image.size) > MOST_ELONGATED * min(image.size):
+        raise UserError(f"{image.width} x {image.height} pixels are too elongated: one side may be {MOST_ELONGATED} times the other")
     image.load()
     if image.mode.startswith("I"):  # 16 bits per pixel: PIL's own conversion would clip at 255 and leave a white picture
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     elif image.mode == "F":
         raise UserError("floating-point images have no defined range; save the image with 8 or 16 bits per channel")
     elif image.mode == "P":
@@ -64,7 +69,7 @@ def read_image(path: Path, mode: str = "RGB", upright: bool = False) -> Image.Im
                 return decode(file, mode)
             from PIL import Image, ImageOps
 
-            return decode(ImageOps.exif_transpose(Image.open(file)), mode)
+            return decode(ImageOps.exif_transpose(Image.open(file, formats=FORMATS)), mode)
     except Exception as error:  # for damaged files, decoders raise all kinds of exceptions
         reason = getattr(error, "strerror", None) or re.sub(r" <.*>", "", str(error))  # PIL names the object that it read from
         raise UserError(f"{path} cannot be read as an image: {reason}") from error

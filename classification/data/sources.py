@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +26,8 @@ from litv2.errors import UserError
 
 STREAMING = ("wds/", "hfids/", "tfds/")
 FOLDERS = ("folder", "imagenet", "imagenet100")  # DATA_PATH/SPLIT/CLASS/IMAGE, by any of these names
+LARGEST_CLASS = 100_000  # number of a class in a listing: each has an output of the network
+LARGEST_FILE = 1 << 28  # bytes of an encoded image in an archive, which may expand a small file to any size
 CIFAR = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "cifar": "CIFAR100"}  # torchvision's classes
 
 
@@ -140,7 +144,10 @@ def _tar(config: CfgNode, split: str, class_names: list[str] | None = None) -> L
     path = _data_path(config) / f"{split}.tar"
     if not path.is_file():
         raise DataError(f"there is no archive {path}")
-    reader = ReaderImageInTar(str(path), class_map="", cache_tarinfo=False)  # caching would write a pickle beside the archive
+    try:
+        reader = ReaderImageInTar(str(path), class_map="", cache_tarinfo=False)  # caching would write a pickle beside the archive
+    except Exception as error:  # of a damaged archive tarfile and the reader raise nearly anything
+        raise DataError(f"{path} cannot be read as a tar archive with CLASS/IMAGE inside: {error}") from error
     found = [reader.class_idx_to_name[i] for i in range(len(reader.class_idx_to_name))]
     numbers = _number_classes(found, class_names, path)
     renumber = [numbers[name] for name in found]
@@ -187,10 +194,14 @@ def _zip(config: CfgNode, split: str) -> ListSource:
         if not path.is_file():
             raise DataError(f"there is no {path}; --zip needs {split}.zip and {split}_map.txt in --data-path")
     samples = []
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = listing.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{listing} is not a text in UTF-8: {error}") from error
+    for number, line in enumerate(lines, start=1):
         name, tab, target = line.partition("\t")
-        if not tab or not target.strip().isdigit():
-            raise DataError(f"{listing}, line {number}: expected path<TAB>class number, got {line!r}")
+        if not tab or not re.fullmatch(r"[0-9]{1,7}", target.strip()) or int(target) > LARGEST_CLASS:
+            raise DataError(f"{listing}, line {number}: expected path<TAB>class number, at most {LARGEST_CLASS}, got {line!r}")
         samples.append((name, int(target)))
     if not samples:
         raise DataError(f"{listing} lists no images")
@@ -211,17 +222,28 @@ class _ZipReader:
         self.archive = archive
         self._file: tuple[int, zipfile.ZipFile] | None = None
         self._cache: dict[str, bytes] = {}
+        try:
+            self._open()
+        except Exception as error:  # zipfile has several types, and so has struct
+            raise DataError(f"{archive} cannot be read as a zip archive: {error}") from error
         if cache_mode != "no":
-            share = names if cache_mode == "full" else names[distributed.rank() :: distributed.world_size()]
-            self._cache = {name: self._read(name) for name in share}
+            for name in names if cache_mode == "full" else names[distributed.rank() :: distributed.world_size()]:
+                with suppress(Exception):  # of a damaged entry, which is reported when it is asked for
+                    self._cache[name] = self._read(name)
 
     def __call__(self, name: str) -> BinaryIO:
         return io.BytesIO(self._cache.get(name) or self._read(name))
 
-    def _read(self, name: str) -> bytes:
+    def _open(self) -> zipfile.ZipFile:
         if self._file is None or self._file[0] != os.getpid():
             self._file = (os.getpid(), zipfile.ZipFile(self.archive))
-        return self._file[1].read(name)
+        return self._file[1]
+
+    def _read(self, name: str) -> bytes:
+        archive = self._open()
+        if archive.getinfo(name).file_size > LARGEST_FILE:
+            raise DataError(f"it has more than {LARGEST_FILE >> 20} MiB")
+        return archive.read(name)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_file": None}

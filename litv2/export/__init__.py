@@ -11,7 +11,11 @@ import dataclasses
 import importlib
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from torch import Tensor
 
 from ..errors import UserError
 from .format import Format, Run
@@ -80,8 +84,31 @@ def suffix(format: str) -> str:
 
 
 def load(format: str, path: str | Path) -> Run:
-    """Loads an exported file in its runtime on the CPU, as a function: images (B, C, H, W) -> tuple of tensors."""
-    return _format(format).load(Path(path))
+    """Loads an exported file in its runtime on the CPU, as a function: images (B, C, H, W) -> tuple of tensors.
+
+    A file is a program for its runtime, and one of ``torch-export`` may run any code: load only those that you trust.
+
+    Raises:
+        UserError: the file cannot be loaded, or not be run on these images.
+    """
+    loader = _format(format).load
+    with _reported(f"{path} cannot be loaded as {format}"):
+        run = loader(Path(path))
+
+    def checked(images: Tensor) -> tuple[Tensor, ...]:
+        with _reported(f"{path} cannot be run on images of shape {tuple(images.shape)}"):
+            return run(images)
+
+    return checked
+
+
+@contextmanager
+def _reported(what: str) -> Iterator[None]:
+    """Reports whatever a runtime raises, of a type of its own, in one line."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def _format(format: str) -> Format:

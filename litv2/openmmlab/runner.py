@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from ..files import atomic_write
 from ..weights.download import fetch
 from ..weights.reading import read_checkpoint
 from ..weights.state_dict import load_weights
+from .annotations import check_annotations, read_annotations
 from .exact_loops import ExactEpochLoop, ExactIterLoop
 
 __all__ = ["StrictRunner", "load_checkpoint"]
@@ -189,9 +189,9 @@ class StrictRunner(Runner):
             return dataloader
         try:
             loader = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
-        except (OSError, ValueError, KeyError, AssertionError, TypeError) as error:
+        except Exception as error:  # mmdet reads a COCO file without checks and raises whatever its content leads to
             # for an empty data set, mmengine fails with this error of numpy's
-            reason = "it has no samples" if "need at least one array" in str(error) else error
+            reason = "it has no samples" if "need at least one array" in str(error) else f"{type(error).__name__}: {error}"
             raise UserError(f"the data set {_describe(dataloader['dataset'])} cannot be read: {reason}") from error
         for dataset in _datasets(loader.dataset):
             _check_data(dataset)
@@ -232,12 +232,15 @@ def _describe(dataset: Dataset | dict) -> str:
 
 
 def _check_data(dataset: BaseDataset) -> None:
-    """Raises UserError if a data set is empty, or its classes are not categories of its COCO file, in the order of the file."""
+    """Raises UserError if a data set is empty, or its COCO file is not one, or has other classes or another order of them."""
     classes = list(dataset.metainfo.get("classes") or ())
-    if hasattr(dataset, "cat_ids") and (len(dataset.cat_ids) != len(classes) or classes != list(type(dataset).METAINFO["classes"])):
-        categories = [category["name"] for category in json.loads(Path(dataset.ann_file).read_text()).get("categories", ())]
+    if hasattr(dataset, "cat_ids"):
+        content = read_annotations(dataset.ann_file)
+        check_annotations(dataset.ann_file, content)
+        categories = [category.get("name") for category in content["categories"]]
         in_file = [name for name in categories if name in classes]
-        if in_file != classes:  # mmdet numbers classes in the order of the file, not in that of the names
+        published = len(dataset.cat_ids) == len(classes) and classes == list(type(dataset).METAINFO["classes"])
+        if in_file != classes and not published:  # mmdet numbers classes in the order of the file, not in that of the names
             raise UserError(
                 f"the categories in {dataset.ann_file} are {listed(categories) or 'none (is it a COCO annotation file?)'}, but the data "
                 f"set's classes are {listed(classes)}; set its metainfo=dict(classes=...) to category names, in the order of the file"

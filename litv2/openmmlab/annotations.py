@@ -1,0 +1,85 @@
+"""Checks a COCO file before its masks reach pycocotools, whose C code would crash on coordinates far outside of the image."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pycocotools import mask
+
+from ..errors import UserError
+
+__all__ = ["check_annotations", "read_annotations"]
+
+LARGEST_SIDE = 1 << 16  # pixels
+
+
+def read_annotations(path: str | Path) -> dict:
+    """Returns the content of a COCO file, whose images, annotations and categories are lists of dictionaries.
+
+    Raises:
+        UserError: it is not such a file.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a JSON file: {error}") from error
+    for key in ("images", "annotations", "categories"):
+        entries = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise UserError(f"{path} is not a COCO annotation file: its {key!r} are not a list of dictionaries")
+    return content
+
+
+def check_annotations(path: str | Path, content: dict) -> None:
+    """Checks the sizes of the images, and the boxes and masks of the annotations, in the content of a COCO file.
+
+    Raises:
+        UserError: one is not as COCO defines it; the message names it.
+    """
+    sizes = {}
+    for image in content["images"]:
+        size = image.get("height"), image.get("width")
+        if not all(type(side) is int and 0 < side <= LARGEST_SIDE for side in size):
+            raise UserError(f"{path}: the image {image.get('id')!r} needs a width and a height from 1 to {LARGEST_SIDE} pixels, got {image!r}")
+        sizes[_number(image.get("id"), f"{path}: the id of an image")] = size
+    for annotation in content["annotations"]:
+        where = f"{path}: the annotation {annotation.get('id')!r}"
+        number = _number(annotation.get("image_id"), f"{where}: image_id")
+        if number not in sizes:
+            raise UserError(f"{where} is of the image {number}, which is not among the images")
+        if not _numbers(annotation.get("bbox"), 2 * LARGEST_SIDE) or len(annotation["bbox"]) != 4:
+            raise UserError(f"{where}: bbox must be four numbers, left, top, width and height in pixels, got {annotation.get('bbox')!r}")
+        if (segmentation := annotation.get("segmentation")) is not None:
+            _check_mask(where, segmentation, *sizes[number])
+
+
+def _check_mask(where: str, segmentation: Any, height: int, width: int) -> None:
+    if isinstance(segmentation, list):
+        for polygon in segmentation:
+            if not _numbers(polygon, 2 * max(height, width)):
+                raise UserError(f"{where}: a polygon must be a list of x, y in and near the image of {width} x {height} pixels, got {polygon!r}")
+        return
+    counts = segmentation.get("counts") if isinstance(segmentation, dict) else None
+    valid = isinstance(counts, (list, str)) and segmentation.get("size") == [height, width]
+    if valid and isinstance(counts, list):
+        valid = all(type(count) is int and count >= 0 for count in counts) and sum(counts) == height * width
+    elif valid:
+        try:
+            mask.decode(segmentation)
+        except ValueError:
+            valid = False
+    if not valid:
+        raise UserError(f"{where}: segmentation must be polygons, or run lengths that fill an image of {width} x {height} pixels")
+
+
+def _number(value: Any, what: str) -> int:
+    if type(value) is not int:
+        raise UserError(f"{what} must be a whole number, got {value!r}")
+    return value
+
+
+def _numbers(values: Any, largest: int) -> bool:
+    """Whether these are numbers in [-largest, largest]."""
+    return isinstance(values, list) and all(type(value) in (int, float) and -largest <= value <= largest for value in values)
