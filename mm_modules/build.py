@@ -32,6 +32,10 @@ SAMPLE = "mm_modules/DCN/csrc/sample.h"  # part of one extension, included by th
 # No debugging symbols, which are most of a library's size. Compiled with -fopenmp (otherwise at::parallel_for is serial) but linked
 # without it: the symbols come from torch's own OpenMP runtime, and a second runtime would add a second thread pool.
 COMMON_FLAGS = ["-g0"] if sys.platform == "darwin" else ["-g0", "-fopenmp"]
+# For tests: LITV2_SANITIZE=address,undefined builds, and loads, libraries with GCC's checks (tests/sanitizers.py).
+SANITIZE = os.environ.get("LITV2_SANITIZE", "")
+if SANITIZE:
+    COMMON_FLAGS += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g1", "-O1"]
 
 
 def folder_of(name: str) -> Path:
@@ -105,6 +109,7 @@ def setup_arguments(*names: str) -> dict:
             depends=sorted(map(str, headers)),
             include_dirs=[str((ROOT / SAMPLE).parent)],
             extra_compile_args=flags,
+            extra_link_args=[f"-fsanitize={SANITIZE}"] if SANITIZE else [],
         )
         if not with_cuda:
             return cpp_extension.CppExtension(name, files, **arguments)

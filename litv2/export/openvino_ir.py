@@ -23,7 +23,8 @@ def write(network: Network, path: Path, settings: Settings) -> None:
     graph = path.with_suffix(".onnx")
     half = settings.dtype == "float16"
     onnx_graph.write_standard(network, graph, replace(settings, dtype="float32") if half else settings)
-    openvino.save_model(openvino.convert_model(graph), path, compress_to_fp16=half)
+    # Not by convert_model, which would report its use to a server.
+    openvino.save_model(openvino.Core().read_model(graph), path, compress_to_fp16=half)
     graph.unlink()
 
 

@@ -86,7 +86,7 @@ def _check_zip(path: Path, size: int) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, OverflowError, struct.error, OSError) as error:
+    except Exception as error:  # BadZipFile, NotImplementedError, struct.error, UnicodeDecodeError ...
         raise UserError(f"the zip archive is damaged: {error}") from error
     names = [entry.filename for entry in entries]
     if twice := [name for name, count in Counter(names).items() if count > 1]:

@@ -13,6 +13,7 @@ own. An input is a function of the seed, the reader and its number. Counted per 
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import multiprocessing
 import os
@@ -74,7 +75,7 @@ class Guard:
                 return f"writes {path}"
         if event == "exec" and isinstance(details[0], CodeType) and details[0].co_filename == "<string>":
             caller = traceback.extract_stack(limit=3)[0]
-            if caller.filename != typing.__file__:  # the annotations of a class
+            if caller.filename not in (typing.__file__, collections.__file__):  # the classes of a module that is imported on demand
                 return f"runs the code of {details[0].co_names} ({Path(caller.filename).name}:{caller.lineno})"
         return None
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
+import pickletools
 import shutil
 import tarfile
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,6 +29,9 @@ from .fuzz_mutation import Mutation, changed_tree, damaged, in_json, in_pickle, 
 __all__ = ["READERS", "Reader"]
 
 ROOT = Path(__file__).resolve().parents[2]
+PIXEL = 16  # bytes at most, of an image that is decoded, converted and transformed
+IMAGE = 2 * Image.MAX_IMAGE_PIXELS * PIXEL >> 20  # MiB for the largest image that Pillow decodes
+UPLOAD = 50_000_000 * PIXEL >> 20  # MiB for the largest that the page takes
 
 
 @dataclass(frozen=True)
@@ -185,21 +189,14 @@ def _old_mutation(random: Random, seeds) -> bytes:
     rest, parts = random.choice(seeds), []
     for _ in range(5):
         stream = io.BytesIO(rest)
-        pickle.Unpickler.persistent_load = None
-        end = _end_of_pickle(stream)
+        for _ in pickletools.genops(stream):
+            pass
+        end = stream.tell()
         parts.append(rest[:end])
         rest = rest[end:]
     at = random.choice((2, 3, 3, 3, 4))
     parts[at] = in_pickle(random, [parts[at]])
     return b"".join(parts) + rest
-
-
-def _end_of_pickle(stream: io.BytesIO) -> int:
-    import pickletools
-
-    for _ in pickletools.genops(stream):
-        pass
-    return stream.tell()
 
 
 def _safetensors() -> list[bytes]:
@@ -420,10 +417,9 @@ class _Small(torch.nn.Module):
 
 def _exported(format: str, suffix: str, mutation: Mutation) -> Callable:
     def prepare(folder: Path):
-        from litv2.export import Network, Settings, load
-        from litv2.export import onnx_graph, openvino_ir, torch_program
+        from litv2.export import FORMATS, Network, Settings, load
 
-        write = {"onnx": onnx_graph.write, "openvino": openvino_ir.write, "torch-export": torch_program.write}[format]
+        write = import_module(f"litv2.export.{FORMATS[format][0]}").write
         network = Network(_Small(), _Small(), ("features",), smallest=4)
         path = folder / f"input{suffix}"
         write(network, path, Settings(image_size=(8, 8), dynamic=()))
@@ -442,13 +438,13 @@ def _in_program(name: str) -> Mutation:
 
 
 READERS = {
-    "image: PNG": Reader(120, 64, "input.png", _image_reader(("PNG", "RGB"), ("PNG", "P"), ("PNG", "I;16"), ("PNG", "RGBA"), ("PNG", "1"))),
-    "image: JPEG, WebP": Reader(80, 64, "input.jpg", _image_reader(("JPEG", "RGB"), ("JPEG", "CMYK"), ("WEBP", "RGB"), ("WEBP", "RGBA"))),
+    "image: PNG": Reader(120, IMAGE, "input.png", _image_reader(("PNG", "RGB"), ("PNG", "P"), ("PNG", "I;16"), ("PNG", "RGBA"), ("PNG", "1"))),
+    "image: JPEG, WebP": Reader(80, IMAGE, "input.jpg", _image_reader(("JPEG", "RGB"), ("JPEG", "CMYK"), ("WEBP", "RGB"), ("WEBP", "RGBA"))),
     "image: GIF, BMP, TIFF, PPM": Reader(
-        80, 64, "input.bmp", _image_reader(("GIF", "P"), ("BMP", "RGB"), ("BMP", "P"), ("TIFF", "RGB"), ("TIFF", "I;16"), ("PPM", "RGB"))
+        80, IMAGE, "input.bmp", _image_reader(("GIF", "P"), ("BMP", "RGB"), ("BMP", "P"), ("TIFF", "RGB"), ("TIFF", "I;16"), ("PPM", "RGB"))
     ),
-    "trainer's image": Reader(40, 64, "train/cat/0.png", _loader),
-    "upload to the page": Reader(20, 64, "input.png", _page),
+    "trainer's image": Reader(40, IMAGE, "train/cat/0.png", _loader),
+    "upload to the page": Reader(20, UPLOAD, "input.png", _page),
     "pickle check": Reader(250, 16, "input.pth", _pickles),
     "checkpoint, zip": Reader(100, 16, "input.pth", _checkpoint(lambda: [_saved(content) for content in _contents()], in_zip(_inside))),
     "checkpoint, before torch 1.6": Reader(
@@ -457,9 +453,9 @@ READERS = {
     "checkpoint, mmengine": Reader(20, 16, "input.pth", _checkpoint(_mmengine, in_zip(_inside), mmengine=True)),
     "checkpoint, safetensors": Reader(100, 16, "input.safetensors", _checkpoint(_safetensors, in_safetensors)),
     "classifier's content": Reader(5, 64, "input.pth", _classifiers),
-    "zip data set": Reader(30, 16, "train.zip", _zips),
+    "zip data set": Reader(30, IMAGE, "train.zip", _zips),
     "its listing": Reader(20, 16, "train_map.txt", _listings),
-    "tar data set": Reader(15, 16, "train.tar", _tars),
+    "tar data set": Reader(15, IMAGE, "train.tar", _tars),
     "COCO annotations": Reader(5, 64, "input.json", _coco),
     "configuration, YAML": Reader(10, 64, "input.yaml", _yaml),
     "configuration, --opts": Reader(20, 64, "input.txt", _options),
