@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ __all__ = [
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for RGB in [0, 1]
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # that are decoded; for some others Pillow starts programs
+PIXELS = 89_478_485  # of an image at most, where Pillow only warns: a file of 1 KiB may take 12 bytes for each
 MOST_ELONGATED = 100  # width by height or height by width: a transform enlarges the short side to that of its crop
 CROP = 224 / 256  # side of the crop relative to the short side of the resized image
 
@@ -36,13 +38,13 @@ def decode(file: BinaryIO | Image.Image, mode: str) -> Image.Image:
     """Decodes a file (or converts a PIL image) of any mode to a PIL image of ``mode``, RGB or L, with 8 bits per channel.
 
     Raises:
-        UserError: the image has floating-point pixels, or is more elongated than ``MOST_ELONGATED``.
+        UserError: the image has floating-point pixels, more than ``PIXELS``, or is more elongated than ``MOST_ELONGATED``.
         Exception: the file is damaged; the type varies: OSError, SyntaxError, struct.error ...
     """
     import numpy as np
     from PIL import Image
 
-    image = file if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS)
+    image = file if isinstance(file, Image.Image) else _opened(file)
     if max(image.size) > MOST_ELONGATED * min(image.size):
         raise UserError(f"{image.width} x {image.height} pixels are too elongated: one side may be {MOST_ELONGATED} times the other")
     image.load()
@@ -52,9 +54,18 @@ def decode(file: BinaryIO | Image.Image, mode: str) -> Image.Image:
         raise UserError("floating-point images have no defined range; save the image with 8 or 16 bits per channel")
     elif image.mode == "P":
         image = image.convert("RGBA")  # resolves the palette and its transparency
-    if not isinstance(file, Image.Image):
-        file.close()
     return image.convert(mode)
+
+
+def _opened(file: BinaryIO) -> Image.Image:
+    """Opens an image of one of the FORMATS and of up to PIXELS, and closes the file."""
+    from PIL import Image
+
+    with file:  # read at once: from a file itself, Pillow's read of a length in a damaged one would allocate up to 4 GiB
+        image = Image.open(io.BytesIO(file.read()), formats=FORMATS)
+    if image.width * image.height > PIXELS:
+        raise UserError(f"{image.width} x {image.height} pixels are too many: an image may have {PIXELS // 10**6} million")
+    return image
 
 
 def read_image(path: Path, mode: str = "RGB", upright: bool = False) -> Image.Image:
@@ -64,12 +75,12 @@ def read_image(path: Path, mode: str = "RGB", upright: bool = False) -> Image.Im
         UserError: it is missing, or damaged, or no image.
     """
     try:
-        with open(path, "rb") as file:
-            if not upright:
-                return decode(file, mode)
-            from PIL import Image, ImageOps
+        file = open(path, "rb")
+        if not upright:
+            return decode(file, mode)
+        from PIL import ImageOps
 
-            return decode(ImageOps.exif_transpose(Image.open(file, formats=FORMATS)), mode)
+        return decode(ImageOps.exif_transpose(_opened(file)), mode)
     except Exception as error:  # for damaged files, decoders raise all kinds of exceptions
         reason = getattr(error, "strerror", None) or re.sub(r" <.*>", "", str(error))  # PIL names the object that it read from
         raise UserError(f"{path} cannot be read as an image: {reason}") from error

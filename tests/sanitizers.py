@@ -22,21 +22,20 @@ LEFT_OUT = "not compiled and not opcheck and not export and not memory"
 
 
 def main(arguments: list[str]) -> int:
-    environment = {**os.environ, "LITV2_SANITIZE": CHECKS, "LITV2_DCN_CUDA": "0", "OMP_NUM_THREADS": "1"}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    subprocess.run([sys.executable, "-m", "litv2", "build"], cwd=ROOT, env=environment, check=True)
     libraries = [
         subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
     ]
+    environment = {**os.environ, "LITV2_SANITIZE": CHECKS, "LITV2_DCN_CUDA": "0", "OMP_NUM_THREADS": "1"}
+    environment |= {"LD_PRELOAD": " ".join(libraries), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    build = [sys.executable, "-m", "litv2", "build"]
+    subprocess.run(build, cwd=ROOT, env={**environment, "ASAN_OPTIONS": "detect_leaks=0"}, stdout=subprocess.DEVNULL, check=True)
     failed = False
     print(f"{'kernels':10} {'passed':>7} {'failed':>7} {'reports':>8}")
     for kernels in ("baseline", "AVX2", "AVX-512"):
         with tempfile.TemporaryDirectory() as folder:
-            # Python itself, which is not built for it, frees little at its end; RecursionError is tested, which needs a larger stack.
             checks = dict(
-                LD_PRELOAD=" ".join(libraries),
-                ASAN_OPTIONS=f"detect_leaks=0:log_path={folder}/report",
+                ASAN_OPTIONS=f"detect_leaks=0:log_path={folder}/report",  # Python frees little at its end
                 UBSAN_OPTIONS=f"print_stacktrace=1:log_path={folder}/report",
                 LITV2_NATIVE_KERNELS=kernels,
             )

@@ -50,6 +50,7 @@ def _compile(name: str, library: Path) -> None:
         print(f"compiling {name}, which takes about a minute", file=sys.stderr, flush=True)
         command = [sys.executable, str(folder / "setup.py"), "build_ext", "--build-lib", f"{work}/lib", "--build-temp", f"{work}/temp"]
         environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # the package folder may belong to another user
+        environment.pop("LD_PRELOAD", None)  # of tests/sanitizers.py, for this process, which loads what it has built
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
         if done.returncode != 0:
             print(done.stdout, file=sys.stderr)

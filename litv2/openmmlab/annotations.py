@@ -32,8 +32,11 @@ def read_annotations(path: str | Path) -> dict:
     return content
 
 
-def check_annotations(path: str | Path, content: dict) -> None:
+def check_annotations(path: str | Path, content: dict, with_masks: bool) -> None:
     """Checks the sizes of the images, and the boxes and masks of the annotations, in the content of a COCO file.
+
+    Args:
+        with_masks: whether every annotation must have one.
 
     Raises:
         UserError: one is not as COCO defines it; the message names it.
@@ -51,8 +54,10 @@ def check_annotations(path: str | Path, content: dict) -> None:
             raise UserError(f"{where} is of the image {number}, which is not among the images")
         if not _numbers(annotation.get("bbox"), 2 * LARGEST_SIDE) or len(annotation["bbox"]) != 4:
             raise UserError(f"{where}: bbox must be four numbers, left, top, width and height in pixels, got {annotation.get('bbox')!r}")
-        if (segmentation := annotation.get("segmentation")) is not None:
+        if segmentation := annotation.get("segmentation"):
             _check_mask(where, segmentation, *sizes[number])
+        elif with_masks:
+            raise UserError(f"{where} has no segmentation, from which the data set's pipeline makes a mask")
 
 
 def _check_mask(where: str, segmentation: Any, height: int, width: int) -> None:

@@ -236,7 +236,8 @@ def _check_data(dataset: BaseDataset) -> None:
     classes = list(dataset.metainfo.get("classes") or ())
     if hasattr(dataset, "cat_ids"):
         content = read_annotations(dataset.ann_file)
-        check_annotations(dataset.ann_file, content)
+        with_masks = any(getattr(step, "with_mask", False) for step in dataset.pipeline.transforms)
+        check_annotations(dataset.ann_file, content, with_masks)
         categories = [category.get("name") for category in content["categories"]]
         in_file = [name for name in categories if name in classes]
         published = len(dataset.cat_ids) == len(classes) and classes == list(type(dataset).METAINFO["classes"])

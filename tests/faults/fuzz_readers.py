@@ -24,13 +24,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from litv2.preprocess import PIXELS
+
 from .fuzz_mutation import Mutation, changed_tree, damaged, in_json, in_pickle, in_png, in_safetensors, in_tar, in_text, in_yaml, in_zip
 
 __all__ = ["READERS", "Reader"]
 
 ROOT = Path(__file__).resolve().parents[2]
 PIXEL = 16  # bytes at most, of an image that is decoded, converted and transformed
-IMAGE = 2 * Image.MAX_IMAGE_PIXELS * PIXEL >> 20  # MiB for the largest image that Pillow decodes
+IMAGE = PIXELS * PIXEL >> 20  # MiB for the largest image that is read
 UPLOAD = 50_000_000 * PIXEL >> 20  # MiB for the largest that the page takes
 
 
@@ -43,12 +45,14 @@ class Reader:
         mebibytes: that it may take beyond twice the size of the file.
         file: the name of the damaged file in the folder of the run.
         prepare: called once with that folder; returns the valid files, the mutation, and the function that reads the file.
+        program: whether the file is a program in Python, as its reader says; then its code is run.
     """
 
     share: int
     mebibytes: int
     file: str
     prepare: Callable[[Path], tuple[list[bytes], Mutation, Callable[[Path], Any]]]
+    program: bool = False
 
 
 # Images
@@ -356,12 +360,13 @@ def _coco(folder: Path):
         content["images"].append(dict(id=number, file_name=f"{number}.jpg", width=80, height=64))
         box = dict(bbox=[6, 10, 40, 30], area=1200, segmentation=mask, iscrowd=0)
         content["annotations"].append(dict(id=number, image_id=number, category_id=10 * number + 1, **box))
-    load = TRANSFORMS.build(dict(type="LoadAnnotations", with_bbox=True, with_mask=True))
+    step = dict(type="LoadAnnotations", with_bbox=True, with_mask=True)
+    load = TRANSFORMS.build(step)
 
     def read(path: Path):
         dataset = dict(
             type="CocoDataset", ann_file=str(path), data_prefix=dict(img=str(folder)), metainfo=dict(classes=("cat", "dog")),
-            filter_cfg=dict(filter_empty_gt=True, min_size=1), pipeline=[],
+            filter_cfg=dict(filter_empty_gt=True, min_size=1), pipeline=[step],
         )  # fmt: skip
         loader = StrictRunner.build_dataloader(dict(batch_size=1, num_workers=0, dataset=dataset, sampler=dict(type="DefaultSampler")))
         for number in range(len(loader.dataset)):
@@ -461,5 +466,5 @@ READERS = {
     "configuration, --opts": Reader(20, 64, "input.txt", _options),
     "graph, ONNX": Reader(3, 256, "input.onnx", _exported("onnx", ".onnx", damaged)),
     "graph, OpenVINO": Reader(1, 256, "input.xml", _exported("openvino", ".xml", in_text)),
-    "graph, torch.export": Reader(1, 256, "input.pt2", _exported("torch-export", ".pt2", in_zip(_in_program))),
+    "graph, torch.export": Reader(1, 256, "input.pt2", _exported("torch-export", ".pt2", in_zip(_in_program)), program=True),
 }
