@@ -3,6 +3,10 @@
 # make site CHECKPOINT=FILE   writes output/site, a page that runs this classifier in the browser; needs npm
 # make test   sets up everything, compiles the native operators and runs the checks (ruff, mypy) and the whole test suite
 # make test-core   of the tests those of the core alone: without OpenMMLab's packages, the runtimes of exports and the examples'
+# make sanitize    runs the native operators' tests with the compiler's checks of memory and undefined behaviour; needs GCC on Linux
+# make locks       renews locks/: every package that each requirements file leads to, with its version and hashes
+# make audit       looks for known vulnerabilities of the locked packages, where the data can be had
+# make sbom        writes output/sbom.json, what is installed in .venv, in CycloneDX's format
 # All reuse what an earlier call has set up. PYTHON=... chooses the interpreter.
 
 PYTHON ?= python3
@@ -10,7 +14,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 DEMO := output/litv2_digits/default
 
-.PHONY: demo mm site test test-core operators checkpoint
+.PHONY: demo mm site test test-core operators checkpoint sanitize locks audit sbom
 
 demo: .venv/ready
 	@$(BIN)/python -m litv2 build || echo "going on without the native operators: torch's own compute the same, more slowly"
@@ -41,6 +45,25 @@ test: .venv/test operators .venv/mm .venv/examples
 test-core: .venv/test operators
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not extra" --ignore=tests/detection --ignore=tests/segmentation --ignore=tests/litv2/test_backbone.py
 
+sanitize: .venv/test
+	$(BIN)/python -m tests.sanitizers
+
+# For Linux, where the tests are run. mmcv is built from its source, by scripts/build_mmcv.sh.
+LOCK := $(BIN)/python -m uv pip compile --quiet --generate-hashes --upgrade --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	--no-header --no-annotate
+locks: .venv/supply
+	mkdir -p locks
+	for name in requirements requirements-export requirements-explain requirements-examples requirements-test requirements-supply; do \
+		$(LOCK) $$name.txt --output-file locks/$$name.txt || exit; done
+	VIRTUAL_ENV=.venv $(LOCK) --no-build-isolation requirements-mm.txt -c requirements.txt --output-file locks/requirements-mm.txt
+
+audit: .venv/supply
+	$(BIN)/python scripts/audit.py locks/*.txt
+
+sbom: .venv/supply
+	mkdir -p output
+	$(BIN)/python -m cyclonedx_py environment --output-format JSON --output-file output/sbom.json
+
 # Into the user's cache folder, which knows by itself what is there already: several clones share one build.
 operators: .venv/ready
 	$(BIN)/python -m litv2 build
@@ -53,6 +76,10 @@ operators: .venv/ready
 
 .venv/test: .venv/ready requirements-test.txt requirements-export.txt requirements-explain.txt
 	$(PIP) install -r requirements-test.txt
+	touch $@
+
+.venv/supply: .venv/ready requirements-supply.txt
+	$(PIP) install -r requirements-supply.txt
 	touch $@
 
 .venv/export: .venv/ready requirements-export.txt

@@ -75,12 +75,12 @@ def read_image(path: Path, mode: str = "RGB", upright: bool = False) -> Image.Im
         UserError: it is missing, or damaged, or no image.
     """
     try:
-        file = open(path, "rb")
-        if not upright:
-            return decode(file, mode)
-        from PIL import ImageOps
+        with open(path, "rb") as file:
+            if not upright:
+                return decode(file, mode)
+            from PIL import ImageOps
 
-        return decode(ImageOps.exif_transpose(_opened(file)), mode)
+            return decode(ImageOps.exif_transpose(_opened(file)), mode)
     except Exception as error:  # for damaged files, decoders raise all kinds of exceptions
         reason = getattr(error, "strerror", None) or re.sub(r" <.*>", "", str(error))  # PIL names the object that it read from
         raise UserError(f"{path} cannot be read as an image: {reason}") from error

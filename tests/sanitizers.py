@@ -1,7 +1,7 @@
 """The native operators under GCC's AddressSanitizer and UndefinedBehaviorSanitizer: python -m tests.sanitizers [PYTEST ARGUMENT...]
 
-Builds the extensions with the checks into an entry of the cache of their own (the CPU's code alone), and runs the tests of the operators with
-the kernels of each instruction set that this processor has. Prints the tests and the reports; ends with 1 if there are any.
+Builds the extensions with the checks into an entry of the cache of their own (the CPU's code alone), and runs the tests of the operators
+with the kernels of each instruction set that this processor has. Prints the tests and the reports; ends with 1 if there are any.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
                 UBSAN_OPTIONS=f"print_stacktrace=1:log_path={folder}/report",
                 LITV2_NATIVE_KERNELS=kernels,
             )
-            command = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", "--durations=0", "-k", LEFT_OUT, *(arguments or TESTS)]
+            command = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", "-k", LEFT_OUT, *(arguments or TESTS)]
             done = subprocess.run(command, cwd=ROOT, env=environment | checks, capture_output=True, text=True)
             reports = [path.read_text(errors="replace") for path in Path(folder).iterdir()]
         if "has no such kernels" in done.stdout + done.stderr:

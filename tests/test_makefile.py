@@ -74,6 +74,13 @@ CALLS = {
         "-m pytest -m not extra " + " ".join(f"--ignore=tests/{name}" for name in ("detection", "segmentation", "litv2/test_backbone.py")),
     ],
 }
+LOCKED = ("requirements", *(f"requirements-{name}" for name in ("export", "explain", "examples", "test", "supply", "mm")))
+CALLS |= {
+    "make sanitize": ["-m venv .venv", "-m tests.sanitizers"],
+    "make locks": ["-m venv .venv"],  # and those of test_locks
+    "make audit": ["-m venv .venv", "scripts/audit.py locks/*.txt"],
+    "make sbom": ["-m venv .venv", "-m cyclonedx_py environment --output-format JSON --output-file output/sbom.json"],
+}
 
 
 SITE = "-m litv2 site --checkpoint my model.pth --out output/site"
@@ -132,6 +139,14 @@ def test_test(project):
         assert any(f"-r requirements-{file}.txt" in call for call in calls)
     (project.root / "requirements-export.txt").touch()
     assert [call for call in project.make("test")[1] if "pip" in call][0].endswith("-r requirements-test.txt")
+
+
+def test_locks(project):
+    """Of every requirements file."""
+    assert {f"{name}.txt" for name in LOCKED} == {path.name for path in ROOT.glob("requirements*.txt")}
+    status, calls, output = project.make("locks")
+    assert status == 0, output
+    assert [call.split("--output-file ")[1] for call in calls if "uv pip compile" in call] == [f"locks/{name}.txt" for name in LOCKED]
 
 
 @pytest.mark.parametrize("command", documented("docs/explain.md", r"make site CHECKPOINT=FILE"), ids=str)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at import
 try:
     import gradio as gr
+    from gradio.utils import get_upload_folder
 except ImportError as error:
     raise MissingPackage(f"{error}; the page needs Gradio: pip install 'litv2[demo]'") from error
 
@@ -137,7 +138,7 @@ def build(page: Page, title: str) -> gr.Blocks:
 
         def predict(file: File | None) -> dict[Any, Any]:
             try:
-                text, result = ("", None) if file is None else page.prediction(page.view(file["path"]))
+                text, result = ("", None) if file is None else page.prediction(page.view(_uploaded(file)))
             except UserError as error:
                 text, result = str(error), None
             return {message: _paragraph(text), found: result, position: None}
@@ -146,7 +147,7 @@ def build(page: Page, title: str) -> gr.Blocks:
             """A picture, or why there is none."""
             figure, remark = None, ""
             try:
-                view = None if file is None else page.view(file["path"])
+                view = None if file is None else page.view(_uploaded(file))
             except UserError:  # the prediction has said so
                 view = None
             try:
@@ -158,7 +159,7 @@ def build(page: Page, title: str) -> gr.Blocks:
         def move(file: File, click: gr.SelectData) -> dict[Any, Any]:
             x, y = click.index
             try:
-                view = page.view(file["path"])
+                view = page.view(_uploaded(file))
                 moved = {pictures[what]: page.picture(what, view, (x, y)) for what in AT_POSITION}
             except UserError as error:
                 return {message: _paragraph(str(error))}
@@ -175,6 +176,19 @@ def build(page: Page, title: str) -> gr.Blocks:
         moved = [message, position, *(pictures[what] for what in AT_POSITION)]
         image.select(move, image, moved, **how)
     return blocks
+
+
+def _uploaded(file: File) -> str:
+    """Returns the path of an upload or an example. Gradio checks paths only where a request marks them as such.
+
+    Raises:
+        UserError: it is another file of this machine.
+    """
+    path = Path(str(file.get("path"))).resolve()
+    folders = [Path(get_upload_folder()), *filter(None, [photographs()])]
+    if not any(path.is_relative_to(folder.resolve()) for folder in folders):
+        raise UserError("this is no uploaded image")
+    return str(path)
 
 
 def _paragraph(text: str) -> str:

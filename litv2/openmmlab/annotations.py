@@ -45,7 +45,7 @@ def check_annotations(path: str | Path, content: dict, with_masks: bool) -> None
     for image in content["images"]:
         size = image.get("height"), image.get("width")
         if not all(type(side) is int and 0 < side <= LARGEST_SIDE for side in size):
-            raise UserError(f"{path}: the image {image.get('id')!r} needs a width and a height from 1 to {LARGEST_SIDE} pixels, got {image!r}")
+            raise UserError(f"{path}: the image {image.get('id')!r} needs a width and height from 1 to {LARGEST_SIDE}, got {image!r}")
         sizes[_number(image.get("id"), f"{path}: the id of an image")] = size
     for annotation in content["annotations"]:
         where = f"{path}: the annotation {annotation.get('id')!r}"
@@ -64,7 +64,7 @@ def _check_mask(where: str, segmentation: Any, height: int, width: int) -> None:
     if isinstance(segmentation, list):
         for polygon in segmentation:
             if not _numbers(polygon, 2 * max(height, width)):
-                raise UserError(f"{where}: a polygon must be a list of x, y in and near the image of {width} x {height} pixels, got {polygon!r}")
+                raise UserError(f"{where}: a polygon must be numbers in and near the {width} x {height} pixels, got {polygon!r}")
         return
     counts = segmentation.get("counts") if isinstance(segmentation, dict) else None
     valid = isinstance(counts, (list, str)) and segmentation.get("size") == [height, width]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -77,6 +78,7 @@ def test_a_tab_says_what_is_missing(page, tmp_path, monkeypatch):
 
     monkeypatch.delitem(sys.modules, "litv2.explain.activation", raising=False)
     monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     file = dict(path=str(photograph(tmp_path / "a.png")))
     explain = {f.fn.args[0]: f.fn for f in build(page, "title").fns.values() if hasattr(f.fn, "args")}
     assert tuple(explain) == PICTURES
@@ -303,3 +305,28 @@ def test_phone(browser, address, tmp_path):
         assert tab.evaluate("[document.documentElement.scrollWidth, innerWidth]") == [360, 360]
         image = tab.locator("#attention img")
         assert image.bounding_box()["width"] > 600 and image.bounding_box()["x"] >= 0
+
+
+@pytest.mark.parametrize("path", ["elsewhere.png", "uploads/../elsewhere.png", "uploads/link.png", "/etc/passwd", None, 5])
+def test_a_visitor_sees_no_other_files(page, tmp_path, monkeypatch, path):
+    """Gradio passes on whatever path a request names, if the request does not mark it as a file."""
+    from gradio.state_holder import SessionState
+
+    from litv2.explain.page import build
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    monkeypatch.chdir(tmp_path)
+    photograph(tmp_path / "elsewhere.png")
+    (tmp_path / "uploads").mkdir()
+    (tmp_path / "uploads/link.png").symlink_to(tmp_path / "elsewhere.png")
+    blocks = build(page, "title")
+    (predict,) = [function for function in blocks.fns.values() if function.name == "predict"]
+    file = dict(path=path)
+    if isinstance(path, str):
+        (file,) = asyncio.run(blocks.preprocess_data(predict, [file], SessionState(blocks)))
+        assert file["path"] == path
+    message, found, _ = predict.fn(file).values()
+    assert "This is no uploaded image" in message and found is None
+    photograph(tmp_path / "uploads/mine.png")
+    message, found, _ = predict.fn(dict(path=str(tmp_path / "uploads/mine.png"))).values()
+    assert "for this image on cpu" in message and len(found) == 10

@@ -21,7 +21,8 @@ from typing import Any
 
 import yaml
 
-__all__ = ["Mutation", "changed_tree", "damaged", "in_json", "in_pickle", "in_png", "in_safetensors", "in_tar", "in_text", "in_yaml", "in_zip"]
+__all__ = ["Mutation", "changed_tree", "damaged", "in_json", "in_pickle", "in_png", "in_safetensors", "in_tar", "in_text", "in_yaml"]
+__all__ += ["in_zip"]
 
 Mutation = Callable[[Random, Sequence[bytes]], bytes]
 
@@ -30,7 +31,9 @@ EXTREMES = [0, 1, 2**7 - 1, 2**8 - 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 
 WORDS = """& * ! - : ? , [ ] { } " ' # % | > ~ null .nan .inf -1 1e999 1e-400 0x7fffffff 99999999999999999999 true no 2001-99-99 12:30:45
 &a *a <<: !!binary !!set !!timestamp !!python/object/apply:os.system ../ / NaN Infinity -Infinity e E . \\u0000 \\ud800""".split()
 WORDS += ["\0", "\x1b[2J", "é", "\ud7ff", "\n", "\t", " " * 40, "9" * 5000, "[" * 3000, "{a: " * 1000, "\ufeff", "\u2028"]
-GLOBALS = [b"cos\nsystem\n", b"cbuiltins\neval\n", b"cbuiltins\ngetattr\n", b"ctorch\nTensor\n", b"cnumpy\nndarray\n", b"ccollections\nCounter\n"]
+GLOBALS = [b"cos\nsystem\n", b"cbuiltins\neval\n", b"cbuiltins\ngetattr\n", b"ctorch\nTensor\n", b"ccollections\nCounter\n"]
+
+OPCODES = [b"R", b"b", b"\x81", b"Q", b"t", b")", b"}", b"]", b"(", b"0", b"2", b"q\x00", b"h\x00"]
 
 
 def damaged(random: Random, seeds: Sequence[bytes]) -> bytes:
@@ -129,8 +132,9 @@ def _places(tree: Any):
 
 
 def _value(random: Random) -> Any:
-    return random.choice((None, True, 0, -1, 2**31, 2**63, 10**400, 1.5, float("nan"), "", "a", "../../etc/passwd", "\0", "é" * 300, [], {}, [[]],
-                          [0] * 100, {"": None}, {"a": {"a": 1}}))  # fmt: skip
+    numbers = None, True, 0, -1, 2**31, 2**63, 10**400, 1.5, float("nan")
+    texts = "", "a", "../../etc/passwd", "\0", "é" * 300
+    return random.choice((*numbers, *texts, [], {}, [[]], [0] * 100, {"": None}, {"a": {"a": 1}}))
 
 
 def in_json(random: Random, seeds: Sequence[bytes]) -> bytes:
@@ -171,7 +175,7 @@ def in_pickle(random: Random, seeds: Sequence[bytes]) -> bytes:
             there = random.randrange(1, len(codes))
             codes[at], codes[there] = codes[there], codes[at]
         elif kind == 3:
-            codes.insert(at, random.choice((*GLOBALS, b"R", b"b", b"\x81", b"Q", b"t", b")", b"}", b"]", b"(", b"0", b"2", b"q\x00", b"h\x00")))
+            codes.insert(at, random.choice((*GLOBALS, *OPCODES)))
         elif kind == 4:
             code = bytearray(codes[at])
             _damage(random, code, seeds)
@@ -248,7 +252,8 @@ def in_png(random: Random, seeds: Sequence[bytes]) -> bytes:
         elif choice == 3:
             chunks[i:i] = [chunks[j]] * random.choice((1, 2, 50))
         else:
-            name = random.choice((kind, b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"PLTE", b"tRNS", b"eXIf", b"acTL", b"fdAT", random.randbytes(4)))
+            names = kind, b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"PLTE", b"tRNS", b"eXIf", b"acTL", b"fdAT", random.randbytes(4)
+            name = random.choice(names)
             chunks[i] = name, damaged(random, [content or b"a"])
         if not chunks:
             break

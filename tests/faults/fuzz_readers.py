@@ -442,9 +442,11 @@ def _in_program(name: str) -> Mutation:
     return in_json if name.endswith(".json") else damaged
 
 
+PNG = _image_reader(("PNG", "RGB"), ("PNG", "P"), ("PNG", "I;16"), ("PNG", "RGBA"), ("PNG", "1"))
+JPEG = _image_reader(("JPEG", "RGB"), ("JPEG", "CMYK"), ("WEBP", "RGB"), ("WEBP", "RGBA"))
 READERS = {
-    "image: PNG": Reader(120, IMAGE, "input.png", _image_reader(("PNG", "RGB"), ("PNG", "P"), ("PNG", "I;16"), ("PNG", "RGBA"), ("PNG", "1"))),
-    "image: JPEG, WebP": Reader(80, IMAGE, "input.jpg", _image_reader(("JPEG", "RGB"), ("JPEG", "CMYK"), ("WEBP", "RGB"), ("WEBP", "RGBA"))),
+    "image: PNG": Reader(120, IMAGE, "input.png", PNG),
+    "image: JPEG, WebP": Reader(80, IMAGE, "input.jpg", JPEG),
     "image: GIF, BMP, TIFF, PPM": Reader(
         80, IMAGE, "input.bmp", _image_reader(("GIF", "P"), ("BMP", "RGB"), ("BMP", "P"), ("TIFF", "RGB"), ("TIFF", "I;16"), ("PPM", "RGB"))
     ),

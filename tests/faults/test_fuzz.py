@@ -32,8 +32,8 @@ QUICK = ["image: PNG", "pickle check", "checkpoint, zip", "zip data set", "confi
 
 @pytest.mark.parametrize("command", documented("docs/reliability.md", r"python -m tests\.faults\.fuzz .*"), ids=str)
 def test_no_findings(command, tmp_path):
-    arguments = [word for word in command.words[3:] if word != "FILE"] + [str(tmp_path / "table.json"), "--inputs", "1500", "--only", *QUICK]
-    assert fuzz.main(arguments) == 0
+    words = [str(tmp_path / "table.json") if word == "FILE" else word for word in command.words[3:]]
+    assert fuzz.main([*words, "--inputs", "1500", "--only", *QUICK]) == 0
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert [row["reader"] for row in rows] == QUICK and all(row["accepted"] and row["refused"] for row in rows)
 
@@ -55,7 +55,7 @@ def misbehave(path: Path) -> None:
     if letter == "f":
         bytearray(200 << 20)
     if letter == "g":
-        open(ROOT / "outside", "w")
+        (ROOT / "outside").write_text("")
     if letter == "h":
         eval("1 + 1")
 
@@ -67,11 +67,12 @@ def test_findings(monkeypatch, tmp_path):
     letters = b"_abcdefgh"
     inputs = {f"0 bad {number}": bytes([letter]) for number, letter in enumerate(letters)}
     monkeypatch.setattr(fuzz, "Random", str)
-    monkeypatch.setitem(READERS, "bad", Reader(1, 64, "input", lambda folder: ([b"_"], lambda random, seeds: inputs[random], misbehave)))
+    prepared = [b"_"], lambda random, seeds: inputs[random], misbehave
+    monkeypatch.setitem(READERS, "bad", Reader(1, 64, "input", lambda folder: prepared))
     row = fuzz.fuzz("bad", seed=0, inputs=len(letters), keep=tmp_path)
     assert (row["accepted"], row["refused"], row["crashes"], row["hangs"], row["errors"]) == (1, 1, 1, 1, 5)
     found = {finding["number"]: finding["what"] for finding in row["findings"]}
-    for number, words in {2: "KeyError: 'bare'", 3: "ended: -15", 4: "a second", 5: "os.system", 6: "memory", 7: "writes", 8: "code"}.items():
+    for number, words in enumerate(["KeyError: 'bare'", "ended: -15", "a second", "os.system", "memory", "writes", "code"], start=2):
         assert words in found[number]
     assert sorted(path.read_bytes() for path in tmp_path.iterdir()) == [bytes([letter]) for letter in letters[2:]]
     assert not (ROOT / "outside").exists()
@@ -125,7 +126,7 @@ class Frugal(io.BytesIO):
     ("text", "message"),
     [
         ("TRAIN: &a {EPOCHS: *a}", "more than 20000 values"),
-        ("a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(f"{y}: &{y} [{', '.join(9 * ['*' + x])}]\n" for x, y in zip("abcdefgh", "bcdefghi")), "values"),
+        ("a: &a [1, 1, 1]\n" + "".join(f"{y}: &{y} [{', '.join(9 * ['*' + x])}]\n" for x, y in zip("abcdefgh", "bcdefghi")), "values"),
         ("a: " + "[" * 3000, "nested too deeply"),
         ("SEED: " + "9" * 5000, "a number has 5000 digits"),
         ("SEED: 2001-99-99", "month must be in 1..12"),
@@ -149,8 +150,9 @@ def test_configurations(tmp_path, text, message):
     refused(load_config, tmp_path / "config.yaml", match="is not valid YAML: .*invalid start byte")
 
 
-KEYS = st.sampled_from(["TRAIN.EPOCHS", "TRAIN.BASE_LR", "DATA.IMG_SIZE", "AUG.CUTMIX_MINMAX", "MODEL.LIT.NUM_HEADS", "AMP_OPT_LEVEL", "TRAIN", "x"])
-VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
+KEYS = st.sampled_from("TRAIN.EPOCHS TRAIN.BASE_LR DATA.IMG_SIZE AUG.CUTMIX_MINMAX MODEL.LIT.NUM_HEADS AMP_OPT_LEVEL TRAIN x".split())
+ATOMS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+VALUES = st.recursive(ATOMS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
 
 
 @settings(max_examples=60, derandomize=True, deadline=None)
