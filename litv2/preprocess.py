@@ -62,6 +62,7 @@ def _opened(file: BinaryIO) -> Image.Image:
     from PIL import Image
 
     with file:  # read at once: from a file itself, Pillow's read of a length in a damaged one would allocate up to 4 GiB
+        file.seek(0)
         image = Image.open(io.BytesIO(file.read()), formats=FORMATS)
     if image.width * image.height > PIXELS:
         raise UserError(f"{image.width} x {image.height} pixels are too many: an image may have {PIXELS // 10**6} million")
