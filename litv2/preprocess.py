@@ -59,11 +59,14 @@ def decode(file: BinaryIO | Image.Image, mode: str) -> Image.Image:
 
 def _opened(file: BinaryIO) -> Image.Image:
     """Opens an image of one of the FORMATS and of up to PIXELS, and closes the file."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     with file:  # read at once: from a file itself, Pillow's read of a length in a damaged one would allocate up to 4 GiB
         file.seek(0)
-        image = Image.open(io.BytesIO(file.read()), formats=FORMATS)
+        try:
+            image = Image.open(io.BytesIO(file.read()), formats=FORMATS)
+        except UnidentifiedImageError as error:  # its message has an address, which differs each time
+            raise UserError("cannot identify image file") from error
     if image.width * image.height > PIXELS:
         raise UserError(f"{image.width} x {image.height} pixels are too many: an image may have {PIXELS // 10**6} million")
     return image
