@@ -143,6 +143,14 @@ def check_dense(results: dict) -> None:
 
 
 @pytest.mark.extra
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python benchmarks/kills\.py .*"), ids=str)
+def test_kills_of_the_trainers_of_others(command, tmp_path):
+    """timm resumes at epochs, so that its end differs; each kill is counted."""
+    (row,) = measured(command, tmp_path, "--trainers timm --kills 1", plot=False)["rows"]
+    assert row["trainer"] == "timm" and row["kills"] >= row["runs"] == 1 and row["equal"] + row["stuck"] <= 1
+
+
+@pytest.mark.extra
 @pytest.mark.parametrize("command", documented(DOCUMENT, r"python benchmarks/dense\.py .*"), ids=str)
 def test_detectors(command, tmp_path):
     check_dense(measured(command, tmp_path, "--shape 64 96 --rounds 1 --warm-up 0", plot=False))

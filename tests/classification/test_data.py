@@ -270,7 +270,7 @@ def test_bad_sources(overrides, words, tmp_path, monkeypatch):
 def test_bad_zip_map(tmp_path):
     zipfile.ZipFile(tmp_path / "train.zip", "w").close()
     (tmp_path / "train_map.txt").write_text("a/1.png\t0\nb/2.png 1\n")
-    with pytest.raises(DataError, match="train_map.txt, line 2: expected path<TAB>class number, got 'b/2.png 1'"):
+    with pytest.raises(DataError, match="train_map.txt, line 2: expected path<TAB>class number, at most 100000, got 'b/2.png 1'"):
         open_sources(config("DATA.ZIP_MODE", True, "DATA.DATA_PATH", str(tmp_path)))
 
 
