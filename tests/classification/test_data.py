@@ -17,11 +17,12 @@ from PIL import Image
 
 from config import load_config
 from data.dataset import ImageDataset, collate, decode, seeded
-from data.loader import BadFiles, build_loaders
+from data.loader import build_loaders
 from data.mixup import build_mixup
 from data.sampler import EvalSampler, TrainSampler
 from data.sources import DataError, open_sources
 from helpers import ROOT, write_images
+from litv2.unreadable import BadFiles
 
 DIGITS = ROOT / "classification/configs/litv2-digits.yaml"
 

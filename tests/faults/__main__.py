@@ -9,33 +9,35 @@ bits of the run that nothing has disturbed. Each trial is kept in the JSON file:
 
 from __future__ import annotations
 
-from . import mounts  # isort: skip # first: nothing may have started a thread
-
 import argparse
 import json
+import os
 import random
 import shutil
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # runs are forked, which a process with threads cannot do
 sys.path[:0] = [str(Path(__file__).parents[1])]  # what the tests share
+from . import mounts  # noqa: E402, F401, I001 # first: the process must not have started a thread
 
 from litv2.errors import run_program  # noqa: E402
 from litv2.files import atomic_write  # noqa: E402
 
 from .faults import FAULTS  # noqa: E402
+from .kills import KILLS  # noqa: E402
+from .runs import How  # noqa: E402
 from .tables import tables  # noqa: E402
 from .tasks import TASKS, Task, first_difference  # noqa: E402
-from .runs import How  # noqa: E402
 from .trials import Fault, Stage, Trial, Whole, attempt, finished  # noqa: E402
 
 
 class Campaign:
-    def __init__(self, seed: int, folder: Path, file: Path | None):
-        self.seed, self.folder, self.file = seed, folder, file
+    def __init__(self, seed: int, folder: Path, file: Path | None, processes: int | None):
+        self.seed, self.folder, self.file, self.processes = seed, folder, file, processes
         self.trials: list[Trial] = []
         self.skipped: dict[str, str] = {}
         self._tasks: dict[str, Task] = {}
@@ -56,7 +58,7 @@ class Campaign:
                 trial = self._try(fault, self._task(name), number)
                 self.trials.append(trial)
                 self._keep()
-                print(f"{fault.name}, {name}, {trial.processes} x, number {number}: {trial.problem or trial.ended}", file=sys.stderr, flush=True)
+                print(f"{fault.name}, {name}, number {number}: {trial.problem or trial.ended}", file=sys.stderr, flush=True)
 
     def _count(self, fault: Fault, name: str) -> int:
         return sum(trial.events for trial in self.trials if (trial.fault, trial.task) == (fault.name, name))
@@ -64,6 +66,8 @@ class Campaign:
     def _try(self, fault: Fault, task: Task, number: int) -> Trial:
         rng = random.Random(f"{self.seed}, {fault.name}, {task.name}, {number}")
         how = fault.how(task, number, rng)
+        if fault is KILLS and self.processes:
+            how = replace(how, processes=self.processes)
         folder = self.folder / task.name / f"{fault.name} {number}".replace(" ", "-")
         shutil.rmtree(folder, ignore_errors=True)
         trial = Trial(fault.name, task.name, how.processes, number)
@@ -98,11 +102,13 @@ class Campaign:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__, formatter_class=as_written)
     names = [fault.name for fault in FAULTS]
-    parser.add_argument("--times", type=int, default=20, metavar="N", help="how often each fault happens to each task; default: %(default)s")
+    parser.add_argument("--times", type=int, default=20, metavar="N", help="how often each happens to each task; default: %(default)s")
     parser.add_argument("--only", nargs="+", choices=names, metavar="FAULT", default=names, help=f"of: {', '.join(names)}")
     parser.add_argument("--task", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--processes", type=int, choices=[1, 2], help="of runs that are killed; default: in one of four 2, otherwise 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no trial starts later")
     parser.add_argument("--json", type=Path, metavar="FILE", help="each trial is kept in it; those that it has are not run again")
@@ -110,7 +116,7 @@ def main() -> int:
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes
     folder = args.folder or Path(tempfile.mkdtemp(prefix="faults-"))
-    campaign = Campaign(args.seed, folder.resolve(), args.json)
+    campaign = Campaign(args.seed, folder.resolve(), args.json, args.processes)
     for name in args.task:
         for fault in FAULTS:
             if fault.name in args.only:

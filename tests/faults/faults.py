@@ -6,6 +6,7 @@ import builtins
 import ctypes
 import errno
 import fnmatch
+import io
 import os
 import random
 import resource
@@ -19,7 +20,7 @@ from .kills import KILLS
 from .runs import Run, children
 from .trials import Fault, Stage
 
-TIMEOUT = 20  # seconds that processes wait for each other where one hangs; what the machine's other users need must fit in
+TIMEOUT = 10  # seconds that processes wait for each other, where one hangs
 
 
 class FullDisk:
@@ -34,12 +35,12 @@ class FullDisk:
     def __call__(self) -> None:
         """In the process of the run."""
         self.device, self.files, self.open = os.open("/dev/full", os.O_WRONLY), [], builtins.open
-        builtins.open = self._open
+        builtins.open = io.open = self._open
         signal.signal(signal.SIGUSR1, self._fill)
 
     def _open(self, path, mode="r", *args, **kwargs):
         writes = not isinstance(path, int) and set(mode) & set("wax+")
-        if not (writes and any(fnmatch.fnmatch(Path(path).name, pattern) for pattern in self.patterns)):
+        if not (writes and any(fnmatch.fnmatch(os.path.basename(os.fsdecode(path)), pattern) for pattern in self.patterns)):
             return self.open(path, mode, *args, **kwargs)
         file = self.open("/dev/full" if self.full else path, mode, *args, **kwargs)
         self.files.append(file)
@@ -67,8 +68,9 @@ def disk_full(stage: Stage) -> Iterator[Run]:
     with stage.disk() as fill:
         run = stage.start()
         stage.reach(run, least=stage.task.period)
+        run.wait(stage.checkpoints)
         with run.frozen():
-            size = stage.task.checkpoints(stage.task.folder(stage.out))[0].stat().st_size
+            size = stage.checkpoints()[0].stat().st_size
             fill(stage.rng.randrange(size))
         yield run
 
@@ -123,8 +125,12 @@ def rank_hangs(stage: Stage) -> Iterator[Run]:
     """The other one must not wait longer than it was told to."""
     run, rank = stage.start(), stage.rng.randrange(2)
     stage.reach(run)
-    os.kill(run.pids[rank], signal.SIGSTOP)
-    run.wait(lambda: run.codes()[1 - rank] is not None)
+
+    def other_ended() -> bool:
+        os.kill(run.pids[rank], signal.SIGSTOP)  # again and again: who pauses a whole machine wakes it, too
+        return run.codes()[1 - rank] is not None
+
+    run.wait(other_ended)
     run.kill([rank])
     yield run
 
@@ -133,6 +139,7 @@ def clock_jumps(stage: Stage) -> Iterator[Run]:
     """In every run by days, back and forth; the files of a killed run have any time."""
     run = stage.start(prepare=Clock(stage.rng.random()))
     stage.reach(run, least=stage.task.period)
+    run.wait(stage.checkpoints)
     run.kill()
     files = [path for path in stage.out.rglob("*") if path.is_file()]
     for path in files:
@@ -199,10 +206,10 @@ SPACE, NO_FILE = (os.strerror(errno.ENOSPC),), (os.strerror(errno.ENOENT),)
 FAULTS: list[Fault] = [
     KILLS,
     Fault("disk full: checkpoint", disk_full, mounts=True, names=SPACE),
-    Fault("disk full: log line", full_for("log_rank*.txt", "*.log"), names=SPACE),
-    Fault("disk full: metrics", full_for("metrics.jsonl", "scalars.json", "2*.json"), names=SPACE),
-    Fault("disk full: TensorBoard event", full_for("events.out.tfevents*"), names=SPACE),
-    Fault("disk full: picture", full_for("*.png*"), names=SPACE),
+    Fault("disk full: log line", full_for("log_rank*.txt", "*.log"), names=SPACE, says=True),
+    Fault("disk full: metrics", full_for("metrics.jsonl", "scalars.json", "2*.json"), names=SPACE, says=True),
+    Fault("disk full: TensorBoard event", full_for("events.out.tfevents*"), names=SPACE, says=True),
+    Fault("disk full: picture", full_for("*.png*"), names=SPACE, says=True),
     Fault("folder removed", folder_removed, keeps=False, names=NO_FILE),
     Fault("permission lost", permission_lost, names=(os.strerror(errno.EACCES),)),
     Fault("worker killed", worker_killed, workers=(2,), names=("killed",)),

@@ -10,6 +10,7 @@ from .runs import How, Run
 from .tasks import Task
 from .trials import Fault, Stage, Trial, Whole, ending, finished, whole
 
+
 class Kills(Fault):
     """A run is killed up to five times and resumed each time; then it may finish. One in four has two processes, and one in ten is the
     plain command, in a new interpreter."""

@@ -128,8 +128,7 @@ def _main(task: Task, words: list[str], said: Path, environment: dict[str, objec
     descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # a pipe of the user's is not lost when the process is killed
-    sys.stderr = open(2, "w", buffering=1, closefd=False)
+    sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))  # not those of pytest or others
     os.environ.update({key: str(value) for key, value in environment.items()})
     os.chdir(task.script.parent)
     sys.argv = [task.script.name, *words]

@@ -25,7 +25,7 @@ def tables(trials: list[Trial], skipped: dict[str, str]) -> str:
     ]  # fmt: skip
     parts = []
     if kills:
-        heads = "task", "processes", "`kill -9`", "runs", "not bit-equal", "cannot resume", "steps lost beyond the period", "median seconds to recover"
+        heads = "task", "processes", "kills", "runs", "not bit-equal", "cannot resume", "steps lost", "median seconds to recover"
         parts.append(_table(heads, kills))
     if others:
         parts.append(_table(("fault", "task", "tried", "survived", "lost", "went on", "median seconds to recover"), others))

@@ -69,8 +69,9 @@ class Classification(Task):
         write_images(data / "val", {"a": 3, "b": 4}, size=32)
         sys.path.insert(0, str(self.script.parent))
         import torch.utils.tensorboard  # noqa: F401 # what the trainer imports late
-        from main import main
         from matplotlib.figure import Figure  # noqa: F401
+
+        from main import main
 
         self.main = main
 
@@ -110,8 +111,6 @@ class Dense(Task):
 
     def __init__(self, data: Path):
         super().__init__(data)
-        import mmdet.evaluation
-        import mmseg.evaluation
         import torch.utils.tensorboard  # noqa: F401 # what the command imports late
         from matplotlib.figure import Figure  # noqa: F401
         from mmengine.config import config as mmengine_config
@@ -133,7 +132,7 @@ class Dense(Task):
         own = [
             *("load_from=None", f"data_root={self.data / 'data'}", "randomness.seed=5"),
             *("default_hooks.checkpoint.by_epoch=False", "default_hooks.checkpoint.interval=2", "default_hooks.checkpoint.save_best=None"),
-            "default_hooks.checkpoint.max_keep_ckpts=2",
+            "default_hooks.checkpoint.max_keep_ckpts=1",
             *(f"train_dataloader.num_workers={workers}", f"train_dataloader.persistent_workers={workers > 0}"),
             f"train_dataloader.batch_size={2 // processes}",
         ]

@@ -82,19 +82,23 @@ class Stage:
     @contextlib.contextmanager
     def disk(self) -> Iterator[Callable[[int], None]]:
         """The results go to a disk of their own. What is yielded fills it but for a number of bytes; in the end it is enlarged."""
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(self.out)], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(self.out)], check=True)
         self.mounted = True
 
         def fill(leave: int) -> None:
-            size = max(0, shutil.disk_usage(self.out).free - leave)
+            size = max(1, shutil.disk_usage(self.out).free - leave)
             subprocess.run(["fallocate", "-l", str(size), str(self.out / "other")], check=True)
 
         yield fill
         (self.out / "other").unlink()
 
+    def checkpoints(self) -> list[Path]:
+        """The newest first."""
+        return self.task.checkpoints(self.task.folder(self.out))
+
     def state(self) -> dict:
         """Of the newest checkpoint."""
-        return self.task.read(self.task.checkpoints(self.task.folder(self.out))[0])
+        return self.task.read(self.checkpoints()[0])
 
     def compare(self, expected: Whole, trial: Trial) -> None:
         if where := first_difference(expected.state, self.state()):
@@ -130,7 +134,8 @@ class Fault:
     mounts: bool = False  # needs OWN_MOUNTS
     equal: bool = True  # in the end, since the run has used nothing that was wrong
     keeps: bool = True  # the checkpoints
-    names: tuple[str, ...] = ()  # one of which must be in the message that the run ends with
+    names: tuple[str, ...] = ()  # one of which must be in the line that the run ends with,
+    says: bool = False  # and in what it says if it goes on
 
     def how(self, task: Task, number: int, rng: random.Random) -> How:
         return How(self.processes, rng.choice(self.workers), self.settings.get(task.name, ()))
@@ -145,10 +150,11 @@ class Fault:
             run = next(steps)
             run.wait()
             trial.ended = ending(run)
-            if self.names and trial.ended != "went on" and not any(name in trial.ended for name in self.names):
-                raise Bad(f"the message says nothing of {' or '.join(self.names)}: {trial.ended}")
+            said = trial.ended if trial.ended.startswith("error") else "".join(map(run.text, range(len(run.said)))) if self.says else None
+            if said is not None and self.names and not any(name in said for name in self.names):
+                raise Bad(f"nothing is said of {' or '.join(self.names)}: {trial.ended}")
             if self.keeps:
-                whole(stage)
+                whole(stage, drafts=-signal.SIGKILL in run.codes())
             done = run.done()
             next(steps, None)
             again = stage.start(settings=())
@@ -178,7 +184,7 @@ def attempt(fault: Fault, stage: Stage, expected: Whole, trial: Trial) -> None:
 
 
 def ending(run: Run) -> str:
-    """"went on", or the line that the run ended with.
+    """"went on", "killed", or the line that the run ended with.
 
     Raises:
         Bad: it ended without one, or with more than one.
@@ -197,7 +203,7 @@ def ending(run: Run) -> str:
         if code and (len(errors) != 1 or last != errors[0]):
             raise Bad(f"rank {rank} ends with the status {code} and {len(errors)} lines of error; its last line is {last!r}")
         lines += errors[:1]
-    return " | ".join(lines) or "went on"
+    return " | ".join(lines) or ("killed" if any(run.codes()) else "went on")
 
 
 def finished(run: Run) -> None:
@@ -207,12 +213,12 @@ def finished(run: Run) -> None:
         raise Bad(f"cannot resume: statuses {run.codes()}, {run.text()[-500:]}")
 
 
-def whole(stage: Stage) -> None:
-    """Raises Bad unless everything that lies in the run's folder is whole. Only the last line of a log may be cut off."""
+def whole(stage: Stage, drafts: bool = False) -> None:
+    """Raises Bad unless everything that lies in the run's folder is whole; ``drafts`` may lie there after a kill."""
     folder = stage.task.folder(stage.out)
     for path in folder.rglob("*"):
         try:
-            if path.suffix == ".tmp":
+            if path.suffix == ".tmp" and not drafts:
                 raise Bad("a draft has been left")
             if path.suffix == ".pth":
                 stage.task.read(path)
