@@ -16,7 +16,10 @@ from .errors import UserError
 
 __all__ = ["in_one_line"]
 
-MEMORY = ("can't allocate", "cannot allocate", "not enough memory", "out of memory", "bad_alloc", "could not create a primitive", "can't start new thread")
+MEMORY = (
+    *("can't allocate", "cannot allocate", "not enough memory", "out of memory"),
+    *("bad_alloc", "could not create a primitive", "can't start new thread"),  # of C++, oneDNN and Python
+)
 CONNECTIONS = ("gloo", "pair closure")
 FILES = (errno.EMFILE, errno.ENFILE)
 PATIENCE = 5.0  # seconds in which processes find out who is still there
@@ -65,8 +68,8 @@ def _is_of_memory(error: BaseException) -> bool:
 
 
 def _brief(text: str) -> str:
-    """The first sentence, without the place in the source."""
-    return re.sub(r"^(\[[^]]*\] )?(.*?)(\. .*)?$", r"\2", text.strip().partition("\n")[0])
+    """The first line, without the place in the source and gloo's advice."""
+    return re.sub(r"^(\[[^]]*\] )?(.*?)(\. This is typically .*)?$", r"\2", text.strip().partition("\n")[0])
 
 
 def _lost_processes(reason: str) -> str:
@@ -90,7 +93,7 @@ def _absent_ranks() -> list[int]:
         with suppress(RuntimeError):  # the store has gone
             dist.destroy_process_group()
             store.set(f"lost/{rank}", "here")
-            answered = True
+            answered = store.check([f"lost/{rank}"])  # unlike set it waits for an answer
             while len(present) < size:
                 present.update(other for other in range(size) if other not in present and store.check([f"lost/{other}"]))
                 time.sleep(0.05)

@@ -22,6 +22,7 @@ from data.mixup import build_mixup
 from data.sampler import EvalSampler, TrainSampler
 from data.sources import DataError, open_sources
 from helpers import ROOT, write_images
+from litv2.errors import UserError
 from litv2.unreadable import BadFiles
 
 DIGITS = ROOT / "classification/configs/litv2-digits.yaml"
@@ -220,7 +221,7 @@ def test_damaged_files_are_reported_and_skipped(folder):
     assert all(any(name in line for line in lines) for name in ("train/cat/1.png", "train/dog/0.png", "train/owl/2.png"))
     seen = list(loaders.val)
     assert sum(len(batch.targets) for batch in seen) == 4
-    with pytest.raises(DataError, match=r"4 unreadable images, more than DATA.MAX_BAD_FILES=3(.|\n)*train/dog/0.png(.|\n)*val/owl/0.png"):
+    with pytest.raises(UserError, match=r"4 unreadable images, more than DATA.MAX_BAD_FILES=3(.|\n)*train/dog/0.png(.|\n)*val/owl/0.png"):
         for batch in seen:
             bad.add(batch.unreadable)
 
