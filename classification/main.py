@@ -36,7 +36,7 @@ from data.sources import DataError
 from litv2.compilation import COMPILE_OPTIONS
 from litv2.errors import UserError, run_program
 from litv2.failures import in_one_line
-from litv2.files import atomic_write
+from litv2.files import atomic_write, remove_drafts
 from litv2.signals import StopRequested, StopSignals
 from litv2.unreadable import BadFiles
 from litv2.weights.download import fetch
@@ -144,6 +144,7 @@ def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: 
         if resumed is not None:
             training.load(resumed)
         if distributed.rank() == 0:
+            remove_drafts(folder)
             with atomic_write(folder / "config.yaml") as draft:
                 draft.write_text(config.dump())
         training.fit()

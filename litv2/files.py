@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["append_whole", "atomic_write", "free_stem", "one_process"]
+__all__ = ["append_whole", "atomic_write", "free_stem", "one_process", "remove_drafts"]
 
 
 @contextmanager
@@ -20,7 +21,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         OSError: the file cannot be written; it names ``path``.
     """
     path = Path(path)
-    _remove_drafts_of_the_dead(path)
+    remove_drafts(path.parent, glob.escape(path.name))
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield draft
@@ -83,10 +84,10 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _remove_drafts_of_the_dead(path: Path) -> None:
-    """Removes the drafts of processes that were killed while writing: each may be as large as the file itself."""
-    for draft in path.parent.glob(f"{path.name}.*.tmp"):
-        number = draft.name.removeprefix(f"{path.name}.").removesuffix(".tmp")
+def remove_drafts(folder: str | Path, name: str = "*") -> None:
+    """Removes the drafts of processes that were killed while writing a file of this name: each may be as large as the file itself."""
+    for draft in Path(folder).glob(f"{name}.*.tmp"):
+        number = draft.name.removesuffix(".tmp").rpartition(".")[2]
         if number.isdigit() and not _is_alive(int(number)):
             draft.unlink(missing_ok=True)
 

@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError, listed
-from ..files import append_whole, atomic_write
+from ..files import append_whole, atomic_write, remove_drafts
 from ..outputs import LogFile, Outputs
 from ..weights.download import fetch
 from ..weights.reading import read_checkpoint
@@ -177,6 +177,8 @@ class StrictRunner(Runner):
 
     def load_or_resume(self) -> None:
         """As mmengine's; but ``--resume`` without a file takes the newest checkpoint of the run that is whole."""
+        if is_main_process():
+            remove_drafts(self.work_dir)
         if self._resume and self._load_from is None and not self._has_loaded:
             self._load_from = self._newest_checkpoint()
             if self._load_from is None:

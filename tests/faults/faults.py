@@ -18,6 +18,7 @@ from pathlib import Path
 
 from .kills import KILLS
 from .runs import Run, children
+from .tasks import Task
 from .trials import Fault, Stage
 
 TIMEOUT = 10  # seconds that processes wait for each other, where one hangs
@@ -195,12 +196,14 @@ def data_changed(stage: Stage) -> Iterator[Run]:
         image.write_bytes(before)
 
 
-def _by_task(classification: str, others: str) -> dict[str, tuple[str, ...]]:
-    return {"classification": (classification,), "detection": (others,), "segmentation": (others,)}
+def brief_waits(task: Task) -> tuple[str, ...]:
+    return (f"{task.wait}={TIMEOUT}",)
 
 
-WAIT = _by_task(f"DIST_TIMEOUT={TIMEOUT}", f"env_cfg.dist_cfg.timeout={TIMEOUT}")
-STRICT = _by_task("DATA.MAX_BAD_FILES=0", "train_cfg.max_bad_files=0")
+def no_bad_files(task: Task) -> tuple[str, ...]:
+    return (f"{task.bad_files}=0",)
+
+
 SPACE, NO_FILE = (os.strerror(errno.ENOSPC),), (os.strerror(errno.ENOENT),)
 
 FAULTS: list[Fault] = [
@@ -214,10 +217,10 @@ FAULTS: list[Fault] = [
     Fault("permission lost", permission_lost, names=(os.strerror(errno.EACCES),)),
     Fault("worker killed", worker_killed, workers=(2,), names=("killed",)),
     Fault("rank killed", rank_killed, processes=2, names=("rank 0", "rank 1")),
-    Fault("rank hangs", rank_hangs, processes=2, settings=WAIT, names=("rank 0", "rank 1")),
+    Fault("rank hangs", rank_hangs, processes=2, settings=brief_waits, names=("rank 0", "rank 1")),
     Fault("clock jumps", clock_jumps),
     Fault("open-file limit", too_many_files, names=(os.strerror(errno.EMFILE),)),
     Fault("memory refused", memory_refused, names=("memory",)),
     Fault("image gone or damaged", data_changed, equal=False),
-    Fault("image gone or damaged, none allowed", data_changed, settings=STRICT, names=("unreadable",)),
+    Fault("image gone or damaged, none allowed", data_changed, settings=no_bad_files, names=("unreadable",)),
 ]

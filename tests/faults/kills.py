@@ -16,7 +16,7 @@ class Kills(Fault):
     plain command, in a new interpreter."""
 
     def how(self, task: Task, number: int, rng: random.Random) -> How:
-        return How(1 + (number % 4 == 3), rng.choice((0, 2)), plain=number % 10 == 9)
+        return How(1 + (number % 4 == 3), rng.choice((0, 2)), (f"{task.wait}=120",), plain=number % 10 == 9)
 
     def happen(self, stage: Stage, expected: Whole, trial: Trial) -> None:
         trial.events, done = 0, 0  # kills, and steps that a run has reported

@@ -22,7 +22,7 @@ from litv2.errors import run_program
 
 from .tasks import Task
 
-PATIENCE = 300  # seconds after which a run hangs; the machine may be busy
+PATIENCE = 600  # seconds after which a run hangs; the machine may be busy
 
 
 class Hangs(Exception):

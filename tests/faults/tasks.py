@@ -21,6 +21,8 @@ class Task:
     """A training of ``updates`` optimizer steps that saves after each ``period`` of them."""
 
     name: str
+    wait: str  # the setting of how long processes wait for each other
+    bad_files: str  # and of how many images may be unreadable
     updates = 12
     period = 2
     main: Callable[[], int | None]  # of the command, in a process that has imported everything
@@ -61,6 +63,7 @@ class Task:
 
 class Classification(Task):
     name = "classification"
+    wait, bad_files = "DIST_TIMEOUT", "DATA.MAX_BAD_FILES"
     script = ROOT / "classification/main.py"
 
     def __init__(self, data: Path):
@@ -107,6 +110,7 @@ class Classification(Task):
 class Dense(Task):
     """Detection and segmentation: three iterations are an epoch."""
 
+    wait, bad_files = "env_cfg.dist_cfg.timeout", "train_cfg.max_bad_files"
     times: list[str]
 
     def __init__(self, data: Path):

@@ -130,7 +130,7 @@ class Fault:
     act: Callable[[Stage], Iterator[Run]]
     processes: int = 1
     workers: tuple[int, ...] = (0, 2)  # one of these
-    settings: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by task
+    settings: Callable[[Task], tuple[str, ...]] = lambda task: ()
     mounts: bool = False  # needs OWN_MOUNTS
     equal: bool = True  # in the end, since the run has used nothing that was wrong
     keeps: bool = True  # the checkpoints
@@ -138,7 +138,7 @@ class Fault:
     says: bool = False  # and in what it says if it goes on
 
     def how(self, task: Task, number: int, rng: random.Random) -> How:
-        return How(self.processes, rng.choice(self.workers), self.settings.get(task.name, ()))
+        return How(self.processes, rng.choice(self.workers), self.settings(task))
 
     def why_not(self) -> str | None:
         return "needs a mount namespace of its own" if self.mounts and not OWN_MOUNTS else None

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from helpers import ROOT
-from litv2.files import atomic_write, one_process
+from litv2.files import atomic_write, one_process, remove_drafts
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path):
@@ -40,6 +40,8 @@ def test_drafts_of_killed_processes_are_removed_and_of_living_ones_are_not(tmp_p
     with atomic_write(tmp_path / "a.txt") as draft:
         draft.write_text("new")
     assert not dead.exists() and alive.exists() and others.exists()
+    remove_drafts(tmp_path)
+    assert alive.exists() and not others.exists() and (tmp_path / "a.txt").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no RLIMIT_FSIZE")
