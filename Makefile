@@ -3,6 +3,7 @@
 # make site CHECKPOINT=FILE   writes output/site, a page that runs this classifier in the browser; needs npm
 # make test   sets up everything, compiles the native operators and runs the checks (ruff, mypy) and the whole test suite
 # make test-core   of the tests those of the core alone: without OpenMMLab's packages, the runtimes of exports and the examples'
+# make faults   kills trainings, fills their disks and takes their processes away, hundreds of times, and resumes them: an hour or more
 # All reuse what an earlier call has set up. PYTHON=... chooses the interpreter.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 DEMO := output/litv2_digits/default
 
-.PHONY: demo mm site test test-core operators checkpoint
+.PHONY: demo mm site test test-core faults operators checkpoint
 
 demo: .venv/ready
 	@$(BIN)/python -m litv2 build || echo "going on without the native operators: torch's own compute the same, more slowly"
@@ -40,6 +41,9 @@ test: .venv/test operators .venv/mm .venv/examples
 
 test-core: .venv/test operators
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not extra" --ignore=tests/detection --ignore=tests/segmentation --ignore=tests/litv2/test_backbone.py
+
+faults: .venv/test .venv/mm
+	$(BIN)/python -m tests.faults --times 20 --json output/faults.json
 
 # Into the user's cache folder, which knows by itself what is there already: several clones share one build.
 operators: .venv/ready

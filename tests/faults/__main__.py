@@ -1,7 +1,7 @@
 """Faults by the thousand: trainings that are killed, run out of disk, lose a process ..., and are resumed. From the repository's root:
 
-    python -m tests.faults --times 20 --json faults.json
-    python -m tests.faults --only "kill -9" --task classification --times 200 --json faults.json
+    python -m tests.faults --times 20 --json output/faults.json
+    python -m tests.faults --only "kill -9" --task classification --times 200 --json output/faults.json
 
 A run that meets a fault has to go on or to end with one clear line; what it leaves is whole; and the same command resumes it, to the very
 bits of the run that nothing has disturbed. Each trial is kept in the JSON file: an interrupted campaign goes on from there.
@@ -42,6 +42,8 @@ class Campaign:
         self.skipped: dict[str, str] = {}
         self._tasks: dict[str, Task] = {}
         self._whole: dict[tuple[str, int, bool], Whole] = {}
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
         if file is not None and file.is_file():
             content = json.loads(file.read_text(encoding="utf-8"))
             self.trials = [Trial(**trial) for trial in content["trials"]]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ pytestmark = pytest.mark.extra
 pytest.importorskip("mmdet", exc_type=ImportError)
 pytest.importorskip("mmseg", exc_type=ImportError)
 
+from mmengine.fileio import LocalBackend  # noqa: E402
 from mmengine.hooks import Hook  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -100,6 +103,7 @@ def test_killed_and_resumed(project, whole, tmp_path, iteration):
         train(project, tmp_path, "randomness.seed=5", hook=At(iteration, kill))
     runner = train(project, tmp_path, "randomness.seed=5", resume=True)
     assert runner.iter == 6
+    assert f"iter: {iteration // 2 * 2}\n" in "".join(path.read_text() for path in tmp_path.rglob("*.log")), "from the newest"
     assert_same(whole, tmp_path / "iter_6.pth")
 
 
@@ -134,6 +138,32 @@ def test_a_damaged_checkpoint_is_left_out(project, whole, tmp_path, caplog):
     log = "".join(path.read_text() for path in tmp_path.rglob("*.log"))
     assert "iter_4.pth" in log and "trying the checkpoint before it" in log and "iter: 2" in log
     assert_same(whole, tmp_path / "iter_6.pth")
+
+
+def test_the_newest_checkpoint_has_the_most_iterations(whole, tmp_path):
+    """Whatever the clock said, and whatever comes last in the alphabet; an epoch is three iterations."""
+    run = SimpleNamespace(work_dir=tmp_path, train_loop=SimpleNamespace(dataloader=range(3)), logger=logging.getLogger())
+    names = "iter_2.pth", "epoch_2.pth", "iter_9.pth", "iter_10.pth", "epoch_4.pth"
+    for age, name in enumerate(names):
+        shutil.copy(whole, tmp_path / name)
+        os.utime(tmp_path / name, (10**9 - age, 10**9 - age))
+        assert StrictRunner._newest_checkpoint(run) == str(tmp_path / name)
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(project, tmp_path, monkeypatch):
+    """A run is killed when it has written half of the second."""
+    put, files = LocalBackend.put, []
+
+    def put_half(backend, content: bytes, path) -> None:
+        files.append(path)
+        put(backend, content[: len(content) // 2] if len(files) == 2 else content, path)
+        if len(files) == 2:
+            raise Killed
+
+    monkeypatch.setattr(LocalBackend, "put", put_half)
+    with pytest.raises(Killed):
+        train(project, tmp_path)
+    assert [path.name for path in tmp_path.glob("*.pth")] == ["iter_2.pth"]
 
 
 def test_a_loss_that_is_not_finite_is_not_applied(project, tmp_path):
