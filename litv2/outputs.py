@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 
 __all__ = ["LogFile", "Outputs"]
 
+_usual_excepthook = threading.excepthook
+
 
 class Outputs:
     """Tells by ``warn`` what cannot be written, the first time."""
@@ -33,7 +35,7 @@ class Outputs:
 def _quiet_writers(args: threading.ExceptHookArgs) -> None:
     """TensorBoard writes in a thread: its OSError shows up at the next point, too, and needs no traceback."""
     if not (issubclass(args.exc_type, OSError) and type(args.thread).__module__.startswith("tensorboard")):
-        threading.__excepthook__(args)
+        _usual_excepthook(args)
 
 
 class LogFile(logging.FileHandler):
@@ -55,7 +57,7 @@ class LogFile(logging.FileHandler):
         if stream is not None:
             with suppress(OSError):
                 stream.close()  # with what it could not write
-        raise  # noqa: PLE0704 # to ``emit``
+        raise  # to ``emit``
 
     def close(self) -> None:
         with suppress(OSError):

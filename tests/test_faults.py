@@ -14,7 +14,7 @@ DOCUMENT = "docs/reliability.md"
 
 
 def trials(command, folder, *flags: str) -> list[dict]:
-    done = run(command, "--times", "1", "--json", folder / "faults.json", "--folder", folder, *flags)
+    done = run(command, "--times", "1", "--json", folder / "faults.json", "--folder", folder, *flags, timeout=1800)
     content = json.loads((folder / "faults.json").read_text())
     assert all(f"| {trial['fault']} |" in done.stdout or trial["fault"] == "kill -9" for trial in content["trials"])
     return content["trials"]

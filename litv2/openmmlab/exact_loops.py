@@ -15,7 +15,7 @@ import mmcv
 import numpy as np
 import torch
 from mmengine.dataset import InfiniteSampler
-from mmengine.dist import all_reduce, get_rank
+from mmengine.dist import all_reduce, get_rank, is_main_process
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 from torch import Tensor
@@ -124,7 +124,9 @@ class _Exact:
     def __init__(self, *args: Any, max_bad_files: int = 10, **kwargs: Any):
         """``max_bad_files`` unreadable images are reported and skipped by each process; one more stops the run."""
         super().__init__(*args, **kwargs)
-        self.bad_files = BadFiles(max_bad_files, self.runner.logger.warning, "train_cfg.max_bad_files")
+        logger = self.runner.logger
+        say = logger.warning if is_main_process() else logger.error  # mmengine's loggers of other processes show errors only
+        self.bad_files = BadFiles(max_bad_files, say, "train_cfg.max_bad_files")
 
     def _prepare(self) -> None:
         """Once, before the first iteration, when a checkpoint has been resumed."""
