@@ -20,6 +20,7 @@ MEMORY = (
     *("can't allocate", "cannot allocate", "not enough memory", "out of memory"),
     *("bad_alloc", "could not create a primitive", "can't start new thread"),  # of C++, oneDNN and Python
 )
+WORKER = r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (is killed by signal: [^.]*|exited unexpectedly)"
 CONNECTIONS = ("gloo", "pair closure")
 FILES = (errno.EMFILE, errno.ENFILE)
 PATIENCE = 5.0  # seconds in which processes find out who is still there
@@ -41,7 +42,7 @@ def in_one_line() -> Iterator[None]:
 
 def _line(error: Exception) -> str | None:
     text = str(error)
-    if killed := re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (is killed by signal: [^.]*|exited unexpectedly)", text):
+    if killed := next(filter(None, (re.search(WORKER, str(cause)) for cause in _causes(error))), None):  # torch tells of it at any time
         return f"the data-loading worker {killed[1]} {killed[2]}: often memory ran out; fewer workers need less"
     if "Too many open files" in text or any(isinstance(cause, OSError) and cause.errno in FILES for cause in _causes(error)):
         return "Too many open files: raise the limit with ulimit -n, or use fewer workers"

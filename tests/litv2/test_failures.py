@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import subprocess
@@ -48,6 +49,17 @@ def test_failures_of_workers(failure, line):
         list(DataLoader(Failing(failure), num_workers=1))
     (said,) = str(raised.value).splitlines()
     assert re.fullmatch(line, said), said
+
+
+def test_a_worker_that_dies_while_a_file_is_written(tmp_path):
+    """torch raises its error in whatever runs, here in torch.save, which raises its own."""
+
+    class File(io.FileIO):
+        def write(self, data) -> int:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    with pytest.raises(UserError, match="^the data-loading worker 7 is killed"), in_one_line(), File(tmp_path / "a.pth", "w") as file:
+        torch.save(torch.zeros(3), file)
 
 
 def test_memory():
