@@ -7,6 +7,7 @@
 # make locks       renews locks/: every package that each requirements file leads to, with its version and hashes
 # make audit       looks for known vulnerabilities of the locked packages, where the data can be had
 # make sbom        writes output/sbom.json, what is installed in .venv, in CycloneDX's format
+# make faults   kills trainings, fills their disks and takes their processes away, hundreds of times, and resumes them: an hour or more
 # All reuse what an earlier call has set up. PYTHON=... chooses the interpreter.
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 DEMO := output/litv2_digits/default
 
-.PHONY: demo mm site test test-core operators checkpoint sanitize locks audit sbom
+.PHONY: demo mm site test test-core faults operators checkpoint sanitize locks audit sbom
 
 demo: .venv/ready
 	@$(BIN)/python -m litv2 build || echo "going on without the native operators: torch's own compute the same, more slowly"
@@ -63,6 +64,9 @@ audit: .venv/supply
 sbom: .venv/supply
 	mkdir -p output
 	$(BIN)/python -m cyclonedx_py environment --output-format JSON --output-file output/sbom.json
+
+faults: .venv/test .venv/mm
+	$(BIN)/python -m tests.faults --times 20 --json output/faults.json
 
 # Into the user's cache folder, which knows by itself what is there already: several clones share one build.
 operators: .venv/ready

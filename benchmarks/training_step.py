@@ -16,7 +16,7 @@ from models import CANDIDATES
 import distributed
 import engine
 from data.dataset import Batch
-from data.loader import BadFiles
+from litv2.unreadable import BadFiles
 from precision import Precision
 
 KNOWN = {candidate.timm: candidate for candidate in CANDIDATES if candidate.timm and candidate.group != "today"}  # models with drop path

@@ -108,6 +108,7 @@ _C.AMP = "auto"  # mixed precision: auto = fp16 on CUDA, else off | on = fp16 on
 _C.TF32 = False  # CUDA rounds the factors of float32 products and convolutions, those of offsets too, to 10 bits
 _C.DEVICE = "auto"  # auto | cpu | cuda | mps; --device
 _C.COMPILE = False  # torch.compile; --compile
+_C.DIST_TIMEOUT = 1800  # seconds that a process waits for the others; then it ends and names those that do not answer
 _C.SEED = 0  # --seed
 _C.OUTPUT = "output"  # results go to OUTPUT/MODEL.NAME/TAG; --output
 _C.TAG = "default"  # --tag
@@ -132,7 +133,7 @@ _AT_LEAST = {
     "DATA.BATCH_SIZE": 1, "DATA.IMG_SIZE": 32, "DATA.NUM_WORKERS": -1, "DATA.MAX_BAD_FILES": 0, "TRAIN.EPOCHS": 1,
     "TRAIN.WARMUP_EPOCHS": 0, "TRAIN.ACCUMULATION_STEPS": 1, "TRAIN.CLIP_GRAD": 0, "TRAIN.EMA_DECAY": 0,
     "TRAIN.MAX_NONFINITE": 0, "AUG.MIXUP": 0, "AUG.CUTMIX": 0, "TEST.IMG_SIZE": 0,
-    "PRINT_FREQ": 1, "EVAL_FREQ": 1, "SAVE_FREQ": 0, "SAVE_STEPS": 0,
+    "DIST_TIMEOUT": 1, "PRINT_FREQ": 1, "EVAL_FREQ": 1, "SAVE_FREQ": 0, "SAVE_STEPS": 0,
 }  # fmt: skip
 
 

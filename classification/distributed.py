@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -35,10 +36,11 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def init(device: torch.device) -> None:
+def init(device: torch.device, seconds: float = 1800) -> None:
     """Joins the process group if a launcher has set RANK and WORLD_SIZE, with NCCL for tensors on CUDA and gloo for all others.
 
-    On CUDA, too, numbers of the host are exchanged by gloo, which does not wait for the device.
+    On CUDA, too, numbers of the host are exchanged by gloo, which does not wait for the device. ``seconds`` is how long a process waits
+    for the others.
 
     After a restart, torchrun (2.14) reuses the store of the processes that died, including their addresses, and the new processes
     would wait for the dead ones. On a single node each restart therefore gets its own prefix in the store. On several nodes the
@@ -47,12 +49,14 @@ def init(device: torch.device) -> None:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=seconds)
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if restarts and os.environ.get("GROUP_WORLD_SIZE") == "1":
         store, rank, world_size = next(dist.rendezvous("env://"))
-        dist.init_process_group(backend, store=dist.PrefixStore(f"restart {restarts}", store), rank=rank, world_size=world_size)
+        store = dist.PrefixStore(f"restart {restarts}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
 
 
 def shutdown() -> None:

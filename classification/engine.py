@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import distributed
 from data.dataset import Batch
-from data.loader import BadFiles
 from litv2.errors import UserError
 from litv2.signals import StopRequested, StopSignals
+from litv2.unreadable import BadFiles
 from precision import Precision
 from reading import Reading
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from termcolor import colored
 from tqdm import tqdm
 
+from litv2.outputs import LogFile
+
 LOG = "log_rank{}.txt"
 _RUN, _PLACE, _TEXT = "[%(asctime)s %(run)s]", "(%(filename)s %(lineno)d)", ": %(levelname)s %(message)s"
 
@@ -37,7 +39,7 @@ def open_log(name: str, folder: Path, rank: int = 0) -> logging.Logger:
 
     terminal = _AboveTheBar(logging.INFO if rank == 0 else logging.WARNING)
     terminal.setFormatter(_formatter(name, f"{colored(_RUN, 'green')} {colored(_PLACE, 'yellow')}"))
-    file = logging.FileHandler(folder / LOG.format(rank), encoding="utf-8")
+    file = LogFile(str(folder / LOG.format(rank)))
     file.setFormatter(_formatter(name, f"{_RUN} {_PLACE}"))
     for handler in (terminal, file):
         log.addHandler(handler)

@@ -31,12 +31,14 @@ import distributed
 import engine
 from config import parse_args
 from data import build_loaders
-from data.loader import BadFiles, Loaders
+from data.loader import Loaders
 from data.sources import DataError
 from litv2.compilation import COMPILE_OPTIONS
 from litv2.errors import UserError, run_program
-from litv2.files import atomic_write
+from litv2.failures import in_one_line
+from litv2.files import atomic_write, remove_drafts
 from litv2.signals import StopRequested, StopSignals
+from litv2.unreadable import BadFiles
 from litv2.weights.download import fetch
 from litv2.weights.reading import read_checkpoint
 from litv2.weights.state_dict import find_weights, load_weights
@@ -57,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     config = parse_args(argv, notes.append)
     try:
         device = distributed.pick_device(config.DEVICE)
-        distributed.init(device)
+        with in_one_line():
+            distributed.init(device, config.DIST_TIMEOUT)
         folder = output_folder(config)
         log = open_log(config.MODEL.NAME, folder, distributed.rank())
         try:
@@ -66,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
             for line in (choice, set_tf32(config.TF32, device), *notes):
                 log.info(line)
             run = throughput if config.THROUGHPUT_MODE else train_or_evaluate
-            return run(config, precision, folder, log)
+            with in_one_line():
+                return run(config, precision, folder, log)
         finally:
             close_log(log)
     except engine.NonFiniteLoss as error:
@@ -140,6 +144,7 @@ def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: 
         if resumed is not None:
             training.load(resumed)
         if distributed.rank() == 0:
+            remove_drafts(folder)
             with atomic_write(folder / "config.yaml") as draft:
                 draft.write_text(config.dump())
         training.fit()

@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 from data.dataset import ImageDataset, collate
 from data.transforms import denormalise
 from litv2.curves import Curve, save_curves
+from litv2.files import atomic_write
 from precision import Precision
 
 
@@ -63,4 +64,5 @@ def plot_predictions(
         right = guess == target
         title = f"{class_names[guess]}  {sure:.0%}" if right else f"{class_names[guess]}  {sure:.0%}\ntrue: {class_names[target]}"
         axis.set_title(title, fontsize=9, color="tab:green" if right else "tab:red")
-    figure.savefig(path, dpi=100)
+    with atomic_write(path) as draft:
+        figure.savefig(draft, format="png", dpi=100)

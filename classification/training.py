@@ -27,10 +27,11 @@ import engine
 from config import to_dict
 from data import build_mixup
 from data.dataset import ImageDataset, StreamingDataset
-from data.loader import BadFiles, Loaders
+from data.loader import Loaders
 from litv2 import LITv2
 from litv2.errors import UserError
 from litv2.signals import StopRequested, StopSignals
+from litv2.unreadable import BadFiles
 from litv2.weights.state_dict import load_weights
 from logger import LOG
 from memory import peak_memory_mb
@@ -56,7 +57,7 @@ class Training:
     ):
         self.config, self.folder, self.log, self.loaders = config, folder, log, loaders
         self.model, self.bad_files, self.stop = model, bad_files, stop
-        self.metrics = Metrics(folder, active=distributed.rank() == 0)
+        self.metrics = Metrics(folder, active=distributed.rank() == 0, warn=log.warning)
         self.progress = engine.Progress()
         self.accumulation = config.TRAIN.ACCUMULATION_STEPS
         self.total_batch = loaders.batch_size * distributed.world_size() * self.accumulation
@@ -176,14 +177,19 @@ class Training:
         progress = self.progress
         if distributed.rank() == 0:
             curves, predictions = self.folder / "curves.png", self.folder / "predictions.png"
-            plot_curves(read_metrics(self.folder), self.updates_per_epoch, curves)
+            metrics = read_metrics(self.folder)
+            plot_curves(metrics, self.updates_per_epoch, curves)
             if self.loaders.sampler is not None:  # a streaming reader cannot be indexed
                 images = cast(ImageDataset, self.loaders.val.dataset)
                 plot_predictions(self.evaluated_model, images, self.loaders.class_names, self.config, self.step.precision, predictions)
-            last = [row for row in read_metrics(self.folder) if row["kind"] == "val"][-1]
-            rows = [
-                ("images", f"{last['images']} of validation, {len(self.loaders.class_names)} classes"),
-                ("final Acc@1", f"{last['top1']:.3f} %  (Acc@5 {last['top5']:.3f} %, loss {last['loss']:.4f})"),
+            rows: list[tuple[str, object]] = []
+            last = next((row for row in reversed(metrics) if row["kind"] == "val"), None)
+            if last is not None:  # it could be written
+                rows += [
+                    ("images", f"{last['images']} of validation, {len(self.loaders.class_names)} classes"),
+                    ("final Acc@1", f"{last['top1']:.3f} %  (Acc@5 {last['top5']:.3f} %, loss {last['loss']:.4f})"),
+                ]
+            rows += [
                 ("best Acc@1", f"{progress.best:.3f} %  after epoch {progress.best_epoch + 1}"),
                 ("curves", curves),
                 ("predictions", predictions),

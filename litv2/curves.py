@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .files import atomic_write
+
 __all__ = ["Curve", "save_curves"]
 
 
@@ -38,4 +40,5 @@ def save_curves(path: str | Path, panels: dict[str, list[Curve]], xlabel: str, u
         axis.grid(alpha=0.3)
         if any(curve.label for curve in curves):
             axis.legend()
-    figure.savefig(path, dpi=120)
+    with atomic_write(path) as draft:
+        figure.savefig(draft, format="png", dpi=120)

@@ -2,30 +2,65 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["atomic_write", "free_stem", "one_process"]
+__all__ = ["append_whole", "atomic_write", "free_stem", "one_process", "remove_drafts"]
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields the path of a temporary file beside ``path``. When the block ends, that file is flushed to the disk and replaces
     ``path``; if the block raises, it is removed and ``path`` is left unchanged.
+
+    Raises:
+        OSError: the file cannot be written; it names ``path``.
     """
     path = Path(path)
-    _remove_drafts_of_the_dead(path)
+    remove_drafts(path.parent, glob.escape(path.name))
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield draft
         with open(draft, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
+    except Exception as error:
+        if (failure := _failed_write(error, draft)) is None:
+            raise
+        raise OSError(failure.errno, failure.strerror, str(path)) from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # in a folder that is gone or may not be written
+            draft.unlink()
     flush_folder(path.parent)
+
+
+def append_whole(path: str | Path, text: str) -> None:
+    """Appends the text to the file; if it does not fit on the disk, nothing of it. Raises OSError, which names the file."""
+    try:
+        with open(path, "ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                if file.write(data := text.encode()) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(size)
+                raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _failed_write(error: BaseException | None, draft: Path) -> OSError | None:
+    """The system's error that an error comes of, if it is that of a write to the draft; torch.save raises its own on top."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(draft)):
+            return error
+        error = error.__context__
+    return None
 
 
 def free_stem(stem: str, used: set[str]) -> str:
@@ -49,10 +84,10 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _remove_drafts_of_the_dead(path: Path) -> None:
-    """Removes the drafts of processes that were killed while writing: each may be as large as the file itself."""
-    for draft in path.parent.glob(f"{path.name}.*.tmp"):
-        number = draft.name.removeprefix(f"{path.name}.").removesuffix(".tmp")
+def remove_drafts(folder: str | Path, name: str = "*") -> None:
+    """Removes the drafts of processes that were killed while writing a file of this name: each may be as large as the file itself."""
+    for draft in Path(folder).glob(f"{name}.*.tmp"):
+        number = draft.name.removesuffix(".tmp").rpartition(".")[2]
         if number.isdigit() and not _is_alive(int(number)):
             draft.unlink(missing_ok=True)
 

@@ -33,13 +33,20 @@ def substituted(command: Command, files: Mapping[str, object] | None = None) -> 
     return words
 
 
-def run(command: Command, *more: object, files: Mapping[str, object] | None = None, folder: Path | None = None, **environment: str):
+def run(
+    command: Command,
+    *more: object,
+    files: Mapping[str, object] | None = None,
+    folder: Path | None = None,
+    timeout: int = 300,
+    **environment: str,
+):
     """In a process of its own, which must succeed; returns it. ``more`` is appended."""
     program, *words = substituted(command, files)
     line = [*INTERPRETER.get(program, [program]), *words, *map(str, more)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # of torchrun
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}
-    done = subprocess.run(line, cwd=folder or command.folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(line, cwd=folder or command.folder, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
 

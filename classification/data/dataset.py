@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from litv2.preprocess import decode
+from litv2.unreadable import is_shortage
 
 from .sources import DataError, ListSource
 
@@ -53,6 +54,8 @@ class ImageDataset(Dataset):
                 file, target = self.source[index]
                 image = decode(file, self.mode)
             except Exception as error:  # for damaged files, decoders raise anything: OSError, SyntaxError, struct.error ...
+                if is_shortage(error):
+                    raise
                 unreadable.append(f"{name}: {error}")
                 if seed is None:
                     return Sample(None, -1, name, tuple(unreadable))

@@ -1,4 +1,4 @@
-"""Data loaders for training and evaluation, and the limit on unreadable files."""
+"""Data loaders for training and evaluation."""
 
 from __future__ import annotations
 
@@ -28,23 +28,6 @@ class Loaders:
     steps_per_epoch: int  # batches of this process
     batch_size: int  # training batch size per process
     sampler: TrainSampler | None  # None for a streaming reader, which orders its images itself
-
-
-class BadFiles:
-    """Collects the unreadable files of this process; more than the limit stop the run with a list of them."""
-
-    def __init__(self, limit: int, log: Callable[[str], None]):
-        self.limit, self.log = limit, log
-        self.reports: dict[str, None] = {}  # an ordered set
-
-    def add(self, reports: list[str]) -> None:
-        for report in reports:
-            if report not in self.reports:
-                self.reports[report] = None
-                self.log(f"unreadable image, skipped: {report}")
-        if len(self.reports) > self.limit:
-            listing = "\n  ".join(self.reports)
-            raise DataError(f"{len(self.reports)} unreadable images, more than DATA.MAX_BAD_FILES={self.limit}:\n  {listing}")
 
 
 def build_loaders(config: CfgNode) -> Loaders:

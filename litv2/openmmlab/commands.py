@@ -16,6 +16,7 @@ from mmengine.registry import VISUALIZERS
 
 from ..configurations import config_of
 from ..errors import UserError
+from ..failures import in_one_line
 from ..signals import StopRequested
 from .build import build_model
 from .config import adapt_to_device, image_steps, load_config
@@ -69,7 +70,11 @@ def train() -> int | None:
     parser.add_argument("--resume", nargs="?", const="auto", metavar="FILE", help="resume from FILE, default: the latest checkpoint")
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the total batch size")
     args = parser.parse_args()
-    config = prepare(args)
+    with in_one_line():
+        return _train(prepare(args), args)
+
+
+def _train(config: Config, args: argparse.Namespace) -> int | None:
     if args.auto_scale_lr:
         if "auto_scale_lr" not in config:
             raise UserError("--auto-scale-lr: the configuration has no auto_scale_lr, the batch size that its learning rate is tuned for")

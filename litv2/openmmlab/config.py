@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -78,7 +79,8 @@ def adapt_to_device(config: Config, launcher: str) -> None:
         revert_sync_bn(config.model)
         config.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
         if not dist.is_initialized():
-            dist.init_process_group("gloo")
+            seconds = config.get("env_cfg", {}).get("dist_cfg", {}).get("timeout", 1800)  # as mmengine reads it on a GPU
+            dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))
 
 
 def revert_sync_bn(config: dict | list | tuple) -> None:

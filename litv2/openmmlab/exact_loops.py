@@ -11,10 +11,11 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import mmcv
 import numpy as np
 import torch
 from mmengine.dataset import InfiniteSampler
-from mmengine.dist import all_reduce, get_rank
+from mmengine.dist import all_reduce, get_rank, is_main_process
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from ..errors import UserError, listed
 from ..signals import StopRequested, StopSignals
+from ..unreadable import BadFiles, is_shortage
 
 __all__ = ["ExactEpochLoop", "ExactIterLoop"]
 
@@ -41,14 +43,41 @@ class Drawn(int):
 
 
 class SeededDataset(Dataset):
-    """A data set whose augmentation is a function of the ``Drawn`` index; otherwise the data set itself."""
+    """A data set whose augmentation is a function of the ``Drawn`` index; otherwise the data set itself.
+
+    A sample whose image or label map cannot be read is replaced by the next one, and its ``data_samples`` has a field ``unreadable``.
+    """
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
 
     def __getitem__(self, index: Drawn) -> Any:
-        seed_all(*index.seeds)
-        return self.dataset[int(index)]
+        unreadable: list[str] = []
+        for number in range(len(self)):
+            place = (index + number) % len(self)
+            seed_all(*index.seeds)
+            try:
+                data = self.dataset[place]
+            except Exception as error:
+                if is_shortage(error) or (report := self._unreadable(place)) is None:
+                    raise
+                unreadable.append(report)
+                continue
+            if unreadable:
+                data["data_samples"].set_field(unreadable, "unreadable", field_type="metainfo")
+            return data
+        raise UserError(f"none of the {len(self)} images can be read; the first one: {unreadable[0]}")
+
+    def _unreadable(self, index: int) -> str | None:
+        """Which of the sample's files cannot be read, and why."""
+        info = self.dataset.get_data_info(index)
+        for path in filter(None, (info.get("img_path"), info.get("seg_map_path"))):
+            try:
+                if mmcv.imread(path, flag="unchanged") is None:
+                    return f"{path}: it is no image, or damaged"
+            except Exception as error:  # for damaged files, decoders raise anything
+                return f"{path}: {error}"
+        return None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -92,6 +121,13 @@ class _Exact:
     _iter: int
     _epoch: int
 
+    def __init__(self, *args: Any, max_bad_files: int = 10, **kwargs: Any):
+        """``max_bad_files`` unreadable images are reported and skipped by each process; one more stops the run."""
+        super().__init__(*args, **kwargs)
+        logger = self.runner.logger
+        say = logger.warning if is_main_process() else logger.error  # mmengine's loggers of other processes show errors only
+        self.bad_files = BadFiles(max_bad_files, say, "train_cfg.max_bad_files")
+
     def _prepare(self) -> None:
         """Once, before the first iteration, when a checkpoint has been resumed."""
         loader, seed = self.dataloader, self.runner.seed  # of the checkpoint, not the one that the samplers were built with
@@ -122,10 +158,12 @@ class _Exact:
         """Runs one iteration.
 
         Raises:
-            UserError: its loss is not finite; nothing has been updated.
+            UserError: its loss is not finite, or there are too many unreadable images; nothing has been updated.
             StopRequested: a signal arrived at any process; a checkpoint has been saved.
         """
         data = args[-1]
+        for sample in data["data_samples"]:
+            self.bad_files.add(sample.metainfo.get("unreadable", ()))
         seed_all(self.runner.seed, get_rank(), self._iter, 0)
         try:
             run_iter(*args)

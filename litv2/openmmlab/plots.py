@@ -15,7 +15,7 @@ def plot_curves(work_dir: str | Path, path: str | Path) -> None:
     """Losses, learning rate and AP or mIoU over updates, from the logs of a work folder, resumed runs one after the other."""
     update, train, metrics = 0, {}, {}
     for log in sorted(Path(work_dir).glob("*/vis_data/scalars.json")):
-        for row in map(json.loads, log.read_text().splitlines()):
+        for row in (json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")):  # the last may be cut off
             if "loss" in row:
                 update = row["iter"]
                 train[update] = row  # a resumed run repeats what was after its checkpoint: the last word counts

@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,17 @@ import numpy as np
 import torch
 from mmengine.dataset import BaseDataset
 from mmengine.dist import is_main_process
-from mmengine.logging import HistoryBuffer, print_log
+from mmengine.fileio import dump
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.logging import HistoryBuffer, MMLogger, print_log
 from mmengine.runner import BaseLoop, Runner
+from mmengine.visualization import LocalVisBackend, Visualizer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError, listed
-from ..files import atomic_write
+from ..files import append_whole, atomic_write, remove_drafts
+from ..outputs import LogFile, Outputs
 from ..weights.download import fetch
 from ..weights.reading import read_checkpoint
 from ..weights.state_dict import load_weights
@@ -130,11 +136,40 @@ class StrictRunner(Runner):
         self.logger.info(f"loaded {filename}")
         return content
 
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        """Builds the logger; a log file that cannot be written does not stop the run."""
+        logger = super().build_logger(*args, **kwargs)
+        for i, handler in enumerate(logger.handlers):
+            if type(handler) is logging.FileHandler:
+                handler.close()
+                logger.handlers[i] = file = LogFile(handler.baseFilename, handler.mode)
+                file.setFormatter(handler.formatter)
+                file.setLevel(handler.level)
+                file.filters = handler.filters
+        return logger
+
+    def build_visualizer(self, *args: Any, **kwargs: Any) -> Visualizer:
+        """Builds the visualizer; scalars that cannot be written do not stop the run, and are written whole or not at all."""
+        visualizer = super().build_visualizer(*args, **kwargs)
+        outputs = Outputs(self.logger.warning)
+        for backend in visualizer._vis_backends.values():
+            for name in ("add_scalars", "close"):
+                setattr(backend, name, _going_on(getattr(backend, name), outputs, f"{backend._save_dir} ({type(backend).__name__})"))
+            if isinstance(backend, LocalVisBackend):
+                backend._dump = lambda values, path, file_format: append_whole(path, dump(values, file_format=file_format) + "\n")
+        return visualizer
+
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
         """Saves a checkpoint: beside an older one of this name, flushed, and renamed."""
         if is_main_process():
             with atomic_write(Path(out_dir) / filename) as draft:
                 super().save_checkpoint(out_dir, draft.name, *args, **kwargs)
+
+    def register_hook(self, hook: Hook | dict, priority: Any = None) -> None:
+        """Registers a hook; of mmengine's CheckpointHook the one that removes an old checkpoint last."""
+        if isinstance(hook, dict) and hook.get("type") == "CheckpointHook":
+            hook = {**hook, "type": CarefulCheckpointHook}
+        super().register_hook(hook, priority)
 
     def save_for_resume(self, epoch: int, iteration: int) -> None:
         """Saves a checkpoint after this number of epochs and iterations, which ``--resume`` finds."""
@@ -142,6 +177,8 @@ class StrictRunner(Runner):
 
     def load_or_resume(self) -> None:
         """As mmengine's; but ``--resume`` without a file takes the newest checkpoint of the run that is whole."""
+        if is_main_process():
+            remove_drafts(self.work_dir)
         if self._resume and self._load_from is None and not self._has_loaded:
             self._load_from = self._newest_checkpoint()
             if self._load_from is None:
@@ -208,6 +245,36 @@ class StrictRunner(Runner):
                         f"the model has {name}.num_classes={modules[name].num_classes}, but the data set {_describe(part)} has "
                         f"{len(classes)} classes: {listed(classes)}; set num_classes in the model's heads, or the data set's metainfo"
                     )
+
+
+class CarefulCheckpointHook(CheckpointHook):
+    """With ``max_keep_ckpts`` the oldest checkpoint is removed when the new one is whole; mmengine's removes it before."""
+
+    max_keep_ckpts: int
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        keep, self.max_keep_ckpts = self.max_keep_ckpts, 0  # mmengine removes none
+        try:
+            if keep > 0 and step not in self.keep_ckpt_ids:
+                kept = [*self.keep_ckpt_ids, step]
+                runner.message_hub.update_info("keep_ckpt_ids", kept)  # a run that is resumed from this checkpoint removes the others
+                super()._save_checkpoint_with_step(runner, step, meta)
+                self.keep_ckpt_ids.append(step)  # of fixed length
+                for old in kept[:-keep] if is_main_process() else ():
+                    Path(self.out_dir, self.filename_tmpl.format(old)).unlink(missing_ok=True)
+            else:
+                super()._save_checkpoint_with_step(runner, step, meta)
+        finally:
+            self.max_keep_ckpts = keep
+
+
+def _going_on(method: Callable, outputs: Outputs, what: str) -> Callable:
+    @functools.wraps(method)
+    def write(*args: Any, **kwargs: Any) -> None:
+        with outputs.writing(what):
+            method(*args, **kwargs)
+
+    return write
 
 
 def _unwrapped(model: Any) -> Any:

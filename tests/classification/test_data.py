@@ -17,11 +17,13 @@ from PIL import Image
 
 from config import load_config
 from data.dataset import ImageDataset, collate, decode, seeded
-from data.loader import BadFiles, build_loaders
+from data.loader import build_loaders
 from data.mixup import build_mixup
 from data.sampler import EvalSampler, TrainSampler
 from data.sources import DataError, open_sources
 from helpers import ROOT, write_images
+from litv2.errors import UserError
+from litv2.unreadable import BadFiles
 
 DIGITS = ROOT / "classification/configs/litv2-digits.yaml"
 
@@ -219,7 +221,7 @@ def test_damaged_files_are_reported_and_skipped(folder):
     assert all(any(name in line for line in lines) for name in ("train/cat/1.png", "train/dog/0.png", "train/owl/2.png"))
     seen = list(loaders.val)
     assert sum(len(batch.targets) for batch in seen) == 4
-    with pytest.raises(DataError, match=r"4 unreadable images, more than DATA.MAX_BAD_FILES=3(.|\n)*train/dog/0.png(.|\n)*val/owl/0.png"):
+    with pytest.raises(UserError, match=r"4 unreadable images, more than DATA.MAX_BAD_FILES=3(.|\n)*train/dog/0.png(.|\n)*val/owl/0.png"):
         for batch in seen:
             bad.add(batch.unreadable)
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from config import load_config
 from data.dataset import Batch
-from data.loader import BadFiles
-from data.sources import DataError
 from engine import NonFiniteLoss, Progress, Step, evaluate, train_one_epoch
 from gpu_helpers import DEVICES
 from helpers import ROOT, assert_as_precise, normal, tiny_model
+from litv2.errors import UserError
 from litv2.signals import StopRequested, StopSignals
+from litv2.unreadable import BadFiles
 from optim import build_scheduler
 from precision import Precision, choose_precision, set_tf32
 from throughput import measure_throughput
@@ -96,7 +96,7 @@ def test_evaluation_counts_images():
     loader[1] = loader[1]._replace(unreadable=["a.png: truncated"])
     result = evaluate(model, loader, Precision(CPU), expected=7, bad_files=BadFiles(5, print), log=lines.append)
     assert result["images"] == 6 and "leaves out 1 unreadable" in lines[0]
-    with pytest.raises(DataError, match="a.png: truncated"):
+    with pytest.raises(UserError, match="a.png: truncated"):
         evaluate(model, loader, Precision(CPU), expected=7, bad_files=BadFiles(0, print), log=print)
 
 
@@ -162,7 +162,7 @@ def test_mixed_precision_trains(mode):
 def test_unreadable_files_stop_training():
     loader = batches([4, 4])
     loader[1] = loader[1]._replace(unreadable=["b.png: no image"])
-    with pytest.raises(DataError, match="b.png: no image"):
+    with pytest.raises(UserError, match="b.png: no image"):
         train(linear(), loader)
 
 

@@ -46,7 +46,7 @@ def test_colours(variables, coloured, tmp_path):
     pty = pytest.importorskip("pty")
     code = "from pathlib import Path; from logger import open_log; open_log('small', Path('.')).info('hello')"
     environment = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR", "ANSI_COLORS_DISABLED")}
-    environment |= {"PYTHONPATH": str(ROOT / "classification"), "TERM": "xterm"} | variables
+    environment |= {"PYTHONPATH": f"{ROOT / 'classification'}{os.pathsep}{ROOT}", "TERM": "xterm"} | variables
     master, terminal = pty.openpty()
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=terminal, check=True)
     os.close(terminal)

@@ -23,13 +23,13 @@ import distributed
 import engine
 from config import load_config
 from data.dataset import Batch
-from data.loader import BadFiles
 from data.mixup import AnyBatchMixup
 from engine import NonFiniteLoss, Progress, Step, evaluate, train_one_epoch
 from gpu_helpers import on_gpu
 from helpers import FAST, ROOT, run_ranks, same, tiny_model, write_images
 from litv2.errors import run_program
 from litv2.signals import StopRequested, StopSignals
+from litv2.unreadable import BadFiles
 from litv2.weights.reading import read_checkpoint
 from main import main
 from metrics import read_metrics

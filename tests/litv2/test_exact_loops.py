@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +16,14 @@ pytestmark = pytest.mark.extra
 pytest.importorskip("mmdet", exc_type=ImportError)
 pytest.importorskip("mmseg", exc_type=ImportError)
 
+from mmengine.fileio import LocalBackend  # noqa: E402
 from mmengine.hooks import Hook  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from litv2.errors import UserError  # noqa: E402
 from litv2.openmmlab import commands  # noqa: E402
 from litv2.openmmlab.config import adapt_to_device, load_config  # noqa: E402
+from litv2.openmmlab.exact_loops import Drawn, SeededDataset  # noqa: E402
 from litv2.openmmlab.runner import MMENGINE_CLASSES, StrictRunner  # noqa: E402
 from litv2.signals import StopRequested  # noqa: E402
 from litv2.weights.reading import read_checkpoint  # noqa: E402
@@ -97,6 +103,7 @@ def test_killed_and_resumed(project, whole, tmp_path, iteration):
         train(project, tmp_path, "randomness.seed=5", hook=At(iteration, kill))
     runner = train(project, tmp_path, "randomness.seed=5", resume=True)
     assert runner.iter == 6
+    assert f"iter: {iteration // 2 * 2}\n" in "".join(path.read_text() for path in tmp_path.rglob("*.log")), "from the newest"
     assert_same(whole, tmp_path / "iter_6.pth")
 
 
@@ -133,6 +140,32 @@ def test_a_damaged_checkpoint_is_left_out(project, whole, tmp_path, caplog):
     assert_same(whole, tmp_path / "iter_6.pth")
 
 
+def test_the_newest_checkpoint_has_the_most_iterations(whole, tmp_path):
+    """Whatever the clock said, and whatever comes last in the alphabet; an epoch is three iterations."""
+    run = SimpleNamespace(work_dir=tmp_path, train_loop=SimpleNamespace(dataloader=range(3)), logger=logging.getLogger())
+    names = "iter_2.pth", "epoch_2.pth", "iter_9.pth", "iter_10.pth", "epoch_4.pth"
+    for age, name in enumerate(names):
+        shutil.copy(whole, tmp_path / name)
+        os.utime(tmp_path / name, (10**9 - age, 10**9 - age))
+        assert StrictRunner._newest_checkpoint(run) == str(tmp_path / name)
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(project, tmp_path, monkeypatch):
+    """A run is killed when it has written half of the second."""
+    put, files = LocalBackend.put, []
+
+    def put_half(backend, content: bytes, path) -> None:
+        files.append(path)
+        put(backend, content[: len(content) // 2] if len(files) == 2 else content, path)
+        if len(files) == 2:
+            raise Killed
+
+    monkeypatch.setattr(LocalBackend, "put", put_half)
+    with pytest.raises(Killed):
+        train(project, tmp_path)
+    assert [path.name for path in tmp_path.glob("*.pth")] == ["iter_2.pth"]
+
+
 def test_a_loss_that_is_not_finite_is_not_applied(project, tmp_path):
     def spoil(runner) -> None:
         head = next(module for name, module in runner.model.named_modules() if name in ("bbox_head.retina_cls", "decode_head.conv_seg"))
@@ -148,3 +181,80 @@ def test_a_loss_that_is_not_finite_is_not_applied(project, tmp_path):
     assert {path.name for path in tmp_path.glob("*.pth")} == {"iter_2.pth"}
 
 
+def test_an_unreadable_image_is_replaced_by_the_next(project, tmp_path):
+    """It is reported, and the run is exactly resumable without it; with none allowed the run stops before it is used."""
+    task, folder = project
+    data = shutil.copytree(folder / "data", tmp_path / "data")
+    images = data / ("train" if task == "detection" else "images/training")
+    (images / "3.jpg").write_bytes(b"no image")
+    (images / "4.jpg").write_bytes(b"")
+    options = [f"data_root={data}", "randomness.seed=5"]
+    train(project, tmp_path / "whole", *options)
+    with pytest.raises(Killed):
+        train(project, tmp_path / "killed", *options, hook=At(3, kill))
+    train(project, tmp_path / "killed", *options, resume=True)
+    assert_same(*(tmp_path / run / "iter_6.pth" for run in ("whole", "killed")))
+    (log,) = (tmp_path / "whole").rglob("*.log")
+    assert log.read_text().count("unreadable image, skipped: ") == 2
+    assert f"{images / '3.jpg'}: " in log.read_text() and f"{images / '4.jpg'}: " in log.read_text()
+    with pytest.raises(UserError, match=r"unreadable images, more than train_cfg.max_bad_files=0: .*[34].jpg"):
+        train(project, tmp_path / "none", *options, "train_cfg.max_bad_files=0")
+
+
+def test_a_label_map_that_is_gone(project, tmp_path):
+    if project[0] == "detection":
+        pytest.skip("its labels are in one file")
+    data = shutil.copytree(project[1] / "data", tmp_path / "data")
+    (data / "annotations/training/2.png").unlink()
+    with pytest.raises(UserError, match=r"more than train_cfg.max_bad_files=0: .*annotations/training/2.png"):
+        train(project, tmp_path / "run", f"data_root={data}", "train_cfg.max_bad_files=0")
+
+
+def test_a_bug_in_the_pipeline_is_no_unreadable_image(tmp_path):
+    class Broken(list):
+        def get_data_info(self, index: int) -> dict:
+            return dict(img_path=str(tmp_path / "0.png"))
+
+        def __getitem__(self, index: int):
+            raise ZeroDivisionError
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    index = Drawn(0)
+    index.seeds = (0,)
+    with pytest.raises(ZeroDivisionError):
+        SeededDataset(Broken([1]))[index]
+    (tmp_path / "0.png").unlink()
+    with pytest.raises(UserError, match="none of the 1 images can be read; the first one: .*0.png"):
+        SeededDataset(Broken([1]))[index]
+
+
+def test_the_only_checkpoint_is_kept_until_the_next_is_whole(project, whole, tmp_path, monkeypatch):
+    save, saved = StrictRunner.save_checkpoint, []
+
+    def save_but_the_second(runner, *args, **kwargs) -> None:
+        saved.append(args)
+        if len(saved) == 2:
+            raise Killed
+        save(runner, *args, **kwargs)
+
+    monkeypatch.setattr(StrictRunner, "save_checkpoint", save_but_the_second)
+    one = "default_hooks.checkpoint.max_keep_ckpts=1"
+    with pytest.raises(Killed):
+        train(project, tmp_path, "randomness.seed=5", one)
+    assert [path.name for path in tmp_path.glob("*.pth")] == ["iter_2.pth"]
+    train(project, tmp_path, "randomness.seed=5", one, resume=True)
+    assert [path.name for path in tmp_path.glob("*.pth")] == ["iter_6.pth"]
+    assert_same(whole, tmp_path / "iter_6.pth")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is full")
+def test_metrics_on_a_full_disk_do_not_stop_a_run(project, whole, tmp_path):
+    def fill(runner) -> None:
+        (scalars,) = tmp_path.rglob("scalars.json")
+        scalars.unlink()
+        scalars.symlink_to("/dev/full")
+
+    train(project, tmp_path, "randomness.seed=5", f"visualizer.name={tmp_path.name}", hook=At(2, fill))
+    (log,) = tmp_path.rglob("*.log")
+    assert log.read_text().count("cannot be written (No space left on device); the run goes on without") == 1
+    assert_same(whole, tmp_path / "iter_6.pth")

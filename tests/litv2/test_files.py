@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from helpers import ROOT
-from litv2.files import atomic_write, one_process
+from litv2.files import atomic_write, one_process, remove_drafts
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path):
@@ -40,6 +40,34 @@ def test_drafts_of_killed_processes_are_removed_and_of_living_ones_are_not(tmp_p
     with atomic_write(tmp_path / "a.txt") as draft:
         draft.write_text("new")
     assert not dead.exists() and alive.exists() and others.exists()
+    remove_drafts(tmp_path)
+    assert alive.exists() and not others.exists() and (tmp_path / "a.txt").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no RLIMIT_FSIZE")
+def test_what_does_not_fit_on_the_disk_leaves_nothing(tmp_path):
+    """Files of at most 100 kB: half of a line, and a part of a checkpoint, fit. The errors name the files."""
+    line, checkpoint = tmp_path / "lines", tmp_path / "latest.pth"
+    line.write_bytes(b"x" * 99_990)
+    program = f"""
+import resource, sys; sys.path.insert(0, {str(ROOT)!r})
+import torch
+from litv2.files import append_whole, atomic_write
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+append_whole({str(line)!r}, "five\\n")
+try:
+    append_whole({str(line)!r}, "longer\\n")
+except OSError as error:
+    print(error)
+try:
+    with atomic_write({str(checkpoint)!r}) as draft, open(draft, "wb") as file:
+        torch.save(torch.zeros(100_000), file)
+except OSError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert [out.endswith(repr(str(path))) for out, path in zip(done.stdout.splitlines(), (line, checkpoint))] == [True, True], done
+    assert line.read_bytes() == b"x" * 99_990 + b"five\n" and list(tmp_path.iterdir()) == [line]
 
 
 def test_one_process_at_a_time(tmp_path):

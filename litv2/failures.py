@@ -1,0 +1,107 @@
+"""What can go wrong on the machine during a training, in one line: memory or file handles that run out, processes that die or hang."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch.distributed as dist
+
+from .errors import UserError
+
+__all__ = ["in_one_line"]
+
+MEMORY = (
+    *("can't allocate", "cannot allocate", "not enough memory", "out of memory"),
+    *("bad_alloc", "could not create a primitive", "can't start new thread"),  # of C++, oneDNN and Python
+)
+WORKER = r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (is killed by signal: [^.]*|exited unexpectedly)"
+CONNECTIONS = ("gloo", "pair closure")
+FILES = (errno.EMFILE, errno.ENFILE)
+PATIENCE = 5.0  # seconds in which processes find out who is still there
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Within this block, an error that is the machine's becomes a UserError of one line. Others are bugs, and pass unchanged.
+
+    If processes have lost each other, the line names those that do not answer. The process group is then gone.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (line := _line(error)) is None:
+            raise
+        raise UserError(line) from error
+
+
+def _line(error: Exception) -> str | None:
+    text = str(error)
+    if killed := next(filter(None, (re.search(WORKER, str(cause)) for cause in _causes(error))), None):  # torch tells of it at any time
+        return f"the data-loading worker {killed[1]} {killed[2]}: often memory ran out; fewer workers need less"
+    if "Too many open files" in text or any(isinstance(cause, OSError) and cause.errno in FILES for cause in _causes(error)):
+        return "Too many open files: raise the limit with ulimit -n, or use fewer workers"
+    if cause := next(filter(_is_of_memory, _causes(error)), None):
+        return f"memory ran out ({_brief(str(cause)) or type(cause).__name__}); a smaller batch or fewer workers need less"
+    if isinstance(error, UserError | OSError) and text.startswith("Caught "):  # in a data-loading worker: its traceback is the message
+        return text.strip().splitlines()[-1].partition(": ")[2]
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(word in text for word in CONNECTIONS)):
+        return _lost_processes(_brief(text))
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields the error and those that it comes of."""
+    while error is not None:
+        yield error
+        error = error.__context__
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in MEMORY)
+
+
+def _brief(text: str) -> str:
+    """The first line, without the place in the source and gloo's advice."""
+    return re.sub(r"^(\[[^]]*\] )?(.*?)(\. This is typically .*)?$", r"\2", text.strip().partition("\n")[0])
+
+
+def _lost_processes(reason: str) -> str:
+    if not dist.is_initialized():
+        return f"the processes do not find each other: {reason}"
+    size, absent = dist.get_world_size(), _absent_ranks()
+    if not absent:
+        return f"the processes have lost each other ({reason}); the same command goes on from the last checkpoint"
+    who = ", ".join(map(str, absent))
+    return f"rank {who} of {size} has ended or hangs ({reason}); the same command goes on from the last checkpoint"
+
+
+def _absent_ranks() -> list[int]:
+    """Ends the process group, so that those that wait for this process hear of it, and returns the ranks that do not answer."""
+    rank, size, store = dist.get_rank(), dist.get_world_size(), dist.distributed_c10d._get_default_store()
+    present = {rank}
+    answered = False
+
+    def ask() -> None:
+        nonlocal answered
+        with suppress(RuntimeError):  # the store has gone
+            dist.destroy_process_group()
+            store.set(f"lost/{rank}", "here")
+            answered = store.check([f"lost/{rank}"])  # unlike set it waits for an answer
+            while len(present) < size:
+                present.update(other for other in range(size) if other not in present and store.check([f"lost/{other}"]))
+                time.sleep(0.05)
+
+    asking = threading.Thread(target=ask, daemon=True)  # a store in a process that hangs would hold up this one
+    asking.start()
+    asking.join(PATIENCE)
+    if not answered:  # the store is rank 0's, or the launcher's
+        return [] if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else [0]
+    return [other for other in range(size) if other not in present]
