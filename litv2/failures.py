@@ -5,16 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import util
 
 import torch.distributed as dist
 
 from .errors import UserError
 
-__all__ = ["in_one_line"]
+__all__ = ["clean_up_in_a_worker", "in_one_line"]
 
 MEMORY = (
     *("can't allocate", "cannot allocate", "not enough memory", "out of memory"),
@@ -45,6 +47,8 @@ def _line(error: Exception) -> str | None:
     if killed := next(filter(None, (re.search(WORKER, str(cause)) for cause in _causes(error))), None):  # torch tells of it at any time
         return f"the data-loading worker {killed[1]} {killed[2]}: often memory ran out; fewer workers need less"
     if "Too many open files" in text or any(isinstance(cause, OSError) and cause.errno in FILES for cause in _causes(error)):
+        _raise_limit_of_files()  # what is cleaned up at the end needs some, too
+        sys.unraisablehook = lambda _: None  # of loaders that are half made
         return "Too many open files: raise the limit with ulimit -n, or use fewer workers"
     if cause := next(filter(_is_of_memory, _causes(error)), None):
         return f"memory ran out ({_brief(str(cause)) or type(cause).__name__}); a smaller batch or fewer workers need less"
@@ -53,6 +57,19 @@ def _line(error: Exception) -> str | None:
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(word in text for word in CONNECTIONS)):
         return _lost_processes(_brief(text))
     return None
+
+
+def clean_up_in_a_worker() -> None:
+    """For ``worker_init_fn`` of a loader: what Python cleans up when the process ends needs a file handle, too."""
+    util.Finalize(None, _raise_limit_of_files, exitpriority=1)
+
+
+def _raise_limit_of_files() -> None:
+    with suppress(ImportError, OSError, ValueError):  # not on Windows
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

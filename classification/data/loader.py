@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 
 import distributed
 from litv2.errors import MissingPackage
+from litv2.failures import clean_up_in_a_worker
 
 from .dataset import ImageDataset, StreamingDataset, collate
 from .sampler import EvalSampler, TrainSampler
@@ -43,7 +44,7 @@ def build_loaders(config: CfgNode) -> Loaders:
         persistent_workers=workers > 0,
         collate_fn=collate,
         pin_memory=data.PIN_MEMORY and torch.cuda.is_available(),
-        worker_init_fn=_own_process_group,
+        worker_init_fn=_start_worker,
     )
     transforms = build_transform(config, training=True), build_transform(config, training=False)
 
@@ -101,8 +102,9 @@ def _class_count(config: CfgNode) -> int:
     return config.MODEL.NUM_CLASSES
 
 
-def _own_process_group(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     # Ctrl-C and torchrun's SIGTERM go to the whole process group of the trainer, which finishes its step and saves. A worker
     # in that group would die and interrupt the step.
     if hasattr(os, "setpgrp"):
         os.setpgrp()
+    clean_up_in_a_worker()

@@ -90,12 +90,12 @@ def _check_zip(path: Path, size: int) -> None:
         raise UserError(f"the zip archive is damaged: {error}") from error
     names = [entry.filename for entry in entries]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f"the zip archive contains {twice[0]} more than once")
+        raise UserError(f"the zip archive contains {twice[0]!r} more than once")
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.compress_size != entry.file_size:
-            raise UserError(f"{entry.filename} in the zip archive is compressed or encrypted, which torch.save never does")
+            raise UserError(f"{entry.filename!r} in the zip archive is compressed or encrypted, which torch.save never does")
         if entry.header_offset + 30 + entry.file_size > size:
-            raise UserError(f"{entry.filename} in the zip archive extends beyond the end of the file")
+            raise UserError(f"{entry.filename!r} in the zip archive extends beyond the end of the file")
     if sum(entry.file_size for entry in entries) > size:
         raise UserError("the entries of the zip archive overlap: their total size exceeds that of the file")
     if len({name.partition("/")[0] for name in names}) != 1:

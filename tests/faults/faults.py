@@ -164,7 +164,8 @@ def too_many_files(stage: Stage) -> Iterator[Run]:
     with run.frozen():
         for pid in (run.pids[0], *children(run.pids[0])):
             number = len(os.listdir(f"/proc/{pid}/fd")) + stage.rng.randrange(3)
-            resource.prlimit(pid, resource.RLIMIT_NOFILE, (number, number))
+            _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (number, hard))  # as ulimit -Sn
     yield run
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -183,6 +184,10 @@ def attempt(fault: Fault, stage: Stage, expected: Whole, trial: Trial) -> None:
         stage.close()
 
 
+# What Python's queues print in a data-loading worker that has no file handle left, beside the run's own line.
+QUEUE = re.compile(r'Traceback \(most recent call last\):\n  File "[^"]*multiprocessing/queues\.py", line \d+, in _feed\n(?:  .*\n)*.*\n?')
+
+
 def ending(run: Run) -> str:
     """"went on", "killed", or the line that the run ended with.
 
@@ -191,7 +196,7 @@ def ending(run: Run) -> str:
     """
     lines = []
     for rank, code in enumerate(run.codes()):
-        text = run.text(rank)
+        text = QUEUE.sub("", run.text(rank))
         if code == -signal.SIGKILL:
             continue  # by the fault
         if code < 0:
