@@ -266,7 +266,7 @@ def test_zip_archives():
         with zipfile.ZipFile(twice, "w") as target:
             target.writestr("archive/data.pkl", data)
             target.writestr("archive/data.pkl", CODE["os.system"])
-    refused(twice.getvalue(), "data.pkl more than once")
+    refused(twice.getvalue(), "data.pkl' more than once")
 
     content = archive(data, {"data/0": bytes(1000)})
     directory = content.index(b"PK\x01\x02")
