@@ -3,7 +3,7 @@
     python benchmarks/kills.py --kills 20
     python benchmarks/kills.py --trainers timm mmengine
 
-Hugging Face's Trainer, timm's parts (CheckpointSaver, resume_checkpoint and its recovery files, put together as in its train.py) and
+Hugging Face's Trainer, timm's parts (CheckpointSaver, resume_checkpoint and its recovery files, put together as in its training script) and
 mmengine's Runner train the same small network with dropout on the same random images for 48 steps of 6 epochs, saving every 4 steps. Each
 run is killed with ``kill -9`` after a random step, once to three times, and resumed as the trainer's documents say, with its newest
 checkpoint. Then its weights are compared with those of a run that was not killed; that two such runs are equal is checked first.
