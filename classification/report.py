@@ -63,7 +63,8 @@ def write_report(folder: Path, predictions: Predictions, loaders: Loaders, confi
         draft.write_text(json.dumps(report.summary, indent=1) + "\n")
     _write_csv(folder / "predictions.csv", report.predictions())
     _write_csv(folder / "classes.csv", report.classes())
-    _write_csv(folder / "confusion.csv", [["true \\ predicted", *class_names], *([a, *row] for a, row in zip(class_names, report.confusion))])
+    counts = [[name, *row] for name, row in zip(class_names, report.confusion.tolist())]
+    _write_csv(folder / "confusion.csv", [["true \\ predicted", *class_names], *counts])
     pictures = {"confusion.png": _draw_confusion(report), "calibration.png": _draw_calibration(report)}
     if isinstance(loaders.val.dataset, ImageDataset) and len(report.mistakes):  # a streaming reader cannot be indexed
         pictures["mistakes.png"] = _draw_mistakes(report, loaders.val.dataset, config)
@@ -214,8 +215,9 @@ def _draw_calibration(report: Report) -> Any:
     upper.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--")
     points = [(report.confidence[bins == i].mean(), report.right[bins == i].mean()) for i in present]
     upper.plot(*zip(*points), marker="o")
-    error, warm = report.summary["calibration_error"], report.summary["calibration_error_at_temperature"]
-    upper.set(ylabel="accuracy", ylim=(0, 1), title=f"calibration error {error:.2f} %; at temperature {report.temperature:.3f}: {warm:.2f} %")
+    error, mended = report.summary["calibration_error"], report.summary["calibration_error_at_temperature"]
+    title = f"calibration error {error:.2f} %; at temperature {report.temperature:.3f}: {mended:.2f} %"
+    upper.set(ylabel="accuracy", ylim=(0, 1.02), title=title)
     lower.hist(report.confidence, bins=np.linspace(0, 1, BINS + 1))
     lower.set(xlabel="confidence", ylabel="images", xlim=(0, 1))
     return figure
@@ -228,7 +230,7 @@ def _draw_mistakes(report: Report, images: ImageDataset, config: CfgNode, column
     chosen = [i for i in report.mistakes if report.names[i] in index][:LISTED]
     rows = max(1, -(-len(chosen) // columns))
     figure = Figure(figsize=(2.4 * columns, 2.9 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.axis("off")
     for axis, i in zip(axes, chosen):
