@@ -22,6 +22,7 @@ from litv2.signals import StopRequested, StopSignals
 from litv2.unreadable import BadFiles
 from precision import Precision
 from reading import Reading
+from report import Predictions
 
 
 class NonFiniteLoss(RuntimeError):
@@ -248,11 +249,13 @@ def evaluate(
     bad_files: BadFiles,
     log: Callable[[str], None],
     stop: StopSignals | None = None,
+    keep: Predictions | None = None,
 ) -> dict[str, float]:
     """Computes exact top-1 and top-5 (percent) and cross-entropy over all processes, counting each image once.
 
     Sums and counts are reduced once, at the end, so that ranks may have different numbers of images. ``expected`` is the size of
     the data set; unreadable images are left out and logged. Mixed precision takes a copy of the model with half-precision weights.
+    ``keep`` collects the logits of this process.
 
     Raises:
         RuntimeError: the number of images differs from the expected one.
@@ -271,6 +274,8 @@ def evaluate(
             continue
         targets = batch.targets.to(device, non_blocking=True)
         logits = model(batch.images.to(device, non_blocking=True).to(precision.dtype)).float()
+        if keep is not None:
+            keep.add(batch.names, batch.targets, logits)
         top = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         images += len(targets)
         rows.append(torch.stack([top[:, 0].sum(), top.any(dim=1).sum(), F.cross_entropy(logits, targets, reduction="sum")]))

@@ -45,6 +45,7 @@ from litv2.weights.state_dict import find_weights, load_weights
 from logger import close_log, open_log
 from network import build_model
 from precision import Precision, choose_precision, set_tf32
+from report import PAGE, REPORT, Predictions, write_report
 from throughput import measure_throughput
 from training import Training, seed_everything
 
@@ -132,11 +133,14 @@ def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: 
             load_weights(model, find_weights(resumed))
         elif not config.MODEL.PRETRAINED:
             raise UserError("--eval needs the weights to evaluate: --resume FILE or --pretrained FILE_OR_NAME")
-        result = engine.evaluate(model, loaders.val, precision, expected=loaders.val_size, bad_files=bad_files, log=log.info)
+        seen = Predictions()
+        result = engine.evaluate(model, loaders.val, precision, expected=loaders.val_size, bad_files=bad_files, log=log.info, keep=seen)
         log.info(f"Acc@1 {result['top1']:.3f}  Acc@5 {result['top5']:.3f}  loss {result['loss']:.4f}  images {result['images']}")
         # The release's two lines, for programs that parse its logs.
         log.info(f" * Acc@1 {result['top1']:.3f} Acc@5 {result['top5']:.3f}")
         log.info(f"Accuracy of the network on the {result['images']} test images: {result['top1']:.1f}%")
+        write_report(folder / REPORT, seen, loaders, config)
+        log.info(f"classes, confusions, calibration, mistakes and predictions: {folder / REPORT / PAGE}")
         return 0
 
     training = Training(config, folder, log, model, loaders, precision, bad_files, StopSignals())

@@ -39,6 +39,7 @@ from metrics import Metrics, read_metrics
 from optim import build_optimizer, build_scheduler
 from plots import plot_curves, plot_predictions
 from precision import Precision
+from report import PAGE, REPORT, Predictions, write_report
 
 
 class Training:
@@ -59,6 +60,7 @@ class Training:
         self.model, self.bad_files, self.stop = model, bad_files, stop
         self.metrics = Metrics(folder, active=distributed.rank() == 0, warn=log.warning)
         self.progress = engine.Progress()
+        self.seen: Predictions | None = None  # of the last evaluation
         self.accumulation = config.TRAIN.ACCUMULATION_STEPS
         self.total_batch = loaders.batch_size * distributed.world_size() * self.accumulation
         self.updates_per_epoch = -(-loaders.steps_per_epoch // self.accumulation)
@@ -96,6 +98,8 @@ class Training:
             result, better = None, False
             if done % config.EVAL_FREQ == 0 or done == config.TRAIN.EPOCHS:
                 self._save_latest()  # before the evaluation, which may be interrupted; saved again with its result
+                if done == config.TRAIN.EPOCHS:
+                    self.seen = Predictions()
                 result = self._evaluate()
                 better = result["top1"] > progress.best or progress.best_epoch < 0
                 if better:
@@ -169,12 +173,14 @@ class Training:
         distributed.broadcast_buffers(self.evaluated_model)
         return engine.evaluate(
             self.evaluated_model, self.loaders.val, self.step.precision,
-            expected=self.loaders.val_size, bad_files=self.bad_files, log=self.log.info, stop=self.stop,
+            expected=self.loaders.val_size, bad_files=self.bad_files, log=self.log.info, stop=self.stop, keep=self.seen,
         )  # fmt: skip
 
     def _finish(self) -> None:
-        """Draws the pictures and logs the summary."""
+        """Draws the pictures, writes the report and logs the summary."""
         progress = self.progress
+        if self.seen is not None:  # else the run had been finished before
+            write_report(self.folder / REPORT, self.seen, self.loaders, self.config)
         if distributed.rank() == 0:
             curves, predictions = self.folder / "curves.png", self.folder / "predictions.png"
             metrics = read_metrics(self.folder)
@@ -193,6 +199,7 @@ class Training:
                 ("best Acc@1", f"{progress.best:.3f} %  after epoch {progress.best_epoch + 1}"),
                 ("curves", curves),
                 ("predictions", predictions),
+                ("report", self.folder / REPORT / PAGE),
                 ("best weights", self.folder / checkpoint.BEST),
                 ("log and metrics", self.folder / LOG.format(0)),
             ]
