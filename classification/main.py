@@ -135,12 +135,12 @@ def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: 
             raise UserError("--eval needs the weights to evaluate: --resume FILE or --pretrained FILE_OR_NAME")
         seen = Predictions()
         result = engine.evaluate(model, loaders.val, precision, expected=loaders.val_size, bad_files=bad_files, log=log.info, keep=seen)
+        write_report(folder / REPORT, seen, loaders, config)
+        log.info(f"classes, confusions, calibration, mistakes and predictions: {folder / REPORT / PAGE}")
         log.info(f"Acc@1 {result['top1']:.3f}  Acc@5 {result['top5']:.3f}  loss {result['loss']:.4f}  images {result['images']}")
         # The release's two lines, for programs that parse its logs.
         log.info(f" * Acc@1 {result['top1']:.3f} Acc@5 {result['top5']:.3f}")
         log.info(f"Accuracy of the network on the {result['images']} test images: {result['top1']:.1f}%")
-        write_report(folder / REPORT, seen, loaders, config)
-        log.info(f"classes, confusions, calibration, mistakes and predictions: {folder / REPORT / PAGE}")
         return 0
 
     training = Training(config, folder, log, model, loaders, precision, bad_files, StopSignals())
