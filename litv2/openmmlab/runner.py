@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.dataset import BaseDataset
 from mmengine.dist import is_main_process
@@ -34,6 +33,7 @@ from ..weights.reading import read_checkpoint
 from ..weights.state_dict import load_weights
 from .annotations import check_annotations, read_annotations
 from .exact_loops import ExactEpochLoop, ExactIterLoop
+from .numpy_pickles import NUMPY_CLASSES
 
 __all__ = ["StrictRunner", "load_checkpoint"]
 
@@ -57,14 +57,10 @@ def _history_method(owner: type, name: str):
 
 
 # What mmengine saves in addition to tensors: its history of losses, which consists of numpy arrays.
-MMENGINE_CLASSES = [
+MMENGINE_CLASSES: list = [
     HistoryBuffer,
     (_history_method, "builtins.getattr"),
-    np.ndarray,
-    np.dtype,
-    *{type(np.dtype(kind)) for kind in ("int32", "int64", "uint8", "float32", "float64")},
-    np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
-    np._core.multiarray.scalar,  # type: ignore[attr-defined]
+    *NUMPY_CLASSES,
 ]
 
 
