@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -323,7 +324,8 @@ def test_a_visitor_sees_no_other_files(page, tmp_path, monkeypatch, path):
     (predict,) = [function for function in blocks.fns.values() if function.name == "predict"]
     file = dict(path=path)
     if isinstance(path, str):
-        (file,) = asyncio.run(blocks.preprocess_data(predict, [file], SessionState(blocks)))
+        with ThreadPoolExecutor() as threads:  # this one may have the event loop of a browser's tests
+            (file,) = threads.submit(asyncio.run, blocks.preprocess_data(predict, [file], SessionState(blocks))).result()
         assert file["path"] == path
     message, found, _ = predict.fn(file).values()
     assert "This is no uploaded image" in message and found is None
