@@ -20,7 +20,7 @@ __all__ = ["clean_up_in_a_worker", "in_one_line"]
 
 MEMORY = (
     *("can't allocate", "cannot allocate", "not enough memory", "out of memory"),
-    *("bad_alloc", "could not create a primitive", "can't start new thread"),  # of C++, oneDNN and Python
+    *("bad_alloc", "could not create a primitive", "can't start new thread", "failed to map segment"),  # of C++, oneDNN, Python, ld.so
 )
 WORKER = r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (is killed by signal: [^.]*|exited unexpectedly)"
 CONNECTIONS = ("gloo", "pair closure")
@@ -82,7 +82,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _is_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in MEMORY)
+    return isinstance(error, RuntimeError | ImportError) and any(words in str(error).lower() for words in MEMORY)
 
 
 def _brief(text: str) -> str:
