@@ -1,14 +1,15 @@
 """Long runs, whose memory and file handles stay what they are: python -m tests.faults.long [--steps N] [--passes N] [--only WHAT...]
 
 Each trainer is run as a user runs it, with a tiny model, for N steps; each native form of a model computes N small images, in a process
-of its own. Printed are the resident memory and the open files after a quarter of the run and at its end, and the slope between them,
-fitted to all samples.
+of its own. Printed are the resident memory and the open files after a quarter of the steps and after the last, and the slope between them,
+fitted to all samples. What the process imports before its first step and writes after its last does not count.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -35,8 +36,11 @@ form = packed_model(model, products) if products else packed_model(model)
 images = [normal(i, 1 + i % 2, 3, 32, 32 + 32 * (i % 3)) for i in range(6)]
 with torch.inference_mode():
     for number in range(int(sys.argv[2])):
+        if number % 100 == 0:
+            print("pass", number, flush=True)
         form(images[number % 6])
 """
+PROGRESS = re.compile(r"pass \d+|Train: \[|(Epoch|Iter)\(train\)")  # in the output, of each form or trainer
 
 
 def classification(folder: Path, steps: int) -> list[str]:
@@ -76,15 +80,19 @@ def long_run(name: str, count: int, every: float = 0.2) -> dict[str, Any]:
         environment = {**trainer_environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PYTHONWARNINGS": "ignore"}
         with open(Path(folder) / "log", "w+") as log:
             process = subprocess.Popen([sys.executable, *line], cwd=place, env=environment, stdout=log, stderr=log)
-            samples = []
+            samples = []  # (lines of progress so far, memory, files)
             while process.poll() is None:
-                samples.append(_sample(process.pid))
+                if sample := _sample(process.pid):
+                    samples.append((len(PROGRESS.findall(Path(log.name).read_text())), *sample))
                 time.sleep(every)
             log.seek(0)
+            output = log.read()
             if process.returncode:
-                raise RuntimeError(f"{name} ended with {process.returncode}:\n{log.read()[-3000:]}")
-    # The last of them is of the process's end, and before its loop begins it imports.
-    values = np.array([sample for sample in samples if sample is not None][:-1], dtype=float)
+                raise RuntimeError(f"{name} ended with {process.returncode}:\n{output[-3000:]}")
+    lines = len(PROGRESS.findall(output))
+    values = np.array([sample[1:] for sample in samples if 0 < sample[0] < lines], dtype=float)
+    if len(values) < 8:
+        raise RuntimeError(f"{name}: {len(values)} samples of {count} steps or passes, expected at least 8; make it longer")
     kept = values[len(values) // 4 :]
     at = np.linspace(0.25 * count, count, len(kept))
     (first, first_files), (last, last_files) = kept[0], kept[-1]
