@@ -8,15 +8,15 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing import util
+from multiprocessing import queues, util
 
 import torch.distributed as dist
 
 from .errors import UserError
 
-__all__ = ["clean_up_in_a_worker", "in_one_line"]
+__all__ = ["in_one_line", "start_worker"]
 
 MEMORY = (
     *("can't allocate", "cannot allocate", "not enough memory", "out of memory"),
@@ -45,7 +45,7 @@ def in_one_line() -> Iterator[None]:
 def _line(error: Exception) -> str | None:
     text = str(error)
     if killed := next(filter(None, (re.search(WORKER, str(cause)) for cause in _causes(error))), None):  # torch tells of it at any time
-        return f"the data-loading worker {killed[1]} {killed[2]}: often memory ran out; fewer workers need less"
+        return f"the data-loading worker {killed[1]} {killed[2]}: often memory or file handles ran out; fewer workers need less"
     if "Too many open files" in text or any(isinstance(cause, OSError) and cause.errno in FILES for cause in _causes(error)):
         _raise_limit_of_files()  # what is cleaned up at the end needs some, too
         sys.unraisablehook = lambda _: None  # of loaders that are half made
@@ -59,9 +59,16 @@ def _line(error: Exception) -> str | None:
     return None
 
 
-def clean_up_in_a_worker() -> None:
-    """For ``worker_init_fn`` of a loader: what Python cleans up when the process ends needs a file handle, too."""
-    util.Finalize(None, _raise_limit_of_files, exitpriority=1)
+def start_worker(also: Callable[[int], object] | None, worker: int) -> None:
+    """With ``also`` bound, the ``worker_init_fn`` of a loader.
+
+    A batch that a worker cannot send, for lack of file handles, would be lost without an error, and the trainer would wait for it for ever.
+    So the worker ends, which the trainer reports.
+    """
+    queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))  # type: ignore[attr-defined]
+    util.Finalize(None, _raise_limit_of_files, exitpriority=1)  # what Python cleans up when the process ends needs one, too
+    if also is not None:
+        also(worker)
 
 
 def _raise_limit_of_files() -> None:

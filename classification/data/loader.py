@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from yacs.config import CfgNode
 
 import distributed
 from litv2.errors import MissingPackage
-from litv2.failures import clean_up_in_a_worker
+from litv2.failures import start_worker
 
 from .dataset import ImageDataset, StreamingDataset, collate
 from .sampler import EvalSampler, TrainSampler
@@ -44,7 +45,7 @@ def build_loaders(config: CfgNode) -> Loaders:
         persistent_workers=workers > 0,
         collate_fn=collate,
         pin_memory=data.PIN_MEMORY and torch.cuda.is_available(),
-        worker_init_fn=_start_worker,
+        worker_init_fn=functools.partial(start_worker, _own_process_group),
     )
     transforms = build_transform(config, training=True), build_transform(config, training=False)
 
@@ -102,9 +103,8 @@ def _class_count(config: CfgNode) -> int:
     return config.MODEL.NUM_CLASSES
 
 
-def _start_worker(worker: int) -> None:
+def _own_process_group(worker: int) -> None:
     # Ctrl-C and torchrun's SIGTERM go to the whole process group of the trainer, which finishes its step and saves. A worker
     # in that group would die and interrupt the step.
     if hasattr(os, "setpgrp"):
         os.setpgrp()
-    clean_up_in_a_worker()

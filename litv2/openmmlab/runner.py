@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError, listed
+from ..failures import start_worker
 from ..files import append_whole, atomic_write, remove_drafts
 from ..outputs import LogFile, Outputs
 from ..weights.download import fetch
@@ -228,6 +229,7 @@ class StrictRunner(Runner):
             raise UserError(f"the data set {_describe(dataloader['dataset'])} cannot be read: {reason}") from error
         for dataset in _datasets(loader.dataset):
             _check_data(dataset)
+        loader.worker_init_fn = functools.partial(start_worker, loader.worker_init_fn)
         return loader
 
     def _check_classes(self, dataset: Dataset) -> None:

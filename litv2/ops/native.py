@@ -1,7 +1,7 @@
 """Loads the native CPU operators (csrc/) if they are built, and registers them with torch.
 
 ``LITV2_NATIVE=0`` disables them; torch's own operators then compute the same up to rounding. As there, the last bits may depend on the
-number of threads and of images.
+number of threads and of images; in float32, where Strassen's algorithm adds tokens, also on the other images of a batch.
 """
 
 from __future__ import annotations

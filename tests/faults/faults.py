@@ -220,7 +220,7 @@ FAULTS: list[Fault] = [
     Fault("rank killed", rank_killed, processes=2, names=("rank 0", "rank 1")),
     Fault("rank hangs", rank_hangs, processes=2, settings=brief_waits, names=("rank 0", "rank 1")),
     Fault("clock jumps", clock_jumps),
-    Fault("open-file limit", too_many_files, names=(os.strerror(errno.EMFILE),)),
+    Fault("open-file limit", too_many_files, names=(os.strerror(errno.EMFILE), "file handles")),
     Fault("memory refused", memory_refused, names=("memory",)),
     Fault("image gone or damaged", data_changed, equal=False),
     Fault("image gone or damaged, none allowed", data_changed, settings=no_bad_files, names=("unreadable",)),

@@ -13,12 +13,6 @@ pytestmark = pytest.mark.extra
 DOCUMENT = "docs/reliability.md"
 
 
-# All but the open-file limit, where Python's queues and workers may show tracebacks of their own.
-FULL = [f"disk full: {what}" for what in ("checkpoint", "log line", "metrics", "TensorBoard event", "picture")]
-LOST = ["folder removed", "permission lost", "worker killed", "rank killed", "rank hangs", "clock jumps", "memory refused"]
-IMAGES = ["image gone or damaged", "image gone or damaged, none allowed"]
-
-
 def trials(command, folder, *flags: str) -> list[dict]:
     done = run(command, "--times", "1", "--json", folder / "faults.json", "--folder", folder, *flags, timeout=1800)
     content = json.loads((folder / "faults.json").read_text())
@@ -29,10 +23,9 @@ def trials(command, folder, *flags: str) -> list[dict]:
 @pytest.mark.parametrize("command", documented(DOCUMENT, r"python -m tests\.faults --times 20 .*"), ids=str)
 def test_each_fault_once(command, tmp_path):
     """The statuses say that nothing was lost; a second campaign finds that everything has been done."""
-    flags = "--task", "classification", "--only", "kill -9", *FULL, *LOST, *IMAGES
-    done = trials(command, tmp_path, *flags)
+    done = trials(command, tmp_path, "--task", "classification")
     assert len({trial["fault"] for trial in done}) == len(done) >= 14 and not [trial for trial in done if trial["problem"]]
-    assert trials(command, tmp_path, *flags) == done
+    assert trials(command, tmp_path, "--task", "classification") == done
 
 
 @pytest.mark.parametrize("command", documented(DOCUMENT, r"python -m tests\.faults --only \"kill -9\" .*"), ids=str)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -184,10 +183,6 @@ def attempt(fault: Fault, stage: Stage, expected: Whole, trial: Trial) -> None:
         stage.close()
 
 
-# What Python's queues print in a data-loading worker that has no file handle left, beside the run's own line.
-QUEUE = re.compile(r'Traceback \(most recent call last\):\n  File "[^"]*multiprocessing/queues\.py", line \d+, in _feed\n(?:  .*\n)*.*\n?')
-
-
 def ending(run: Run) -> str:
     """"went on", "killed", or the line that the run ended with.
 
@@ -196,7 +191,7 @@ def ending(run: Run) -> str:
     """
     lines = []
     for rank, code in enumerate(run.codes()):
-        text = QUEUE.sub("", run.text(rank))
+        text = run.text(rank)
         if code == -signal.SIGKILL:
             continue  # by the fault
         if code < 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import os
 import re
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from command_helpers import free_port
 from helpers import ROOT
 from litv2.errors import UserError
-from litv2.failures import in_one_line
+from litv2.failures import in_one_line, start_worker
 
 
 class Failing(Dataset):
@@ -37,7 +38,7 @@ class Failing(Dataset):
 @pytest.mark.parametrize(
     "failure, line",
     [
-        (9, r"the data-loading worker \d+ (is killed by signal: Killed|exited unexpectedly): often memory ran out.*"),
+        (9, r"the data-loading worker \d+ (is killed by signal: Killed|exited unexpectedly): often memory or file handles ran out.*"),
         (OSError(errno.EACCES, "Permission denied", "a.png"), r"\[Errno 13\] Permission denied: 'a.png'"),
         (OSError(errno.EMFILE, "Too many open files", "a.png"), "Too many open files: raise the limit with ulimit -n.*"),
         (MemoryError("what was asked for"), r"memory ran out \(.*"),
@@ -49,6 +50,22 @@ def test_failures_of_workers(failure, line):
         list(DataLoader(Failing(failure), num_workers=1))
     (said,) = str(raised.value).splitlines()
     assert re.fullmatch(line, said), said
+
+
+def without_handles(samples: list) -> torch.Tensor:
+    """Uses up the file handles of the worker, which cannot send this batch then."""
+    resource = pytest.importorskip("resource")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    return torch.zeros(3)
+
+
+def test_a_worker_that_cannot_send_ends():
+    """It would only print a traceback, and the loader would wait for ever; the time limit, with another error, is that of this test."""
+    line = r"^the data-loading worker \d+ exited unexpectedly: often memory or file handles ran out"
+    start = functools.partial(start_worker, None)
+    with pytest.raises(UserError, match=line), in_one_line():
+        list(DataLoader([0], num_workers=1, timeout=60, collate_fn=without_handles, worker_init_fn=start))
 
 
 def test_a_worker_that_dies_while_a_file_is_written(tmp_path):
@@ -85,7 +102,7 @@ def test_two_of_three_processes_name_the_third(dead):
     program = f"""
 import os, sys; sys.path.insert(0, {str(ROOT)!r})
 import torch, torch.distributed as dist
-from litv2.failures import in_one_line
+from litv2.failures import in_one_line, start_worker
 dist.init_process_group("gloo")
 dist.barrier()
 if dist.get_rank() == {dead}:

@@ -39,14 +39,17 @@ def form(request, model):
 
 @pytest.mark.parametrize("value", WILD)
 @torch.inference_mode()
-def test_wild_numbers_stay_in_their_image(form, model, value):
-    """Another image of the batch is the same up to rounding: products of several images may take another way where a token is not finite.
-    Their own is finite exactly where the plain model's is."""
+def test_wild_numbers_stay_in_their_image(request, form, model, value):
+    """Another image of the batch has the same bits as without them, but for rounding in float32, where Strassen's algorithm adds tokens;
+    their own is finite exactly where the plain model's is."""
     x = normal(0, 3, 3, 64, 96)
     before = form(x)
     x[1, :, 5:9, 7:40] = value
     after = form(x)
-    torch.testing.assert_close(after[::2], before[::2], rtol=1e-4, atol=1e-4)
+    if "float32" in request.node.callspec.params["form"]:
+        assert close(after[::2], before[::2], 3e-6)
+    else:
+        assert torch.equal(before[::2], after[::2])
     assert after[1].isfinite().all() == model(x)[1].isfinite().all()
 
 
