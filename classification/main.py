@@ -37,6 +37,7 @@ from litv2.compilation import COMPILE_OPTIONS
 from litv2.errors import UserError, run_program
 from litv2.failures import in_one_line
 from litv2.files import atomic_write, remove_drafts
+from litv2.outputs import Outputs
 from litv2.signals import StopRequested, StopSignals
 from litv2.unreadable import BadFiles
 from litv2.weights.download import fetch
@@ -135,8 +136,9 @@ def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: 
             raise UserError("--eval needs the weights to evaluate: --resume FILE or --pretrained FILE_OR_NAME")
         seen = Predictions()
         result = engine.evaluate(model, loaders.val, precision, expected=loaders.val_size, bad_files=bad_files, log=log.info, keep=seen)
-        write_report(folder / REPORT, seen, loaders, config)
-        log.info(f"classes, confusions, calibration, mistakes and predictions: {folder / REPORT / PAGE}")
+        with Outputs(log.warning).writing(folder / REPORT):
+            write_report(folder / REPORT, seen, loaders, config)
+            log.info(f"classes, confusions, calibration, mistakes and predictions: {folder / REPORT / PAGE}")
         log.info(f"Acc@1 {result['top1']:.3f}  Acc@5 {result['top5']:.3f}  loss {result['loss']:.4f}  images {result['images']}")
         # The release's two lines, for programs that parse its logs.
         log.info(f" * Acc@1 {result['top1']:.3f} Acc@5 {result['top5']:.3f}")

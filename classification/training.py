@@ -30,6 +30,7 @@ from data.dataset import ImageDataset, StreamingDataset
 from data.loader import Loaders
 from litv2 import LITv2
 from litv2.errors import UserError
+from litv2.outputs import Outputs
 from litv2.signals import StopRequested, StopSignals
 from litv2.unreadable import BadFiles
 from litv2.weights.state_dict import load_weights
@@ -179,15 +180,19 @@ class Training:
     def _finish(self) -> None:
         """Draws the pictures, writes the report and logs the summary."""
         progress = self.progress
+        outputs = Outputs(self.log.warning)
         if self.seen is not None:  # else the run had been finished before
-            write_report(self.folder / REPORT, self.seen, self.loaders, self.config)
+            with outputs.writing(self.folder / REPORT):
+                write_report(self.folder / REPORT, self.seen, self.loaders, self.config)
         if distributed.rank() == 0:
             curves, predictions = self.folder / "curves.png", self.folder / "predictions.png"
             metrics = read_metrics(self.folder)
-            plot_curves(metrics, self.updates_per_epoch, curves)
+            with outputs.writing(curves):
+                plot_curves(metrics, self.updates_per_epoch, curves)
             if self.loaders.sampler is not None:  # a streaming reader cannot be indexed
                 images = cast(ImageDataset, self.loaders.val.dataset)
-                plot_predictions(self.evaluated_model, images, self.loaders.class_names, self.config, self.step.precision, predictions)
+                with outputs.writing(predictions):
+                    plot_predictions(self.evaluated_model, images, self.loaders.class_names, self.config, self.step.precision, predictions)
             rows: list[tuple[str, object]] = []
             last = next((row for row in reversed(metrics) if row["kind"] == "val"), None)
             if last is not None:  # it could be written

@@ -15,6 +15,7 @@ from multiprocessing import queues, util
 import torch.distributed as dist
 
 from .errors import UserError
+from .files import is_lack_of_handles
 
 __all__ = ["in_one_line", "start_worker"]
 
@@ -24,7 +25,6 @@ MEMORY = (
 )
 WORKER = r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (is killed by signal: [^.]*|exited unexpectedly)"
 CONNECTIONS = ("gloo", "pair closure")
-FILES = (errno.EMFILE, errno.ENFILE)
 PATIENCE = 5.0  # seconds in which processes find out who is still there
 
 
@@ -46,7 +46,7 @@ def _line(error: Exception) -> str | None:
     text = str(error)
     if killed := next(filter(None, (re.search(WORKER, str(cause)) for cause in _causes(error))), None):  # torch tells of it at any time
         return f"the data-loading worker {killed[1]} {killed[2]}: often memory or file handles ran out; fewer workers need less"
-    if "Too many open files" in text or any(isinstance(cause, OSError) and cause.errno in FILES for cause in _causes(error)):
+    if "Too many open files" in text or any(map(is_lack_of_handles, _causes(error))):
         _raise_limit_of_files()  # what is cleaned up at the end needs some, too
         sys.unraisablehook = lambda _: None  # of loaders that are half made
         return "Too many open files: raise the limit with ulimit -n, or use fewer workers"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["append_whole", "atomic_write", "free_stem", "one_process", "remove_drafts"]
+__all__ = ["append_whole", "atomic_write", "free_stem", "is_lack_of_handles", "one_process", "remove_drafts"]
 
 
 @contextmanager
@@ -70,6 +70,11 @@ def free_stem(stem: str, used: set[str]) -> str:
         free, number = f"{stem}-{number}", number + 1
     used.add(free)
     return free
+
+
+def is_lack_of_handles(error: BaseException) -> bool:
+    """Whether a file could not be opened because too many are open: that says nothing of the file itself."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
 
 
 def flush_folder(folder: Path) -> None:

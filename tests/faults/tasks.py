@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ CLASSIFIER = """TRAIN.EPOCHS 3 TRAIN.EMA_DECAY 0.9 AUG.MIXUP 0.8 AUG.CUTMIX 1.0 
 MODEL.DROP_PATH_RATE 0.2 MODEL.DROP_RATE 0.1 TRAIN.ACCUMULATION_STEPS 3 DATA.DATASET folder SAVE_STEPS 2""".split()
 
 
-class Task:
+class Task(ABC):
     """A training of ``updates`` optimizer steps that saves after each ``period`` of them."""
 
     name: str
@@ -32,33 +33,33 @@ class Task:
         """Writes the data set, in ``data``, and imports what the command needs."""
         self.data = data
 
+    @abstractmethod
     def arguments(self, out: Path, processes: int, workers: int, more: tuple[str, ...] = ()) -> list[str]:
         """The command line behind the script's name; the same one starts and resumes a run. ``more`` are KEY=VALUE settings."""
-        raise NotImplementedError
 
+    @abstractmethod
     def folder(self, out: Path) -> Path:
         """Where a run with this output leaves its files."""
-        raise NotImplementedError
 
+    @abstractmethod
     def images(self) -> list[Path]:
         """Those that are trained on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def done(self, output: str) -> int:
         """The optimizer steps that the command's output has reported, from the beginning of the run on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def resumed_at(self, output: str) -> int | None:
         """The optimizer steps of the checkpoint that the command says it goes on from."""
-        raise NotImplementedError
 
+    @abstractmethod
     def checkpoints(self, folder: Path) -> list[Path]:
         """The checkpoints of a run, the newest first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, path: Path) -> dict:
         """What must be equal to the bit."""
-        raise NotImplementedError
 
 
 class Classification(Task):

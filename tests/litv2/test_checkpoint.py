@@ -134,3 +134,19 @@ def test_missing_file_and_no_weights(tmp_path):
         read_checkpoint(tmp_path / "nowhere.pth")
     with pytest.raises(ValueError, match="no weights.*epoch"):
         find_weights({"epoch": 3})
+
+
+def test_a_lack_of_file_handles_is_no_damage(tmp_path):
+    """A run that took it for damage would go on from an older checkpoint."""
+    resource = pytest.importorskip("resource")
+    torch.save({"model": {}}, tmp_path / "file.pth")
+    free = os.dup(0)
+    os.close(free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            read_checkpoint(tmp_path / "file.pth")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert read_checkpoint(tmp_path / "file.pth") == {"model": {}}
