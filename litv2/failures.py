@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import queues, util
+from typing import Any
 
 import torch.distributed as dist
 
@@ -39,7 +41,14 @@ def in_one_line() -> Iterator[None]:
     except Exception as error:
         if (line := _line(error)) is None:
             raise
+        sys.unraisablehook = functools.partial(_without_loaders, sys.unraisablehook)
         raise UserError(line) from error
+
+
+def _without_loaders(usual: Callable[[Any], object], args: Any) -> None:
+    """Loaders that are half made when the machine fails show another traceback where they are collected."""
+    if "DataLoaderIter" not in getattr(args.object, "__qualname__", ""):
+        usual(args)
 
 
 def _line(error: Exception) -> str | None:
@@ -48,7 +57,6 @@ def _line(error: Exception) -> str | None:
         return f"the data-loading worker {killed[1]} {killed[2]}: often memory or file handles ran out; fewer workers need less"
     if "Too many open files" in text or any(map(is_lack_of_handles, _causes(error))):
         _raise_limit_of_files()  # what is cleaned up at the end needs some, too
-        sys.unraisablehook = lambda _: None  # of loaders that are half made
         return "Too many open files: raise the limit with ulimit -n, or use fewer workers"
     if cause := next(filter(_is_of_memory, _causes(error)), None):
         return f"memory ran out ({_brief(str(cause)) or type(cause).__name__}); a smaller batch or fewer workers need less"

@@ -17,6 +17,7 @@ from mmengine.registry import VISUALIZERS
 from ..configurations import config_of
 from ..errors import UserError
 from ..failures import in_one_line
+from ..outputs import Outputs
 from ..signals import StopRequested
 from .build import build_model
 from .config import adapt_to_device, image_steps, load_config
@@ -89,7 +90,8 @@ def _train(config: Config, args: argparse.Namespace) -> int | None:
         print(f"{stop}: a checkpoint is in {runner.work_dir}; the same command with --resume goes on from there")
         return 128 + stop.number
     if runner.rank == 0:
-        plot_curves(runner.work_dir, Path(runner.work_dir) / "curves.png")
+        with Outputs(runner.logger.warning).writing("curves.png"):
+            plot_curves(runner.work_dir, Path(runner.work_dir) / "curves.png")
         print(f"checkpoints, logs and curves.png are in {runner.work_dir}")
     return None
 
