@@ -23,7 +23,7 @@ This file depends only on torch, so it can be copied into another project:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -79,7 +79,6 @@ class HiLo(nn.Module):
             raise self._error(f"qk_scale={qk_scale!r} must be None or a positive number")
         if not (_is_number(dim, whole=True) and _is_number(num_heads, whole=True) and dim % num_heads == 0):
             raise self._error(f"dim={dim!r} must be a positive multiple of num_heads={num_heads!r}")
-        dim, num_heads = int(dim), int(num_heads)
         for name, share in dict(attn_drop=attn_drop, proj_drop=proj_drop, alpha=alpha).items():
             if not (_is_number(share) and 0 <= share <= 1):
                 raise self._error(f"{name}={share!r} must be a number in [0, 1]")
@@ -264,7 +263,7 @@ class HiLo2d(HiLo):
 
 
 def _is_number(value: Any, whole: bool = False) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and (not whole or (value >= 1 and value % 1 == 0))
+    return isinstance(value, Real) and not isinstance(value, bool) and (not whole or (isinstance(value, Integral) and value >= 1))
 
 
 def _parts(linear: nn.Module, inputs: Sequence[_Tokens], prepare: Callable[[_Tokens], Tensor]) -> Sequence[Tensor]:
