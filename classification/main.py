@@ -33,6 +33,7 @@ from config import parse_args
 from data import build_loaders
 from data.loader import Loaders
 from data.sources import DataError
+from heads import keep_shared_classes
 from litv2.compilation import COMPILE_OPTIONS
 from litv2.errors import UserError, run_program
 from litv2.failures import in_one_line
@@ -122,8 +123,13 @@ def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: 
     if config.MODEL.PRETRAINED and resumed is not None:
         log.info(f"the weights come from the checkpoint, not from MODEL.PRETRAINED={config.MODEL.PRETRAINED}")
     elif config.MODEL.PRETRAINED:
-        weights = find_weights(read_checkpoint(fetch(config.MODEL.PRETRAINED)))
-        for note in load_weights(model, weights, new_heads=() if config.EVAL_MODE else ("head",)):
+        content = read_checkpoint(fetch(config.MODEL.PRETRAINED))
+        weights, names = find_weights(content), content.get("class_names")
+        if config.EVAL_MODE:
+            _check_names(names, loaders)
+        kept = keep_shared_classes(weights, names, model, loaders.class_names)
+        notes = load_weights(model, weights, new_heads=() if config.EVAL_MODE else ("head",))
+        for note in [kept, *notes] if kept else notes:
             log.info(f"{config.MODEL.PRETRAINED}: {note}")
     bad_files = BadFiles(config.DATA.MAX_BAD_FILES, log.warning)
     log.info(f"{config.MODEL.NAME}: {sum(p.numel() for p in model.parameters()) / 1e6:.3f} M parameters, "
@@ -186,11 +192,16 @@ def _check_classes(config: CfgNode, loaders: Loaders, resumed: dict | None) -> i
     found = len(loaders.class_names)
     if config.MODEL.NUM_CLASSES not in (-1, found):
         raise DataError(f"MODEL.NUM_CLASSES={config.MODEL.NUM_CLASSES}, but the training data has {found} classes")
-    names = (resumed or {}).get("class_names")
-    if names and list(names) != list(loaders.class_names):
-        raise DataError(f"the classes of the checkpoint ({len(names)}: {', '.join(names[:5])} ...) differ from those of the data "
-                        f"({found}: {', '.join(loaders.class_names[:5])} ...)")  # fmt: skip
+    _check_names((resumed or {}).get("class_names"), loaders)
     return found
+
+
+def _check_names(names: list[str] | None, loaders: Loaders) -> None:
+    """The outputs of a checkpoint that is resumed or evaluated are the classes of the data, in their order."""
+    ours = loaders.class_names
+    if names and list(names) != list(ours):
+        raise DataError(f"the classes of the checkpoint ({len(names)}: {', '.join(names[:5])} ...) differ from those of the data "
+                        f"({len(ours)}: {', '.join(ours[:5])} ...)")  # fmt: skip
 
 
 if __name__ == "__main__":
