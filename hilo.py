@@ -263,7 +263,7 @@ class HiLo2d(HiLo):
 
 
 def _is_number(value: Any, whole: bool = False) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and (not whole or (isinstance(value, Integral) and value >= 1))
+    return isinstance(value, Real) and not isinstance(value, bool) and (not whole or (isinstance(value, Integral) and int(value) >= 1))
 
 
 def _parts(linear: nn.Module, inputs: Sequence[_Tokens], prepare: Callable[[_Tokens], Tensor]) -> Sequence[Tensor]:

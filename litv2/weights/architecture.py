@@ -40,6 +40,8 @@ def infer_arguments(weights: dict[str, Tensor], config: dict | None = None) -> t
     if lit is None and embed_dim % 32:
         raise UserError(f"the number of heads of a model with {embed_dim} channels is unknown: the checkpoint has no configuration for it")
     num_heads = list(lit["NUM_HEADS"]) if lit else [dim // 32 for dim in dims]
+    if not all(0 < heads <= dim for heads, dim in zip(num_heads, dims)):
+        raise UserError(f"the checkpoint's configuration has numbers of heads that do not fit {dims} channels")
 
     def width(stage: int, name: str) -> int:
         """Returns the outputs of a projection in the stage's attention, 0 if there is none."""
