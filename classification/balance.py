@@ -67,11 +67,11 @@ def _read(path: Path, class_names: Sequence[str]) -> list[float]:
         raise UserError(f"{path} is not a CSV file in UTF-8: {error}") from error
     if missing := [column for column in ("class", "weight") if column not in columns]:
         raise UserError(f"{path} has no column {' and '.join(missing)}; it needs class and weight, got {listed(columns)}")
-    names = [row["class"] for row in rows]
+    known, listings = set(class_names), Counter(row["class"] for row in rows)
     for what, found in (
-        ("does not know the classes", [name for name in class_names if name not in names]),
-        ("has classes that the training data has not", [name for name in names if name not in class_names]),
-        ("has more than one row for", [name for name, count in Counter(names).items() if count > 1]),
+        ("does not know the classes", [name for name in class_names if name not in listings]),
+        ("has classes that the training data has not", [name for name in listings if name not in known]),
+        ("has more than one row for", [name for name, count in listings.items() if count > 1]),
     ):
         if found:
             raise UserError(f"{path} {what}: {listed(found)}")

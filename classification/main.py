@@ -33,7 +33,7 @@ from config import parse_args
 from data import build_loaders
 from data.loader import Loaders
 from data.sources import DataError
-from heads import keep_shared_classes
+from heads import keep_shared_classes, names_in
 from litv2.compilation import COMPILE_OPTIONS
 from litv2.errors import UserError, run_program
 from litv2.failures import in_one_line
@@ -124,7 +124,7 @@ def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: 
         log.info(f"the weights come from the checkpoint, not from MODEL.PRETRAINED={config.MODEL.PRETRAINED}")
     elif config.MODEL.PRETRAINED:
         content = read_checkpoint(fetch(config.MODEL.PRETRAINED))
-        weights, names = find_weights(content), content.get("class_names")
+        weights, names = find_weights(content), names_in(content)
         if config.EVAL_MODE:
             _check_names(names, loaders)
         kept = keep_shared_classes(weights, names, model, loaders.class_names)
@@ -192,14 +192,14 @@ def _check_classes(config: CfgNode, loaders: Loaders, resumed: dict | None) -> i
     found = len(loaders.class_names)
     if config.MODEL.NUM_CLASSES not in (-1, found):
         raise DataError(f"MODEL.NUM_CLASSES={config.MODEL.NUM_CLASSES}, but the training data has {found} classes")
-    _check_names((resumed or {}).get("class_names"), loaders)
+    _check_names(names_in(resumed or {}), loaders)
     return found
 
 
 def _check_names(names: list[str] | None, loaders: Loaders) -> None:
     """The outputs of a checkpoint that is resumed or evaluated are the classes of the data, in their order."""
     ours = loaders.class_names
-    if names and list(names) != list(ours):
+    if names and names != list(ours):
         raise DataError(f"the classes of the checkpoint ({len(names)}: {', '.join(names[:5])} ...) differ from those of the data "
                         f"({len(ours)}: {', '.join(ours[:5])} ...)")  # fmt: skip
 

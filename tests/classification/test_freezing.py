@@ -10,7 +10,7 @@ import torch
 import engine
 from config import load_config
 from freezing import Freezing
-from heads import keep_shared_classes
+from heads import keep_shared_classes, names_in
 from helpers import FAST, ROOT, normal, same, tiny_model, write_images
 from litv2.errors import UserError, run_program
 from litv2.weights.reading import read_checkpoint
@@ -165,6 +165,12 @@ def test_rows_of_shared_classes():
         line, weights = kept(theirs, ["a", "b", "c"])
         assert line is None
         same(weights, old)
-    for theirs in (["a", "b"], "abc", [1, 2, 3]):
-        with pytest.raises(UserError, match="class names do not fit its head, which has 3 outputs"):
-            kept(theirs, ["a", "b", "d"])
+    with pytest.raises(UserError, match="has 2 class names, but its head has 3 outputs"):
+        kept(["a", "b"], ["a", "b", "d"])
+
+
+def test_class_names_of_a_checkpoint():
+    assert names_in({}) is names_in(dict(class_names=[])) is None and names_in(dict(class_names=("a", "b"))) == ["a", "b"]
+    for names in ("ab", [1, 2], 5):
+        with pytest.raises(UserError, match="class_names are no list of names"):
+            names_in(dict(class_names=names))
