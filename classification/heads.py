@@ -15,10 +15,12 @@ def names_in(checkpoint: dict) -> list[str] | None:
     Raises:
         UserError: they are no list of names.
     """
-    names = checkpoint.get("class_names") or None
-    if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)):
+    names = checkpoint.get("class_names")
+    if names is None:
+        return None
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise UserError("the checkpoint's class_names are no list of names")
-    return names and list(names)
+    return list(names) or None
 
 
 def keep_shared_classes(weights: dict[str, Tensor], theirs: list[str] | None, model: nn.Module, ours: Sequence[str]) -> str | None:
