@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import cast
 
@@ -29,9 +30,9 @@ from yacs.config import CfgNode
 import checkpoint
 import distributed
 import engine
-from config import parse_args
+from config import default_config, parse_args
 from data import build_loaders
-from data.loader import Loaders
+from data.loader import Loaders, with_transform
 from data.sources import DataError
 from litv2.compilation import COMPILE_OPTIONS
 from litv2.errors import UserError, run_program
@@ -47,8 +48,10 @@ from logger import close_log, open_log
 from network import build_model
 from precision import Precision, choose_precision, set_tf32
 from report import PAGE, REPORT, Predictions, write_report
+from robustness import measure_robustness
 from throughput import measure_throughput
 from training import Training, seed_everything
+from views import MeanPrediction, Views, count_views
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -134,10 +137,20 @@ def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: 
             load_weights(model, find_weights(resumed))
         elif not config.MODEL.PRETRAINED:
             raise UserError("--eval needs the weights to evaluate: --resume FILE or --pretrained FILE_OR_NAME")
-        seen = Predictions()
-        result = engine.evaluate(model, loaders.val, precision, expected=loaders.val_size, bad_files=bad_files, log=log.info, keep=seen)
+        seen, images, predict = Predictions(), loaders.val, engine.logits_of
+        if config.TEST.VIEWS != default_config().TEST.VIEWS:
+            images, predict = with_transform(images, Views(config)), MeanPrediction(config.TEST.VIEWS.FLIP)
+            log.info(f"test-time augmentation: mean probabilities over {count_views(config)} views of each image")
+        start = time.perf_counter()
+        result = engine.evaluate(
+            model, images, precision, expected=loaders.val_size, bad_files=bad_files, log=log.info, keep=seen, predict=predict
+        )
+        robustness = None
+        if config.TEST.CORRUPTIONS:
+            clean, seconds = result["top1"], time.perf_counter() - start
+            robustness = measure_robustness(model, loaders, precision, config, clean=clean, seconds=seconds, log=log.info)
         with Outputs(log.warning).writing(folder / REPORT):
-            write_report(folder / REPORT, seen, loaders, config)
+            write_report(folder / REPORT, seen, loaders, config, robustness)
             log.info(f"classes, confusions, calibration, mistakes and predictions: {folder / REPORT / PAGE}")
         log.info(f"Acc@1 {result['top1']:.3f}  Acc@5 {result['top5']:.3f}  loss {result['loss']:.4f}  images {result['images']}")
         # The release's two lines, for programs that parse its logs.

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from data.dataset import ImageDataset
 from data.loader import Loaders
 from data.transforms import denormalise
 from litv2.files import atomic_write
+
+if TYPE_CHECKING:
+    from robustness import Robustness
 
 REPORT, PAGE = "report", "report.html"  # the folder within a run's, and the page in it
 TOP = 5
@@ -52,13 +55,22 @@ class Predictions:
         return [names[i] for i in order], *(np.concatenate([part[i] for part in parts])[order] for i in (1, 2))
 
 
-def write_report(folder: Path, predictions: Predictions, loaders: Loaders, config: CfgNode) -> None:
-    """Writes the report of an evaluation into ``folder``; every process must call it, and rank 0 writes."""
+def write_report(
+    folder: Path, predictions: Predictions, loaders: Loaders, config: CfgNode, robustness: Robustness | None = None
+) -> None:
+    """Writes the report of an evaluation into ``folder``, with the errors under corruption if they were measured.
+
+    Every process must call it, and rank 0 writes.
+    """
     found, class_names = predictions.of_all_processes(), loaders.class_names
     if distributed.rank() != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
     report = Report(*found, class_names)
+    if robustness is not None:
+        report.summary["corruptions"] = robustness.summary()
+        _write_csv(folder / "corruptions.csv", robustness.table())
+        robustness.draw(folder / "corruptions.png")
     with atomic_write(folder / "summary.json") as draft:
         draft.write_text(json.dumps(report.summary, indent=1) + "\n")
     _write_csv(folder / "predictions.csv", report.predictions())
@@ -72,7 +84,7 @@ def write_report(folder: Path, predictions: Predictions, loaders: Loaders, confi
         with atomic_write(folder / name) as draft:
             figure.savefig(draft, format="png", dpi=100)
     with atomic_write(folder / PAGE) as draft:
-        draft.write_text(_page(report, folder, list(pictures)), encoding="utf-8")
+        draft.write_text(_page(report, folder, [*pictures, *(["corruptions.png"] if robustness else [])]), encoding="utf-8")
 
 
 class Report:
@@ -104,11 +116,6 @@ class Report:
 
     def _summary(self) -> dict[str, Any]:
         from scipy.special import softmax
-        from scipy.stats import binomtest
-
-        def interval(hits: int) -> list[float]:
-            low, high = binomtest(hits, len(self.names)).proportion_ci(method="wilson")
-            return [round(100 * float(low), 3), round(100 * float(high), 3)]
 
         top1, top5 = int(self.right.sum()), int((self.order == self.targets[:, None]).any(axis=1).sum())
         present = self.per_class[3] > 0
@@ -120,9 +127,9 @@ class Report:
             images=len(self.names),
             classes=len(self.class_names),
             top1=100 * top1 / len(self.names),
-            top1_interval=interval(top1),
+            top1_interval=wilson_interval(top1, len(self.names)),
             top5=100 * top5 / len(self.names),
-            top5_interval=interval(top5),
+            top5_interval=wilson_interval(top5, len(self.names)),
             balanced_accuracy=100 * float(recall.mean()),
             balanced_accuracy_interval=[round(100 * float(value), 3) for value in np.percentile(balanced.mean(axis=1), [2.5, 97.5])],
             macro_f1=100 * float(self.per_class[2][present].mean()),
@@ -150,6 +157,14 @@ class Report:
         pairs = np.argsort(-errors, axis=None, kind="stable")[:LISTED]
         rows = [(*divmod(int(pair), len(self.class_names)), int(errors.flat[pair])) for pair in pairs]
         return [(self.class_names[a], self.class_names[b], count) for a, b, count in rows if count]
+
+
+def wilson_interval(hits: int, images: int) -> list[float]:
+    """The 95 % interval of an accuracy, in percent."""
+    from scipy.stats import binomtest
+
+    low, high = binomtest(hits, images).proportion_ci(method="wilson")
+    return [round(100 * float(low), 3), round(100 * float(high), 3)]
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
@@ -267,6 +282,7 @@ def _page(report: Report, folder: Path, pictures: list[str]) -> str:
     classes = list(report.classes())
     worst = sorted(classes[1:], key=lambda row: float(row[3]))
     titles = {"confusion.png": "Confusion matrix", "calibration.png": "Calibration", "mistakes.png": "Most confident mistakes"}
+    titles["corruptions.png"] = "Accuracy on corrupted images"
     parts = [f"<h2>{summary['images']} images of {summary['classes']} classes</h2>", table(["figure", "value", "95 % interval"], figures)]
     parts += ["<h2>Confused most often</h2>", table(["true", "predicted", "images"], report.confused())]
     for name in pictures:
