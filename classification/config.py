@@ -19,6 +19,7 @@ from yacs.config import CfgNode as CN
 
 import release_keys
 from data.corruption import corruption_kinds
+from data.sources import FOLDERS
 from litv2.errors import UserError, listed
 from optim import LOOKAHEAD, SCHEDULES, optimizer_names
 from plain_yaml import parse
@@ -32,6 +33,8 @@ _C.DATA.DATA_PATH = ""  # root of the data set; --data-path
 _C.DATA.DATASET = "digits"  # a name of data/sources.py, e.g. digits, folder, cifar100, or of timm: hfds/NAME, hfids/NAME, wds/, tfds/NAME
 _C.DATA.TRAIN_SPLIT = "train"  # folder under DATA_PATH, stem of the zip or tar file, or split name of a timm reader
 _C.DATA.VAL_SPLIT = "val"  # the same for validation
+_C.DATA.CLASS_MAP = ""  # imagenet: the folders of VAL_SPLIT are some of ImageNet's 1000 classes, by WordNet ID or number, as in ImageNet-A,
+# -R and -V2, and --eval reduces a classifier of all 1000 to them; no TRAIN_SPLIT is needed; --class-map
 _C.DATA.IMG_SIZE = 224  # side of the square training image in pixels
 _C.DATA.INTERPOLATION = "bicubic"  # interpolation: bicubic | bilinear | random (training only)
 _C.DATA.ZIP_MODE = False  # read train.zip and val.zip with train_map.txt and val_map.txt; --zip
@@ -128,6 +131,7 @@ _C.THROUGHPUT_MODE = False  # time the model and stop; --throughput
 
 DEEPEST_BASE = 10  # files that name each other as BASE
 _CHOICES = {
+    "DATA.CLASS_MAP": ("", "imagenet"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
     "DATA.CACHE_MODE": ("no", "full", "part"),
     "MODEL.LIT.IN_CHANS": (1, 3),
@@ -220,6 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", dest="OUTPUT", metavar="DIR", help="root of the output folder OUTPUT/MODEL.NAME/TAG")
     add("--tag", dest="TAG", metavar="NAME", help="name of the run")
     add("--eval", dest="EVAL_MODE", action="store_const", const=True, help="evaluate and stop")
+    add("--class-map", dest="DATA.CLASS_MAP", choices=("imagenet",), help="--eval on folders of some of ImageNet's classes")
     add("--crops", dest="TEST.VIEWS.CROPS", type=int, choices=_CHOICES["TEST.VIEWS.CROPS"], help="crops of each image for --eval")
     add("--flip", dest="TEST.VIEWS.FLIP", action="store_const", const=True, help="--eval averages over mirror images, too")
     add("--scales", dest="TEST.VIEWS.SCALES", nargs="+", type=float, metavar="X", help="--eval averages over these sizes, e.g. 0.9 1 1.1")
@@ -326,6 +331,8 @@ def _check(config: CN) -> None:
     sides = config.AUG.CUTMIX_MINMAX
     if sides and not (len(sides) == 2 and all(type(side) in (int, float) for side in sides) and 0 < sides[0] < sides[1] <= 1):
         raise ConfigError(f"AUG.CUTMIX_MINMAX must be two increasing numbers in (0, 1], or [], got {sides}")
+    if config.DATA.CLASS_MAP and not (config.EVAL_MODE and config.DATA.DATASET in FOLDERS and not config.DATA.ZIP_MODE):
+        raise ConfigError(f"DATA.CLASS_MAP is for --eval on folders (DATA.DATASET {', '.join(FOLDERS)})")
     views = config.TEST.VIEWS
     if not views.SCALES or min(views.SCALES) <= 0 or len(set(views.SCALES)) < len(views.SCALES):
         raise ConfigError(f"TEST.VIEWS.SCALES must be different factors above 0, got {views.SCALES}")

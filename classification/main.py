@@ -30,10 +30,12 @@ from yacs.config import CfgNode
 import checkpoint
 import distributed
 import engine
+from class_map import imagenet_outputs, keep_outputs
 from config import default_config, parse_args
 from data import build_loaders
 from data.loader import Loaders, with_transform
 from data.sources import DataError
+from litv2.classes import imagenet_classes
 from litv2.compilation import COMPILE_OPTIONS
 from litv2.errors import UserError, run_program
 from litv2.failures import in_one_line
@@ -137,6 +139,9 @@ def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: 
             load_weights(model, find_weights(resumed))
         elif not config.MODEL.PRETRAINED:
             raise UserError("--eval needs the weights to evaluate: --resume FILE or --pretrained FILE_OR_NAME")
+        if config.DATA.CLASS_MAP:
+            keep_outputs(model, imagenet_outputs(loaders.class_names))
+            log.info(f"of the classifier's 1000 outputs, the {len(loaders.class_names)} of the data's classes are kept")
         seen, images, predict = Predictions(), loaders.val, engine.logits_of
         if config.TEST.VIEWS != default_config().TEST.VIEWS:
             images, predict = with_transform(images, Views(config)), MeanPrediction(config.TEST.VIEWS.FLIP)
@@ -196,13 +201,18 @@ def _find_checkpoint(config: CfgNode, folder: Path, log: logging.Logger) -> dict
 
 
 def _check_classes(config: CfgNode, loaders: Loaders, resumed: dict | None) -> int:
-    found = len(loaders.class_names)
+    """Returns the number of the model's classes, which are the data's or, with DATA.CLASS_MAP, ImageNet's."""
+    classes, whose = loaders.class_names, "the data"
+    if config.DATA.CLASS_MAP:
+        imagenet_outputs(classes)
+        classes, whose = list(imagenet_classes()), "ImageNet"
+    found = len(classes)
     if config.MODEL.NUM_CLASSES not in (-1, found):
         raise DataError(f"MODEL.NUM_CLASSES={config.MODEL.NUM_CLASSES}, but the training data has {found} classes")
     names = (resumed or {}).get("class_names")
-    if names and list(names) != list(loaders.class_names):
-        raise DataError(f"the classes of the checkpoint ({len(names)}: {', '.join(names[:5])} ...) differ from those of the data "
-                        f"({found}: {', '.join(loaders.class_names[:5])} ...)")  # fmt: skip
+    if names and list(names) != classes:
+        raise DataError(f"the classes of the checkpoint ({len(names)}: {', '.join(names[:5])} ...) differ from those of {whose} "
+                        f"({found}: {', '.join(classes[:5])} ...)")  # fmt: skip
     return found
 
 
