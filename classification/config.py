@@ -22,6 +22,7 @@ from data.corruption import corruption_kinds
 from data.sources import FOLDERS
 from litv2.errors import UserError, listed
 from optim import LOOKAHEAD, SCHEDULES, optimizer_names
+from parquet import pyarrow
 from plain_yaml import parse
 
 _C = CN()
@@ -113,6 +114,7 @@ _C.TEST.VIEWS.FLIP = False  # each view's mirror image too; --flip
 _C.TEST.VIEWS.SCALES = [1.0]  # factors on the side of the evaluation image; --scales
 _C.TEST.CORRUPTIONS = ""  # kinds of ImageNet-C's corruptions that --eval measures the errors under: fog,frost,... or all; --corruptions
 _C.TEST.SEVERITIES = [1, 2, 3, 4, 5]  # of the corruptions
+_C.TEST.PREDICTIONS = "csv"  # csv | parquet: the report has predictions.parquet, too, which needs pyarrow
 
 _C.AMP = "auto"  # mixed precision: auto = fp16 on CUDA, else off | on = fp16 on CUDA, else bf16 | off | fp16 | bf16; --amp
 _C.TF32 = False  # CUDA rounds the factors of float32 products and convolutions, those of offsets too, to 10 bits
@@ -136,6 +138,7 @@ _CHOICES = {
     "DATA.CACHE_MODE": ("no", "full", "part"),
     "MODEL.LIT.IN_CHANS": (1, 3),
     "TEST.VIEWS.CROPS": (1, 5),
+    "TEST.PREDICTIONS": ("csv", "parquet"),
     "AUG.REMODE": ("const", "rand", "pixel"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "AMP": ("auto", "on", "off", "fp16", "bf16"),
@@ -341,6 +344,8 @@ def _check(config: CN) -> None:
     if not config.TEST.SEVERITIES or not set(config.TEST.SEVERITIES) <= {1, 2, 3, 4, 5}:
         raise ConfigError(f"TEST.SEVERITIES must be some of 1 to 5, got {config.TEST.SEVERITIES}")
     corruption_kinds(config.TEST.CORRUPTIONS)
+    if config.TEST.PREDICTIONS == "parquet":
+        pyarrow()  # a missing package is reported before the evaluation
     if not config.EVAL_MODE and (config.TEST.CORRUPTIONS or views != _C.TEST.VIEWS):
         raise ConfigError("TEST.VIEWS and TEST.CORRUPTIONS are for --eval: other evaluations take the centre of the image as it is")
     if config.TEST.CORRUPTIONS and views != _C.TEST.VIEWS:

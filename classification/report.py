@@ -22,6 +22,7 @@ from data.dataset import ImageDataset
 from data.loader import Loaders
 from data.transforms import denormalise
 from litv2.files import atomic_write
+from parquet import write_parquet
 
 if TYPE_CHECKING:
     from robustness import Robustness
@@ -46,10 +47,15 @@ class Predictions:
         self.targets.append(targets)
         self.logits.append(logits)
 
-    def of_all_processes(self) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """Returns names, targets (N,) and logits (N, classes) in the order of the names, whatever the number of processes."""
+    def of_all_processes(self) -> tuple[list[str], np.ndarray, np.ndarray] | None:
+        """Returns names, targets (N,) and logits (N, classes) in the order of the names, whatever the number of processes.
+
+        Every process must call it; those other than rank 0 get None.
+        """
         own = (self.names, *(torch.cat(parts).cpu().numpy() if parts else None for parts in (self.targets, self.logits)))
-        parts = [part for part in distributed.gather(own) if part[0]]
+        parts = [part for part in distributed.gather_at_first(own) if part[0]]
+        if distributed.rank() != 0:
+            return None
         names = [name for part in parts for name in part[0]]
         order = sorted(range(len(names)), key=names.__getitem__)
         return [names[i] for i in order], *(np.concatenate([part[i] for part in parts])[order] for i in (1, 2))
@@ -63,7 +69,7 @@ def write_report(
     Every process must call it, and rank 0 writes.
     """
     found, class_names = predictions.of_all_processes(), loaders.class_names
-    if distributed.rank() != 0:
+    if found is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     report = Report(*found, class_names)
@@ -74,6 +80,8 @@ def write_report(
     with atomic_write(folder / "summary.json") as draft:
         draft.write_text(json.dumps(report.summary, indent=1) + "\n")
     _write_csv(folder / "predictions.csv", report.predictions())
+    if config.TEST.PREDICTIONS == "parquet":
+        write_parquet(folder / "predictions.parquet", report.predictions())
     _write_csv(folder / "classes.csv", report.classes())
     counts = [[name, *row] for name, row in zip(class_names, report.confusion.tolist())]
     _write_csv(folder / "confusion.csv", [["true \\ predicted", *class_names], *counts])
@@ -140,10 +148,10 @@ class Report:
         )
 
     def predictions(self) -> Iterable[list]:
-        best = [f"{what}{i + 1}" for i in range(self.order.shape[1]) for what in ("class", "share")]
-        yield ["image", "true", "predicted", "right", "confidence", *best]
+        header = [f"{what}{i + 1}" for i in range(self.order.shape[1]) for what in ("class", "share")]
+        yield ["image", "true", "predicted", "right", "confidence", *header]
         for i, name in enumerate(self.names):
-            best = [value for j in self.order[i] for value in (self.class_names[j], f"{self.probabilities[i, j]:.6f}")]
+            best: list[Any] = [value for j in self.order[i] for value in (self.class_names[j], round(float(self.probabilities[i, j]), 6))]
             yield [name, self.class_names[self.targets[i]], best[0], int(self.right[i]), best[1], *best]
 
     def classes(self) -> Iterable[list]:
@@ -194,7 +202,7 @@ def _temperature(logits: np.ndarray, targets: np.ndarray) -> float:
 
 def _write_csv(path: Path, rows: Iterable[list]) -> None:
     with atomic_write(path) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
+        csv.writer(file).writerows([f"{value:.6f}" if isinstance(value, float) else value for value in row] for row in rows)
 
 
 def _draw_confusion(report: Report) -> Any:

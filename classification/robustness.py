@@ -72,7 +72,8 @@ class Robustness:
     def table(self) -> Iterable[list]:
         yield ["kind", "severity", "images", "top1", "low", "high"]  # with the 95 % interval
         for (kind, severity), (images, top1) in self.results.items():
-            yield [kind, severity, images, f"{top1:.3f}", *wilson_interval(round(top1 * images / 100), images)]
+            interval = wilson_interval(round(top1 * images / 100), images)
+            yield [kind, severity, images, *(f"{value:.3f}" for value in (top1, *interval))]
 
     def draw(self, path: Path) -> None:
         panels: dict[str, list[Curve]] = {}

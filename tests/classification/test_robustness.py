@@ -110,7 +110,8 @@ def test_rows_have_wilson_intervals():
     """Of 81 hits of 263 images, of which E. B. Wilson's interval is 0.2553 to 0.3662 (Newcombe 1998, table I)."""
     header, row = Robustness(50.0, {("fog", 2): (263, 100 * 81 / 263)}, False).table()
     assert header == ["kind", "severity", "images", "top1", "low", "high"]
-    assert row == ["fog", 2, 263, "30.798", pytest.approx(25.53, abs=0.005), pytest.approx(36.62, abs=0.005)]
+    assert row[:4] == ["fog", 2, 263, "30.798"]
+    assert [float(value) for value in row[4:]] == pytest.approx([25.53, 36.62], abs=0.005)
 
 
 @pytest.fixture(scope="module")
