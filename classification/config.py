@@ -334,6 +334,15 @@ def _check(config: CN) -> None:
     sides = config.AUG.CUTMIX_MINMAX
     if sides and not (len(sides) == 2 and all(type(side) in (int, float) for side in sides) and 0 < sides[0] < sides[1] <= 1):
         raise ConfigError(f"AUG.CUTMIX_MINMAX must be two increasing numbers in (0, 1], or [], got {sides}")
+    _check_evaluation(config)
+    for name, known in (("TRAIN.OPTIMIZER.NAME", optimizer_names()), ("TRAIN.LR_SCHEDULER.NAME", list(SCHEDULES))):
+        if get(name).removeprefix(LOOKAHEAD) not in known:
+            near = difflib.get_close_matches(get(name), known, cutoff=0.4) or known
+            raise ConfigError(f"{name}={get(name)!r} is unknown; similar names: {listed(near)}")
+
+
+def _check_evaluation(config: CN) -> None:
+    """Of --eval, what it needs besides the model; packages too, since it would take them only after minutes."""
     if config.DATA.CLASS_MAP and not (config.EVAL_MODE and config.DATA.DATASET in FOLDERS and not config.DATA.ZIP_MODE):
         raise ConfigError(f"DATA.CLASS_MAP is for --eval on folders (DATA.DATASET {', '.join(FOLDERS)})")
     views = config.TEST.VIEWS
@@ -344,13 +353,11 @@ def _check(config: CN) -> None:
     if not config.TEST.SEVERITIES or not set(config.TEST.SEVERITIES) <= {1, 2, 3, 4, 5}:
         raise ConfigError(f"TEST.SEVERITIES must be some of 1 to 5, got {config.TEST.SEVERITIES}")
     corruption_kinds(config.TEST.CORRUPTIONS)
-    if config.TEST.PREDICTIONS == "parquet":
-        pyarrow()  # a missing package is reported before the evaluation
     if not config.EVAL_MODE and (config.TEST.CORRUPTIONS or views != _C.TEST.VIEWS):
         raise ConfigError("TEST.VIEWS and TEST.CORRUPTIONS are for --eval: other evaluations take the centre of the image as it is")
+    if config.TEST.CORRUPTIONS and (side := config.TEST.IMG_SIZE or config.DATA.IMG_SIZE) < 32:
+        raise ConfigError(f"TEST.CORRUPTIONS needs images of at least 32 pixels, got {side}")
     if config.TEST.CORRUPTIONS and views != _C.TEST.VIEWS:
         raise ConfigError("errors under TEST.CORRUPTIONS are measured without TEST.VIEWS; use one of the two")
-    for name, known in (("TRAIN.OPTIMIZER.NAME", optimizer_names()), ("TRAIN.LR_SCHEDULER.NAME", list(SCHEDULES))):
-        if get(name).removeprefix(LOOKAHEAD) not in known:
-            near = difflib.get_close_matches(get(name), known, cutoff=0.4) or known
-            raise ConfigError(f"{name}={get(name)!r} is unknown; similar names: {listed(near)}")
+    if config.TEST.PREDICTIONS == "parquet":
+        pyarrow()

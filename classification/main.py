@@ -202,7 +202,7 @@ def _find_checkpoint(config: CfgNode, folder: Path, log: logging.Logger) -> dict
 
 def _check_classes(config: CfgNode, loaders: Loaders, resumed: dict | None) -> int:
     """Returns the number of the model's classes, which are the data's or, with DATA.CLASS_MAP, ImageNet's."""
-    classes, whose = loaders.class_names, "the data"
+    classes, whose = list(loaders.class_names), "the data"
     if config.DATA.CLASS_MAP:
         imagenet_outputs(classes)
         classes, whose = list(imagenet_classes()), "ImageNet"

@@ -107,9 +107,9 @@ def measure_robustness(
     resize, crop, *finish = evaluation_steps(config).transforms
     results: dict[tuple[str, int], tuple[int, float]] = {}
     start = time.perf_counter()
+    if "glass_blur" in kinds:  # numba compiles it here, once, for all workers that are forked from this process
+        Corruption("glass_blur", severities[0], config.SEED)(Image.new("RGB", (32, 32)))
     for kind in kinds:
-        # Once in this process: where workers are forked, they inherit what numba has compiled, which takes seconds.
-        Corruption(kind, severities[0], config.SEED)(Image.new("RGB", (32, 32)))
         for severity in severities:
             loader = with_transform(loaders.val, Compose([resize, crop, Corruption(kind, severity, config.SEED), *finish]))
             bad_files = BadFiles(config.DATA.MAX_BAD_FILES, log=lambda line: None)  # the evaluation before has named them

@@ -33,9 +33,7 @@ def corruption_kinds(names: str) -> list[str]:
         UserError: a kind is unknown or named twice.
         MissingPackage: there are some, and imagecorruptions is not installed.
     """
-    if names == "all":
-        return list(KINDS)
-    kinds = [name.strip() for name in names.split(",")] if names else []
+    kinds = list(KINDS) if names == "all" else [name.strip() for name in names.split(",")] if names else []
     for kind in kinds:
         if kind not in KINDS:
             near = difflib.get_close_matches(kind, KINDS) or KINDS

@@ -85,7 +85,7 @@ def test_names_of_kinds(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingPackage, match=r"pip install 'litv2\[robustness\]'"):
-        corruption_kinds("fog")
+        corruption_kinds("all")
 
 
 def measured(top1: dict[str, float], imagenet: bool = True) -> Robustness:

@@ -126,6 +126,7 @@ def test_the_shares_of_several_processes(processes, folder, model, monkeypatch):
         ("TEST.VIEWS.CROPS 5 TEST.CROP False", "needs TEST.CROP=True"),
         ("TEST.VIEWS.FLIP True EVAL_MODE False", "are for --eval"),
         ("TEST.VIEWS.FLIP True TEST.CORRUPTIONS fog", "use one of the two"),
+        ("TEST.CORRUPTIONS fog TEST.IMG_SIZE 16", "needs images of at least 32 pixels, got 16"),
     ],
 )
 def test_views_that_make_no_sense(opts, words):
