@@ -7,7 +7,7 @@ import csv
 import html
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,15 +47,13 @@ class Predictions:
         self.targets.append(targets)
         self.logits.append(logits)
 
-    def of_all_processes(self) -> tuple[list[str], np.ndarray, np.ndarray] | None:
+    def of_all_processes(self, gather: Callable[[Any], list] = distributed.gather) -> tuple[list[str], np.ndarray, np.ndarray]:
         """Returns names, targets (N,) and logits (N, classes) in the order of the names, whatever the number of processes.
 
-        Every process must call it; those other than rank 0 get None.
+        Every process must call it. With ``distributed.gather_at_first`` only rank 0 gets them, and the others nothing.
         """
         own = (self.names, *(torch.cat(parts).cpu().numpy() if parts else None for parts in (self.targets, self.logits)))
-        parts = [part for part in distributed.gather_at_first(own) if part[0]]
-        if distributed.rank() != 0:
-            return None
+        parts = [part for part in gather(own) if part[0]] or [([], np.empty(0), np.empty(0))]
         names = [name for part in parts for name in part[0]]
         order = sorted(range(len(names)), key=names.__getitem__)
         return [names[i] for i in order], *(np.concatenate([part[i] for part in parts])[order] for i in (1, 2))
@@ -68,8 +66,8 @@ def write_report(
 
     Every process must call it, and rank 0 writes.
     """
-    found, class_names = predictions.of_all_processes(), loaders.class_names
-    if found is None:
+    found, class_names = predictions.of_all_processes(distributed.gather_at_first), loaders.class_names
+    if distributed.rank() != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
     report = Report(*found, class_names)
