@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from yacs.config import CfgNode
 
 import distributed
@@ -85,6 +87,22 @@ def build_loaders(config: CfgNode) -> Loaders:
         batch_size=sampler.batch_size,
         sampler=sampler,
         class_counts=torch.bincount(torch.tensor(targets), minlength=len(train_source.class_names)).tolist(),
+    )
+
+
+def with_transform(loader: DataLoader, transform: Callable) -> DataLoader:
+    """Returns a loader for one pass over the same images of this process, through another transform."""
+    dataset: Any = copy.copy(loader.dataset)
+    dataset.transform = transform
+    return DataLoader(
+        dataset,
+        loader.batch_size,
+        sampler=None if isinstance(dataset, IterableDataset) else loader.sampler,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        generator=torch.Generator(),
     )
 
 
