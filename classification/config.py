@@ -42,6 +42,7 @@ _C.DATA.ZIP_MODE = False  # read train.zip and val.zip with train_map.txt and va
 _C.DATA.CACHE_MODE = "part"  # zip only: no = read each time, full = keep all in memory, part = this process's share; --cache-mode
 _C.DATA.PIN_MEMORY = True  # page-locked batches for faster copies to CUDA
 _C.DATA.NUM_WORKERS = -1  # loader processes per training process, -1 = one per core, at most 8; --workers
+_C.DATA.SAMPLING = "all"  # all = each image once per epoch, balanced = each class equally often (for zips not with CACHE_MODE part)
 _C.DATA.MAX_BAD_FILES = 10  # unreadable images that are logged and skipped; one more stops the run
 
 _C.MODEL = CN()
@@ -74,6 +75,11 @@ _C.TRAIN.MIN_LR = 5e-6  # an absolute floor, also for the offset group
 _C.TRAIN.LAYER_DECAY = 1.0  # factor on the learning rate per layer from the head down; 1 = none
 _C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0 = no clipping
 _C.TRAIN.ACCUMULATION_STEPS = 1  # batches per optimizer step; --accumulation-steps
+_C.TRAIN.CLASS_WEIGHTS = "none"  # of the images in the loss: none | inverse | effective | auto | a CSV file class,weight; see balance.py
+_C.TRAIN.CLASS_WEIGHTS_BETA = 0.999  # beta of "effective" (arXiv 1901.05555)
+_C.TRAIN.FREEZE = "0"  # parts that keep their weights: the first N stages, or head = all but the head; see freezing.py; --freeze
+_C.TRAIN.UNFREEZE_EVERY = 0  # epochs after which the last frozen stage joins the training, and so on; 0 = never
+_C.TRAIN.PATIENCE = 0  # evaluations in a row without a better top-1 that end the run; 0 = off
 _C.TRAIN.USE_CHECKPOINT = False  # recompute activations to save memory; --use-checkpoint
 _C.TRAIN.AUTO_RESUME = True  # resume from latest.pth in the output folder if neither --resume nor --eval is given
 _C.TRAIN.EMA_DECAY = 0.0  # decay of the moving average of the weights, which is evaluated and saved, too; 0 = off; --ema-decay
@@ -136,6 +142,7 @@ _CHOICES = {
     "DATA.CLASS_MAP": ("", "imagenet"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
     "DATA.CACHE_MODE": ("no", "full", "part"),
+    "DATA.SAMPLING": ("all", "balanced"),
     "MODEL.LIT.IN_CHANS": (1, 3),
     "TEST.VIEWS.CROPS": (1, 5),
     "TEST.PREDICTIONS": ("csv", "parquet"),
@@ -147,7 +154,7 @@ _CHOICES = {
 _AT_LEAST = {
     "DATA.BATCH_SIZE": 1, "DATA.IMG_SIZE": 32, "DATA.NUM_WORKERS": -1, "DATA.MAX_BAD_FILES": 0, "TRAIN.EPOCHS": 1,
     "TRAIN.WARMUP_EPOCHS": 0, "TRAIN.ACCUMULATION_STEPS": 1, "TRAIN.CLIP_GRAD": 0, "TRAIN.EMA_DECAY": 0,
-    "TRAIN.MAX_NONFINITE": 0, "AUG.MIXUP": 0, "AUG.CUTMIX": 0, "TEST.IMG_SIZE": 0,
+    "TRAIN.MAX_NONFINITE": 0, "TRAIN.UNFREEZE_EVERY": 0, "TRAIN.PATIENCE": 0, "AUG.MIXUP": 0, "AUG.CUTMIX": 0, "TEST.IMG_SIZE": 0,
     "DIST_TIMEOUT": 1, "PRINT_FREQ": 1, "EVAL_FREQ": 1, "SAVE_FREQ": 0, "SAVE_STEPS": 0,
 }  # fmt: skip
 
@@ -217,6 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     start("--resume", dest="MODEL.RESUME", metavar="FILE", help="resume from this checkpoint (or, with --eval, evaluate it)")
     start("--pretrained", dest="MODEL.PRETRAINED", metavar="FILE", help="start from these weights: file, URL or zoo name (litv2_small)")
     add("--accumulation-steps", dest="TRAIN.ACCUMULATION_STEPS", type=int, metavar="N", help="batches per optimizer step")
+    add("--freeze", dest="TRAIN.FREEZE", metavar="N|head", help="keep the weights of the first N stages, or of all but the head")
     add("--use-checkpoint", dest="TRAIN.USE_CHECKPOINT", action="store_const", const=True, help="recompute activations to save memory")
     add("--ema-decay", dest="TRAIN.EMA_DECAY", type=float, metavar="D", help="decay of the moving average of the weights, e.g. 0.9999")
     add("--amp-opt-level", dest="AMP_OPT_LEVEL", choices=("O0", "O1", "O2"), help="the release's --amp: O0 = off, O1 and O2 = on")
@@ -294,6 +302,8 @@ def _typed(value: Any, default: Any, name: str, source: str) -> Any:
         with suppress(ValueError):
             value = parse(value)
             value = float(value) if isinstance(value, str) else value
+    if isinstance(default, str) and type(value) is int:
+        value = str(value)
     if isinstance(default, float) and type(value) is int:
         with suppress(OverflowError):
             value = float(value)
@@ -322,11 +332,23 @@ def _check(config: CN) -> None:
     for name in ("AUG.REPROB", "AUG.HFLIP", "AUG.MIXUP_PROB", "AUG.MIXUP_SWITCH_PROB", "MODEL.LIT.ALPHA"):
         if not 0 <= get(name) <= 1:
             raise ConfigError(f"{name} must lie in [0, 1], got {get(name)}")
-    for name in ("MODEL.LABEL_SMOOTHING", "MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "TRAIN.EMA_DECAY"):
+    for name in ("MODEL.LABEL_SMOOTHING", "MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "TRAIN.EMA_DECAY", "TRAIN.CLASS_WEIGHTS_BETA"):
         if not 0 <= get(name) < 1:
             raise ConfigError(f"{name} must lie in [0, 1), got {get(name)}")
     if config.MODEL.NUM_CLASSES != -1 and config.MODEL.NUM_CLASSES < 1:
         raise ConfigError(f"MODEL.NUM_CLASSES must be -1 (from the data) or at least 1, got {config.MODEL.NUM_CLASSES}")
+    if config.TRAIN.CLASS_WEIGHTS != "none" and config.DATA.SAMPLING == "balanced":
+        raise ConfigError(f"DATA.SAMPLING=balanced and TRAIN.CLASS_WEIGHTS={config.TRAIN.CLASS_WEIGHTS} would both favour rare classes; "
+                          "use one of them")  # fmt: skip
+    if config.DATA.SAMPLING == "balanced" and config.DATA.ZIP_MODE and config.DATA.CACHE_MODE == "part":
+        raise ConfigError("DATA.SAMPLING=balanced gives each process other images in each epoch; use --cache-mode full or no, not part")
+    stages = [str(number) for number in range(len(config.MODEL.LIT.DEPTHS) + 1)]
+    if config.TRAIN.FREEZE not in (*stages, "head"):
+        raise ConfigError(f"TRAIN.FREEZE must be a number of stages, {', '.join(stages)}, or head, got {config.TRAIN.FREEZE!r}")
+    if config.TRAIN.FREEZE != "0" and not (config.MODEL.PRETRAINED or config.MODEL.RESUME or config.EVAL_MODE or config.THROUGHPUT_MODE):
+        raise ConfigError(f"TRAIN.FREEZE={config.TRAIN.FREEZE} would keep random weights; give the weights by --pretrained")
+    if config.TRAIN.FREEZE == "0" and config.TRAIN.UNFREEZE_EVERY:
+        raise ConfigError(f"TRAIN.UNFREEZE_EVERY={config.TRAIN.UNFREEZE_EVERY} needs something to unfreeze: set TRAIN.FREEZE")
     if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
         raise ConfigError(f"TRAIN.WARMUP_EPOCHS={config.TRAIN.WARMUP_EPOCHS} must be below TRAIN.EPOCHS={config.TRAIN.EPOCHS}")
     if config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS <= 0:

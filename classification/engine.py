@@ -39,6 +39,7 @@ class Progress:
     nonfinite: int = 0  # steps skipped because of a non-finite loss
     best: float = 0.0  # best top-1 in percent
     best_epoch: int = -1
+    since_best: int = 0  # evaluations
 
 
 class Update(NamedTuple):
@@ -197,10 +198,10 @@ def train_one_epoch(
     """Trains from ``progress.step`` to the end of the epoch, with one optimizer step per ``accumulation`` batches.
 
     The last group of an epoch may be shorter. With ``streaming`` the ranks may have different numbers of batches; the epoch ends
-    on all ranks when the first one runs out. ``on_start`` is called once loading has begun but before any random number is drawn,
-    ``on_update`` once per optimizer step, in order, with its figures and its duration in seconds, data loading included, and
-    ``on_save`` after every ``save_steps`` steps of the run. All steps are finished when it is called, when this function returns and
-    when it raises one of the first two errors below.
+    on all ranks when the first one runs out. ``on_start`` is called once loading has begun and the model is in training mode, but before
+    any random number is drawn, ``on_update`` once per optimizer step, in order, with its figures and its duration in seconds, data loading
+    included, and ``on_save`` after every ``save_steps`` steps of the run. All steps are finished when it is called, when this function
+    returns and when it raises one of the first two errors below.
 
     Raises:
         NonFiniteLoss: as ``Step``.
@@ -210,8 +211,8 @@ def train_one_epoch(
     batches = iter(loader)
     if streaming and distributed.world_size() > 1:
         batches = _agreeing(batches)
-    on_start()
     step.model.train()
+    on_start()
     begun, updates, stopping = progress.step, progress.updates, False  # ``progress`` may be one step behind
     start = time.perf_counter()
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from command_helpers import run
+from command_helpers import run, run_here
 from document_helpers import Command, commands, documented
 from gpu_helpers import DEVICES
-from helpers import ROOT, normal
+from helpers import FAST, ROOT, normal, write_images
 
 sys.path.append(str(ROOT / "benchmarks"))
 import harness  # noqa: E402
@@ -154,6 +154,45 @@ def test_kills_of_the_trainers_of_others(command, tmp_path):
 @pytest.mark.parametrize("command", documented(DOCUMENT, r"python benchmarks/dense\.py .*"), ids=str)
 def test_detectors(command, tmp_path):
     check_dense(measured(command, tmp_path, "--shape 64 96 --rounds 1 --warm-up 0", plot=False))
+
+
+RECALLS = {  # of a frequent and a rare class, in percent
+    "plain-0": (50, 0), "plain-1": (60, 10), "weights-0": (50, 20), "weights-1": (60, 10), "sampling-0": (50, 40), "sampling-1": (60, 51),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python benchmarks/imbalance\.py .*"), ids=str)
+def test_imbalance(command, tmp_path, monkeypatch):
+    """One run is really trained; then known recalls take the place of what was found."""
+    from main import main
+
+    start = subprocess.run
+
+    def train(words: list[str], **options):
+        if "--tag" not in words:  # of the harness
+            return start(words, **options)
+        run = words[words.index("--tag") + 1]
+        report = tmp_path / f"results-runs/runs/{run}/report"
+        if run == "sampling-0":
+            assert main(words[2:]) == 0 and (report / "classes.csv").is_file()
+        report.mkdir(parents=True, exist_ok=True)
+        lines = ["class,recall", *(f"{name},{recall / 100}" for name, recall in zip("ab", RECALLS[run], strict=True))]
+        (report / "classes.csv").write_text("\n".join(lines))
+        return SimpleNamespace(returncode=0)
+
+    write_images(tmp_path / "images/train", {"a": 20, "b": 20}, size=32)
+    write_images(tmp_path / "images/val", {"a": 2, "b": 2}, size=32)
+    monkeypatch.setattr(subprocess, "run", train)
+    opts = [*FAST, *"DATA.IMG_SIZE 32 TEST.IMG_SIZE 32 DATA.NUM_WORKERS 0".split()]
+    flags = ["--seeds", 0, 1, "--out", tmp_path / "results", "--opts", *opts]
+    run_here(monkeypatch, command, *flags, files=dict(DIR=tmp_path / "images"))
+    rows = {row["way"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    assert [row["balanced_accuracy"] for row in rows.values()] == [30, 35, 50.25] and rows["sampling"]["rare"] == 45.5
+    # Differences 10 and 0, 20 and 20.5; Student's t with one degree of freedom: 12.706.
+    assert (rows["weights"]["over_plain_interval"], rows["weights"]["verdict"]) == ("-58.53 to 68.53", "undecided")
+    assert (rows["sampling"]["over_plain_interval"], rows["sampling"]["verdict"]) == ("17.07 to 23.43", "better")
+    thinned = sorted(path.relative_to(tmp_path / "results-runs/data").as_posix() for path in tmp_path.glob("results-runs/data/*/b/*"))
+    assert thinned == ["train/b/0.png", "train/b/1.png", "val/b/0.png", "val/b/1.png"]
 
 
 @pytest.mark.extra
