@@ -28,6 +28,7 @@ from config import to_dict
 from data import build_mixup
 from data.dataset import ImageDataset, StreamingDataset
 from data.loader import Loaders
+from distillation import build_distillation
 from litv2 import LITv2
 from litv2.errors import UserError
 from litv2.outputs import Outputs
@@ -66,7 +67,10 @@ class Training:
         self.total_batch = loaders.batch_size * distributed.world_size() * self.accumulation
         self.updates_per_epoch = -(-loaders.steps_per_epoch // self.accumulation)
 
-        optimizer = build_optimizer(config, model, self.total_batch)
+        distillation = build_distillation(config, model, loaders.class_names, precision.device, log.info)
+        student = model if distillation is None else distillation.student(model)
+        self.projection = None if distillation is None else distillation.projection
+        optimizer = build_optimizer(config, model, self.total_batch, self.projection)
         scheduler = build_scheduler(config, optimizer, self.updates_per_epoch, self.total_batch)
         ema = ModelEmaV3(model, decay=config.TRAIN.EMA_DECAY, use_warmup=True) if config.TRAIN.EMA_DECAY else None
         mixup = build_mixup(config, model.num_classes)
@@ -75,9 +79,9 @@ class Training:
         self._random_states: list[dict] | None = None
 
         self.step = engine.Step(
-            distributed.parallel(model, precision.device, config.COMPILE),
+            distributed.parallel(student, precision.device, config.COMPILE),
             optimizer, scheduler, _loss(config, soft_targets=mixup is not None), precision, mixup, ema,
-            clip_grad=config.TRAIN.CLIP_GRAD, max_nonfinite=config.TRAIN.MAX_NONFINITE,
+            clip_grad=config.TRAIN.CLIP_GRAD, max_nonfinite=config.TRAIN.MAX_NONFINITE, distillation=distillation,
         )  # fmt: skip
 
     @property
@@ -92,6 +96,7 @@ class Training:
         else:
             self.log.info(f"{config.TRAIN.EPOCHS} epochs of {steps} steps, {self.updates_per_epoch} updates each; "
                           f"total batch {self.total_batch}")  # fmt: skip
+            self.metrics.start_trackers(config, resumed=progress.updates > 0, log=self.log.info)
         start, done_before = time.perf_counter(), progress.epoch
         while progress.epoch < config.TRAIN.EPOCHS:
             self._train_epoch()
@@ -121,7 +126,7 @@ class Training:
         self._finish()
 
     def close(self) -> None:
-        self.metrics.close()
+        self.metrics.close(complete=self.progress.epoch >= self.config.TRAIN.EPOCHS)
 
     def _train_epoch(self) -> None:
         config, progress, steps = self.config, self.progress, self.loaders.steps_per_epoch
@@ -217,6 +222,7 @@ class Training:
         state = dict(
             model=self.model.state_dict(),
             ema=None if step.ema is None else step.ema.module.state_dict(),
+            projection=None if self.projection is None else self.projection.state_dict(),
             optimizer=step.optimizer.state_dict(),
             scheduler=step.scheduler.state_dict(),
             scaler=step.precision.scaler.state_dict(),
@@ -254,6 +260,11 @@ class Training:
             load_weights(step.ema.module, state["ema"] or state["model"])
             if state["ema"] is None:
                 self.log.info("the checkpoint has no moving average; starting it from the weights")
+        if (self.projection is None) != (state.get("projection") is None):
+            raise UserError("a run with DISTILL.FEATURES above 0 cannot be resumed without, nor one without them with; "
+                            "use --pretrained FILE to load only its weights")  # fmt: skip
+        if self.projection is not None:
+            load_weights(self.projection, state["projection"])
         before = state["config"]["TRAIN"]["OPTIMIZER"]["NAME"]
         if before != self.config.TRAIN.OPTIMIZER.NAME:
             raise UserError(f"the checkpoint was trained with TRAIN.OPTIMIZER.NAME={before} and cannot be resumed with "
