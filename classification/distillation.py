@@ -124,7 +124,7 @@ def build_distillation(
     if not settings.TEACHER:
         return None
     what = f"DISTILL.TEACHER={settings.TEACHER}"
-    network, normalise, names = _load(settings.TEACHER, settings.TEACHER_FILE, config.MODEL.LIT.IN_CHANS)
+    network, normalise, names = _load(settings.TEACHER, settings.TEACHER_FILE, config.MODEL.LIT.IN_CHANS, log)
     precision, choice = choose_precision(settings.AMP, device)
     teacher = Teacher(network, precision, normalise, features=settings.FEATURES > 0)
     side = config.DATA.IMG_SIZE
@@ -146,10 +146,13 @@ def build_distillation(
     return Distillation(teacher, settings.TEMPERATURE, settings.WEIGHT, settings.FEATURES, projection)
 
 
-def _load(name: str, file: str, in_chans: int) -> tuple[nn.Module, Normalisation, list | None]:
+def _load(name: str, file: str, in_chans: int, log: Callable[[str], object]) -> tuple[nn.Module, Normalisation, list | None]:
     """Returns the model, the normalisation of its images, and the class names that its file states."""
     if name in ZOO or Path(name).is_file() or "://" in name:
         loaded = load_model(file or name, name if file else None)
+        for note in loaded.notes:
+            if "image size" not in note:  # here it is DATA.IMG_SIZE
+                log(note)
         return loaded.model, normalisation(in_chans), loaded.content.get("class_names")
     if not timm.is_model(name):
         known = [*(release.name for release in ZOO.values() if release.task == "classification"), *timm.list_models()]

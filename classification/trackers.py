@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,7 +149,8 @@ class Trackers:
         before = _read_ids(folder / IDS) if resumed else {}
         for name in config.TRACK.TO:
             try:
-                self._running[name] = TRACKERS[name](run, before.get(name))
+                with _own_random_numbers():
+                    self._running[name] = TRACKERS[name](run, before.get(name))
             except Exception as error:
                 if not resumed:
                     self.close(complete=False)
@@ -168,10 +171,21 @@ class Trackers:
     def _each(self, failure: str, act: Callable[[Tracker], object]) -> None:
         for name, tracker in list(self._running.items()):
             try:
-                act(tracker)
+                with _own_random_numbers():
+                    act(tracker)
             except Exception as error:  # the clients raise what their servers, transports and files raise
                 del self._running[name]
                 self.warn(f"{name} {failure} ({_reason(error)}); the run goes on without")
+
+
+@contextmanager
+def _own_random_numbers() -> Iterator[None]:
+    """The clients draw from Python's generator, which belongs to the training."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def _read_ids(path: Path) -> dict[str, Any]:
