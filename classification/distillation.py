@@ -86,9 +86,12 @@ class Distillation:
         projection: of the student's features, trained along; None if features are not compared.
     """
 
-    def __init__(self, teacher: Teacher, temperature: float, weight: float, features: float = 0.0, projection: nn.Linear | None = None):
+    def __init__(
+        self, teacher: Teacher, temperature: float, weight: float, features: float = 0.0, projection: nn.Linear | None = None,
+        multi_label: bool = False,
+    ):  # fmt: skip
         self.teacher, self.temperature, self.weight, self.features = teacher, temperature, weight, features
-        self.projection = projection
+        self.projection, self.multi_label = projection, multi_label
 
     def student(self, model: LITv2) -> nn.Module:
         """Returns what is to be trained: the model, with the projection, if there is one."""
@@ -97,12 +100,16 @@ class Distillation:
     def __call__(self, label_loss: Tensor, images: Tensor, logits: Tensor, features: Tensor | None) -> Tensor:
         """Adds the teacher's part to the loss of the labels, a scalar; the rest is what the student made of the images."""
         answers, pooled = self.teacher(images)
-        ours, theirs = (F.log_softmax(values / self.temperature, dim=1) for values in (logits.float(), answers))
-        divergence = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+        divergence = F.kl_div(self._softened(logits), self._softened(answers), reduction="none", log_target=True).sum(dim=-1).mean()
         loss = (1 - self.weight) * label_loss + self.weight * self.temperature**2 * divergence
         if features is not None and pooled is not None:
             loss = loss + self.features * F.mse_loss(features.float(), pooled)
         return loss
+
+    def _softened(self, logits: Tensor) -> Tensor:
+        """Log-probabilities of the classes (B, classes), or with several labels per image of yes and no for each (B, classes, 2)."""
+        logits = logits.float() / self.temperature
+        return F.log_softmax(torch.stack([logits, torch.zeros_like(logits)], dim=-1) if self.multi_label else logits, dim=-1)
 
 
 def plain_model(model: nn.Module) -> nn.Module:
@@ -143,7 +150,8 @@ def build_distillation(
             raise UserError(f"{what} does not pool its features (their shape is {tuple(pooled.shape)}); set DISTILL.FEATURES 0")
         projection = nn.Linear(model.num_features, pooled.shape[1]).to(device)
     log(f"teacher {settings.TEACHER}: {sum(p.numel() for p in network.parameters()) / 1e6:.3f} M parameters; {choice}")
-    return Distillation(teacher, settings.TEMPERATURE, settings.WEIGHT, settings.FEATURES, projection)
+    multi_label = config.MODEL.get("TASK") == "multi"
+    return Distillation(teacher, settings.TEMPERATURE, settings.WEIGHT, settings.FEATURES, projection, multi_label)
 
 
 def _load(name: str, file: str, in_chans: int, log: Callable[[str], object]) -> tuple[nn.Module, Normalisation, list | None]:

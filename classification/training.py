@@ -63,6 +63,7 @@ class Training:
         self.metrics = Metrics(folder, active=distributed.rank() == 0, warn=log.warning)
         self.progress = engine.Progress()
         self.seen: Predictions | None = None  # of the last evaluation
+        self.complete = False
         self.accumulation = config.TRAIN.ACCUMULATION_STEPS
         self.total_batch = loaders.batch_size * distributed.world_size() * self.accumulation
         self.updates_per_epoch = -(-loaders.steps_per_epoch // self.accumulation)
@@ -126,7 +127,7 @@ class Training:
         self._finish()
 
     def close(self) -> None:
-        self.metrics.close(complete=self.progress.epoch >= self.config.TRAIN.EPOCHS)
+        self.metrics.close(self.complete)
 
     def _train_epoch(self) -> None:
         config, progress, steps = self.config, self.progress, self.loaders.steps_per_epoch
@@ -184,6 +185,7 @@ class Training:
 
     def _finish(self) -> None:
         """Draws the pictures, writes the report and logs the summary."""
+        self.complete = True
         progress = self.progress
         outputs = Outputs(self.log.warning)
         if self.seen is not None:  # else the run had been finished before

@@ -55,6 +55,15 @@ def test_the_loss_is_that_of_the_paper():
     assert loss.item() == pytest.approx((0.3 * 2 + 0.7 * 9 * divergence + 0.2 * (features - pooled).square().mean()).item(), rel=1e-4)
 
 
+def test_of_several_labels_each_is_learnt():
+    """As torch's own divergence of yes and no says."""
+    model, images, logits = another_model(), normal(1, 3, 3, 32, 32), normal(2, 3, 10)
+    teacher = Teacher(model, Precision(CPU), normalisation(3), features=False)
+    loss = Distillation(teacher, 2.0, 1.0, multi_label=True)(torch.tensor(5.0), images, logits, None)
+    ours, theirs = (torch.distributions.Bernoulli(logits=values / 2) for values in (logits, teacher(images)[0]))
+    assert loss.item() == pytest.approx(4 * torch.distributions.kl_divergence(theirs, ours).mean().item(), rel=1e-4)
+
+
 def recorded(module: nn.Module) -> list[tuple]:
     """Grows by a module's input and output with each call."""
     found: list[tuple] = []
