@@ -366,7 +366,7 @@ def test_distillation(command, tmp_path):
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["difference"] for row in rows][:3] == [1, 3, 2] and rows[3]["alone_top1"] == 49
     log = (runs / "taught-seed3-epochs1/log_rank0.txt").read_text()
-    assert "teacher.pth: 0." in log and re.search(rf"final Acc@1  {rows[3]['taught_top1']:.1f}", log)
+    assert "teacher.pth: 1." in log and re.search(rf"final Acc@1  {rows[3]['taught_top1']:.1f}", log)
     values = np.array([row["difference"] for row in rows])
     half = 3.182446 * values.std(ddof=1) / 2  # Student's 97.5 % quantile at three degrees of freedom
     low, high = values.mean() - half, values.mean() + half
