@@ -111,6 +111,14 @@ _C.AUG.MIXUP_PROB = 1.0  # probability of applying either
 _C.AUG.MIXUP_SWITCH_PROB = 0.5  # probability of cutmix if both are on
 _C.AUG.MIXUP_MODE = "batch"  # batch | pair | elem; with the last two the host waits for CUDA in each step
 
+_C.DISTILL = CN()
+_C.DISTILL.TEACHER = ""  # a trained model to learn from: a checkpoint of this trainer, a zoo name or a timm name; "" = none
+_C.DISTILL.TEACHER_FILE = ""  # weights for the named teacher instead of the published ones
+_C.DISTILL.TEMPERATURE = 4.0  # divides the logits of both before the softmax
+_C.DISTILL.WEIGHT = 0.5  # share of the teacher's answers in the loss, in [0, 1]; the labels have the rest
+_C.DISTILL.FEATURES = 0.0  # weight of the squared difference to the teacher's pooled features; 0 = off
+_C.DISTILL.AMP = "auto"  # the teacher's mixed precision, as AMP
+
 _C.TEST = CN()
 _C.TEST.CROP = True  # resize the short side to 256/224 of the size, then crop the centre; False = resize to the square
 _C.TEST.IMG_SIZE = 0  # side of the evaluation image; 0 = DATA.IMG_SIZE
@@ -130,6 +138,10 @@ _C.DIST_TIMEOUT = 1800  # seconds that a process waits for the others; then it e
 _C.SEED = 0  # --seed
 _C.OUTPUT = "output"  # results go to OUTPUT/MODEL.NAME/TAG; --output
 _C.TAG = "default"  # --tag
+_C.TRACK = CN()
+_C.TRACK.TO = []  # trackers that get the metrics as well: wandb, mlflow, clearml
+_C.TRACK.PROJECT = "litv2"  # the project, in MLflow the experiment
+_C.TRACK.NAME = ""  # of the run; "" = MODEL.NAME/TAG
 _C.EVAL_FREQ = 1  # epochs between evaluations; the last epoch is always evaluated
 _C.SAVE_FREQ = 0  # epochs between checkpoints that are kept; 0 = keep only latest and best
 _C.SAVE_STEPS = 0  # optimizer steps between writes of latest.pth within an epoch; 0 = only at its end
@@ -149,12 +161,14 @@ _CHOICES = {
     "AUG.REMODE": ("const", "rand", "pixel"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "AMP": ("auto", "on", "off", "fp16", "bf16"),
+    "DISTILL.AMP": ("auto", "on", "off", "fp16", "bf16"),
     "DEVICE": ("auto", "cpu", "cuda", "mps"),
 }
 _AT_LEAST = {
     "DATA.BATCH_SIZE": 1, "DATA.IMG_SIZE": 32, "DATA.NUM_WORKERS": -1, "DATA.MAX_BAD_FILES": 0, "TRAIN.EPOCHS": 1,
     "TRAIN.WARMUP_EPOCHS": 0, "TRAIN.ACCUMULATION_STEPS": 1, "TRAIN.CLIP_GRAD": 0, "TRAIN.EMA_DECAY": 0,
     "TRAIN.MAX_NONFINITE": 0, "TRAIN.UNFREEZE_EVERY": 0, "TRAIN.PATIENCE": 0, "AUG.MIXUP": 0, "AUG.CUTMIX": 0, "TEST.IMG_SIZE": 0,
+    "DISTILL.FEATURES": 0,
     "DIST_TIMEOUT": 1, "PRINT_FREQ": 1, "EVAL_FREQ": 1, "SAVE_FREQ": 0, "SAVE_STEPS": 0,
 }  # fmt: skip
 
@@ -262,7 +276,7 @@ def _of_file(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[str, st
         raise ConfigError(f"{path}: BASE must be a list of files, got {bases!r}")
     for base in filter(None, bases):  # the release's default is a list of one empty name
         yield from _of_file(path.parent / base, (*above, path))
-    for key, value in _flat(content):
+    for key, value in flat(content):
         yield str(path), key, value
 
 
@@ -273,11 +287,11 @@ def _of_pairs(pairs: list) -> Iterator[tuple[str, str, Any]]:
         yield "the command line", str(key), value
 
 
-def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """{"TRAIN": {"EPOCHS": 3}} -> ("TRAIN.EPOCHS", 3)."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -329,7 +343,7 @@ def _check(config: CN) -> None:
     for name, least in _AT_LEAST.items():
         if get(name) < least:
             raise ConfigError(f"{name} must be at least {least}, got {get(name)}")
-    for name in ("AUG.REPROB", "AUG.HFLIP", "AUG.MIXUP_PROB", "AUG.MIXUP_SWITCH_PROB", "MODEL.LIT.ALPHA"):
+    for name in ("AUG.REPROB", "AUG.HFLIP", "AUG.MIXUP_PROB", "AUG.MIXUP_SWITCH_PROB", "MODEL.LIT.ALPHA", "DISTILL.WEIGHT"):
         if not 0 <= get(name) <= 1:
             raise ConfigError(f"{name} must lie in [0, 1], got {get(name)}")
     for name in ("MODEL.LABEL_SMOOTHING", "MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "TRAIN.EMA_DECAY", "TRAIN.CLASS_WEIGHTS_BETA"):
@@ -353,6 +367,12 @@ def _check(config: CN) -> None:
         raise ConfigError(f"TRAIN.WARMUP_EPOCHS={config.TRAIN.WARMUP_EPOCHS} must be below TRAIN.EPOCHS={config.TRAIN.EPOCHS}")
     if config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS <= 0:
         raise ConfigError(f"TRAIN.LR_SCHEDULER.DECAY_EPOCHS must be above 0, got {config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS}")
+    if config.DISTILL.TEMPERATURE <= 0:
+        raise ConfigError(f"DISTILL.TEMPERATURE must be above 0, got {config.DISTILL.TEMPERATURE}")
+    if config.DISTILL.TEACHER and config.DISTILL.WEIGHT == config.DISTILL.FEATURES == 0:
+        raise ConfigError("DISTILL.WEIGHT=0 and DISTILL.FEATURES=0: nothing would be learnt from DISTILL.TEACHER")
+    if unknown := [name for name in config.TRACK.TO if name not in ("wandb", "mlflow", "clearml")]:
+        raise ConfigError(f"TRACK.TO may contain wandb, mlflow and clearml, got {unknown[0]!r}")
     sides = config.AUG.CUTMIX_MINMAX
     if sides and not (len(sides) == 2 and all(type(side) in (int, float) for side in sides) and 0 < sides[0] < sides[1] <= 1):
         raise ConfigError(f"AUG.CUTMIX_MINMAX must be two increasing numbers in (0, 1], or [], got {sides}")

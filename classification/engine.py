@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import distributed
 from data.dataset import Batch
+from distillation import Distillation, plain_model
 from litv2.errors import UserError
 from litv2.signals import StopRequested, StopSignals
 from litv2.unreadable import BadFiles
@@ -79,7 +80,7 @@ class Step:
     average included, follows then. Between steps the weights, the optimizer and ``progress`` belong together only after ``finish``.
     """
 
-    model: nn.Module  # possibly wrapped by distributed.parallel
+    model: nn.Module  # possibly wrapped by distributed.parallel; with a projection, as WithProjection
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
     loss_fn: Callable[[Tensor, Tensor], Tensor]
@@ -88,6 +89,7 @@ class Step:
     ema: ModelEmaV3 | None = None
     clip_grad: float = 0.0  # maximum gradient norm; 0 = no clipping
     max_nonfinite: int = 0  # steps with a non-finite loss that are skipped per run
+    distillation: Distillation | None = None  # its loss contains that of ``loss_fn``
     lag: bool | None = None  # read a step's figures during the next one; None: on CUDA
 
     def __post_init__(self) -> None:
@@ -151,7 +153,7 @@ class Step:
         progress.updates += 1
         progress.step += len(names)
         if self.ema is not None and not figures.bad:
-            self.ema.update(distributed.unwrap(self.model), step=progress.updates)
+            self.ema.update(plain_model(self.model), step=progress.updates)
         return Update(figures.loss, figures.grad_norm, lr, sum(map(len, names)), figures.stop > 0)
 
     def _backward(self, batch: Batch, parts: int, last: bool) -> Tensor:
@@ -163,8 +165,11 @@ class Step:
             images, targets = self.mixup(images, targets)
         with nullcontext() if last else distributed.without_sync(self.model):
             with self.precision.context():
-                logits = self.model(images)
+                outputs = self.model(images)
+            logits, features = outputs if isinstance(outputs, tuple) else (outputs, None)
             loss = self.loss_fn(logits.float(), targets)
+            if self.distillation is not None:
+                loss = self.distillation(loss, images, logits, features)
             self.precision.scaler.scale(loss / parts).backward()
         return loss.detach()
 

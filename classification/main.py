@@ -53,6 +53,7 @@ from precision import Precision, choose_precision, set_tf32
 from report import PAGE, REPORT, Predictions, write_report
 from robustness import measure_robustness
 from throughput import measure_throughput
+from trackers import check_installed
 from training import Training, seed_everything
 from views import MeanPrediction, Views, count_views
 
@@ -118,6 +119,8 @@ def throughput(config: CfgNode, precision: Precision, folder: Path, log: logging
 
 def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: logging.Logger) -> int:
     """Trains, or with EVAL_MODE only evaluates."""
+    if not config.EVAL_MODE:
+        check_installed(config.TRACK.TO)
     # Read the checkpoint first, so that a wrong file is reported before a large data set is opened.
     resumed = _find_checkpoint(config, folder, log)
     loaders = build_loaders(config)

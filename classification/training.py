@@ -29,6 +29,7 @@ from config import to_dict
 from data import build_mixup
 from data.dataset import ImageDataset, StreamingDataset
 from data.loader import Loaders
+from distillation import build_distillation
 from freezing import Freezing
 from litv2 import LITv2
 from litv2.errors import UserError
@@ -64,6 +65,7 @@ class Training:
         self.metrics = Metrics(folder, active=distributed.rank() == 0, warn=log.warning)
         self.progress = engine.Progress()
         self.seen: Predictions | None = None  # of the last evaluation
+        self.complete = False
         self.accumulation = config.TRAIN.ACCUMULATION_STEPS
         self.total_batch = loaders.batch_size * distributed.world_size() * self.accumulation
         self.updates_per_epoch = -(-loaders.steps_per_epoch // self.accumulation)
@@ -71,7 +73,10 @@ class Training:
         self.freezing = Freezing(config, model)
         if not config.TRAIN.UNFREEZE_EVERY:  # what is never trained has no place in the optimizer
             self.freezing.apply(epoch=0)
-        optimizer = build_optimizer(config, model, self.total_batch)
+        distillation = build_distillation(config, model, loaders.class_names, precision.device, log.info)
+        student = model if distillation is None else distillation.student(model)
+        self.projection = None if distillation is None else distillation.projection
+        optimizer = build_optimizer(config, model, self.total_batch, self.projection)
         scheduler = build_scheduler(config, optimizer, self.updates_per_epoch, self.total_batch)
         ema = ModelEmaV3(model, decay=config.TRAIN.EMA_DECAY, use_warmup=True) if config.TRAIN.EMA_DECAY else None
         mixup = build_mixup(config, model.num_classes)
@@ -87,9 +92,9 @@ class Training:
         if self.freezing.frozen:
             log.info(str(self.freezing))
         self.step = engine.Step(
-            distributed.parallel(model, precision.device, config.COMPILE),
+            distributed.parallel(student, precision.device, config.COMPILE),
             optimizer, scheduler, loss, precision, mixup, ema,
-            clip_grad=config.TRAIN.CLIP_GRAD, max_nonfinite=config.TRAIN.MAX_NONFINITE,
+            clip_grad=config.TRAIN.CLIP_GRAD, max_nonfinite=config.TRAIN.MAX_NONFINITE, distillation=distillation,
         )  # fmt: skip
 
     @property
@@ -104,6 +109,7 @@ class Training:
         elif not self._out_of_patience():
             self.log.info(f"{config.TRAIN.EPOCHS} epochs of {steps} steps, {self.updates_per_epoch} updates each; "
                           f"total batch {self.total_batch}")  # fmt: skip
+            self.metrics.start_trackers(config, resumed=progress.updates > 0, log=self.log.info)
         start, done_before = time.perf_counter(), progress.epoch
         while progress.epoch < config.TRAIN.EPOCHS and not self._out_of_patience():
             self._train_epoch()
@@ -141,7 +147,7 @@ class Training:
         return 0 < self.config.TRAIN.PATIENCE <= self.progress.since_best
 
     def close(self) -> None:
-        self.metrics.close()
+        self.metrics.close(self.complete)
 
     def _train_epoch(self) -> None:
         config, progress, steps = self.config, self.progress, self.loaders.steps_per_epoch
@@ -203,6 +209,7 @@ class Training:
 
     def _finish(self) -> None:
         """Draws the pictures, writes the report and logs the summary."""
+        self.complete = True
         progress = self.progress
         outputs = Outputs(self.log.warning)
         if self.seen is not None:  # else the run had been finished before
@@ -241,6 +248,7 @@ class Training:
         state = dict(
             model=self.model.state_dict(),
             ema=None if step.ema is None else step.ema.module.state_dict(),
+            projection=None if self.projection is None else self.projection.state_dict(),
             optimizer=step.optimizer.state_dict(),
             scheduler=step.scheduler.state_dict(),
             scaler=step.precision.scaler.state_dict(),
@@ -287,6 +295,11 @@ class Training:
             if before != wanted:
                 raise UserError(f"the checkpoint was trained with TRAIN.{key}={before} and cannot be resumed with {wanted}; "
                                 "use --pretrained FILE to load only its weights")  # fmt: skip
+        if (self.projection is None) != (state.get("projection") is None):
+            raise UserError("a run with DISTILL.FEATURES above 0 cannot be resumed without, nor one without them with; "
+                            "use --pretrained FILE to load only its weights")  # fmt: skip
+        if self.projection is not None:
+            load_weights(self.projection, state["projection"])
         step.optimizer.load_state_dict(state["optimizer"])
         if state["scheduler"] != step.scheduler.state_dict():  # a pure function of the step, so there is nothing to restore
             self.log.info("the learning-rate schedule differs from the checkpoint's; continuing with that of the configuration")

@@ -18,6 +18,7 @@ from command_helpers import run, run_here
 from document_helpers import Command, commands, documented
 from gpu_helpers import DEVICES
 from helpers import FAST, ROOT, normal, write_images
+from litv2 import LITv2
 
 sys.path.append(str(ROOT / "benchmarks"))
 import harness  # noqa: E402
@@ -25,6 +26,7 @@ import models  # noqa: E402
 import peak  # noqa: E402
 
 DOCUMENT = "benchmarks/README.md"
+TEACHER = dict(patch_size=2, embed_dim=32, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
 
 
 def measured(command: Command, folder: Path, flags: str = "", plot: bool = True) -> dict:
@@ -381,3 +383,31 @@ def test_every_benchmark_is_run():
     imported |= {"gpu_stages.py", "gpu_predictions.py"}
     shown = {command.words[1].removeprefix("benchmarks/") for command in commands() if command.document == DOCUMENT}
     assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} == shown | imported
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python benchmarks/distillation\.py DIR --teacher .*"), ids=str)
+def test_distillation(command, tmp_path):
+    """A run that is finished counts, one that is not is trained, with its teacher; the interval is that of four differences."""
+    names = [f"n{i:08d}" for i in range(10)]
+    torch.save(dict(model=LITv2(num_classes=10, **TEACHER).state_dict(), class_names=names), tmp_path / "teacher.pth")
+    for part in ("train", "val"):
+        write_images(tmp_path / "data" / part, dict.fromkeys(names, 4), size=32)
+    runs = tmp_path / "results_runs/student"
+    for seed, pair in enumerate([(50.0, 51.0), (50.0, 53.0), (52.0, 54.0), (49.0, None)]):
+        for name, top1 in zip(("alone", "taught"), pair):
+            folder = runs / f"{name}-seed{seed}-epochs1"
+            folder.mkdir(parents=True)
+            if top1 is not None:
+                (folder / "metrics.jsonl").write_text(json.dumps(dict(kind="val", update=1, epoch=1, top1=top1)) + "\n")
+    files = dict(DIR=tmp_path / "data")
+    done = run(command, "--teacher", tmp_path / "teacher.pth", "--seeds", 4, "--epochs", 1, "--out", tmp_path / "results", files=files)
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["difference"] for row in rows][:3] == [1, 3, 2] and rows[3]["alone_top1"] == 49
+    log = (runs / "taught-seed3-epochs1/log_rank0.txt").read_text()
+    assert "teacher.pth: 1." in log and re.search(rf"final Acc@1  {rows[3]['taught_top1']:.1f}", log)
+    values = np.array([row["difference"] for row in rows])
+    half = 3.182446 * values.std(ddof=1) / 2  # Student's 97.5 % quantile at three degrees of freedom
+    low, high = values.mean() - half, values.mean() + half
+    word = "the teacher helps" if low > 0 else "the teacher harms" if high < 0 else "undecided"
+    assert f"difference {values.mean():+.1f} ({low:+.1f} to {high:+.1f}): {word}\n" in done.stdout

@@ -87,6 +87,15 @@ def test_own_data(command, images, tmp_path, monkeypatch):
     assert not torch.equal(state["model"]["head.weight"], model.head.weight)
 
 
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python main\.py .* --opts DISTILL\.TEACHER FILE .*"), ids=str)
+def test_teacher(command, images, tmp_path, monkeypatch):
+    """Of twice the width."""
+    torch.save(dict(model=LITv2(num_classes=2, **{**TINY, "embed_dim": 32}).state_dict()), tmp_path / "teacher.pth")
+    run_here(monkeypatch, command, *smaller(command, tmp_path), files=dict(DIR=images, FILE=tmp_path / "teacher.pth"))
+    _, log = finished(tmp_path)
+    assert f"teacher {tmp_path / 'teacher.pth'}: 1." in log
+
+
 @pytest.mark.extra
 @pytest.mark.parametrize("command", documented(DOCUMENT, r"torchrun --nproc-per-node=2 main\.py .* --amp bf16 --ema-decay .*"), ids=str)
 def test_two_processes_in_mixed_precision(command, images, tmp_path):
