@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 import distributed
+from heads import names_in
 from litv2 import LITv2
 from litv2.errors import UserError, listed
 from litv2.factory import load_model
@@ -161,7 +162,7 @@ def _load(name: str, file: str, in_chans: int, log: Callable[[str], object]) -> 
         for note in loaded.notes:
             if "image size" not in note:  # here it is DATA.IMG_SIZE
                 log(note)
-        return loaded.model, normalisation(in_chans), loaded.content.get("class_names")
+        return loaded.model, normalisation(in_chans), names_in(loaded.content)
     if not timm.is_model(name):
         known = [*(release.name for release in ZOO.values() if release.task == "classification"), *timm.list_models()]
         similar = listed(difflib.get_close_matches(name, known, cutoff=0.5)) or "none"
@@ -192,4 +193,4 @@ def _of_timm(name: str, file: str, in_chans: int) -> tuple[nn.Module, list | Non
         load_weights(model, weights)
     except UserError as error:
         raise UserError(f"DISTILL.TEACHER_FILE={file}: {error}") from error
-    return model, content.get("class_names")
+    return model, names_in(content)
