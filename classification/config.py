@@ -28,7 +28,8 @@ _C.BASE = []  # YAML files to load first, relative to the file that names them
 _C.DATA = CN()
 _C.DATA.BATCH_SIZE = 128  # images per process and step; --batch-size
 _C.DATA.DATA_PATH = ""  # root of the data set; --data-path
-_C.DATA.DATASET = "digits"  # a name of data/sources.py, e.g. digits, folder, cifar100, or of timm: hfds/NAME, hfids/NAME, wds/, tfds/NAME
+_C.DATA.DATASET = "digits"  # a name of data/sources.py, e.g. digits, folder, csv, cifar100, or of timm: hfds/NAME, hfids/, wds/, tfds/
+_C.DATA.CLASSES = ""  # csv only: file in DATA_PATH with the name of a class per line, in order; "" = those of the training table, sorted
 _C.DATA.TRAIN_SPLIT = "train"  # folder under DATA_PATH, stem of the zip or tar file, or split name of a timm reader
 _C.DATA.VAL_SPLIT = "val"  # the same for validation
 _C.DATA.IMG_SIZE = 224  # side of the square training image in pixels
@@ -41,10 +42,11 @@ _C.DATA.MAX_BAD_FILES = 10  # unreadable images that are logged and skipped; one
 
 _C.MODEL = CN()
 _C.MODEL.NAME = "litv2_small"  # names the output folder
+_C.MODEL.TASK = "single"  # classes of an image: single = one | multi = any number, needs DATA.DATASET csv
 _C.MODEL.NUM_CLASSES = -1  # -1 = from the training data; a number is checked against the data
 _C.MODEL.DROP_RATE = 0.0  # dropout rate of projections and head
 _C.MODEL.DROP_PATH_RATE = 0.2  # stochastic depth of the last block
-_C.MODEL.LABEL_SMOOTHING = 0.1
+_C.MODEL.LABEL_SMOOTHING = 0.1  # share of each target that is spread evenly over the classes; multi: that is 1/2 instead
 _C.MODEL.RESUME = ""  # checkpoint to resume from: weights, optimizer, epoch; --resume
 _C.MODEL.PRETRAINED = ""  # initial weights: a file, a URL or a zoo name; --pretrained
 _C.MODEL.OFFSET_LR_MULTI = 0.01  # factor on the learning rate of DTM's offset convolutions
@@ -67,6 +69,7 @@ _C.TRAIN.BASE_LR = 5e-4  # this and the next two are per 512 images of total bat
 _C.TRAIN.WARMUP_LR = 5e-7
 _C.TRAIN.MIN_LR = 5e-6  # an absolute floor, also for the offset group
 _C.TRAIN.LAYER_DECAY = 1.0  # factor on the learning rate per layer from the head down; 1 = none
+_C.TRAIN.MULTI_LABEL_LOSS = "bce"  # of TASK multi: bce = binary cross-entropy | asymmetric (arXiv 2009.14119)
 _C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0 = no clipping
 _C.TRAIN.ACCUMULATION_STEPS = 1  # batches per optimizer step; --accumulation-steps
 _C.TRAIN.USE_CHECKPOINT = False  # recompute activations to save memory; --use-checkpoint
@@ -123,7 +126,9 @@ DEEPEST_BASE = 10  # files that name each other as BASE
 _CHOICES = {
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
     "DATA.CACHE_MODE": ("no", "full", "part"),
+    "MODEL.TASK": ("single", "multi"),
     "MODEL.LIT.IN_CHANS": (1, 3),
+    "TRAIN.MULTI_LABEL_LOSS": ("bce", "asymmetric"),
     "AUG.REMODE": ("const", "rand", "pixel"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "AMP": ("auto", "on", "off", "fp16", "bf16"),
@@ -307,6 +312,11 @@ def _check(config: CN) -> None:
             raise ConfigError(f"{name} must lie in [0, 1), got {get(name)}")
     if config.MODEL.NUM_CLASSES != -1 and config.MODEL.NUM_CLASSES < 1:
         raise ConfigError(f"MODEL.NUM_CLASSES must be -1 (from the data) or at least 1, got {config.MODEL.NUM_CLASSES}")
+    table = config.DATA.DATASET == "csv" and not config.DATA.ZIP_MODE
+    if config.MODEL.TASK == "multi" and not table:
+        raise ConfigError("MODEL.TASK multi needs DATA.DATASET csv, whose tables can give an image several classes")
+    if config.DATA.CLASSES and not table:
+        raise ConfigError(f"DATA.CLASSES={config.DATA.CLASSES!r} needs DATA.DATASET csv; other data sets name their classes themselves")
     if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
         raise ConfigError(f"TRAIN.WARMUP_EPOCHS={config.TRAIN.WARMUP_EPOCHS} must be below TRAIN.EPOCHS={config.TRAIN.EPOCHS}")
     if config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS <= 0:

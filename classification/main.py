@@ -33,6 +33,7 @@ from config import parse_args
 from data import build_loaders
 from data.loader import Loaders
 from data.sources import DataError
+from litv2.classes import task_in
 from litv2.compilation import COMPILE_OPTIONS
 from litv2.errors import UserError, run_program
 from litv2.failures import in_one_line
@@ -46,7 +47,8 @@ from litv2.weights.state_dict import find_weights, load_weights
 from logger import close_log, open_log
 from network import build_model
 from precision import Precision, choose_precision, set_tf32
-from report import PAGE, REPORT, Predictions, write_report
+from report import PAGE, REPORT, Predictions
+from tasks import task_of
 from throughput import measure_throughput
 from training import Training, seed_everything
 
@@ -115,6 +117,8 @@ def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: 
     # Read the checkpoint first, so that a wrong file is reported before a large data set is opened.
     resumed = _find_checkpoint(config, folder, log)
     loaders = build_loaders(config)
+    if loaders.note:
+        log.info(loaders.note)
     num_classes = _check_classes(config, loaders, resumed)
     seed_everything(config.SEED)  # the same weights on every rank
     # Channels-last, the layout of the convolutions' gradients; otherwise DDP would copy them. Names, shapes and values stay the same.
@@ -134,12 +138,17 @@ def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: 
             load_weights(model, find_weights(resumed))
         elif not config.MODEL.PRETRAINED:
             raise UserError("--eval needs the weights to evaluate: --resume FILE or --pretrained FILE_OR_NAME")
-        seen = Predictions()
-        result = engine.evaluate(model, loaders.val, precision, expected=loaders.val_size, bad_files=bad_files, log=log.info, keep=seen)
+        seen, task = Predictions(), task_of(config)
+        result = engine.evaluate(
+            model, loaders.val, precision, expected=loaders.val_size, bad_files=bad_files, log=log.info, keep=seen,
+            multi_label=config.MODEL.TASK == "multi",
+        )  # fmt: skip
         with Outputs(log.warning).writing(folder / REPORT):
-            write_report(folder / REPORT, seen, loaders, config)
-            log.info(f"classes, confusions, calibration, mistakes and predictions: {folder / REPORT / PAGE}")
-        log.info(f"Acc@1 {result['top1']:.3f}  Acc@5 {result['top5']:.3f}  loss {result['loss']:.4f}  images {result['images']}")
+            task.write_report(folder / REPORT, seen, loaders, config)
+            log.info(f"classes, mistakes, every prediction: {folder / REPORT / PAGE}")
+        log.info(f"{task.line(result)}  loss {result['loss']:.4f}  images {result['images']}")
+        if config.MODEL.TASK == "multi":
+            return 0
         # The release's two lines, for programs that parse its logs.
         log.info(f" * Acc@1 {result['top1']:.3f} Acc@5 {result['top5']:.3f}")
         log.info(f"Accuracy of the network on the {result['images']} test images: {result['top1']:.1f}%")
@@ -186,6 +195,8 @@ def _check_classes(config: CfgNode, loaders: Loaders, resumed: dict | None) -> i
     found = len(loaders.class_names)
     if config.MODEL.NUM_CLASSES not in (-1, found):
         raise DataError(f"MODEL.NUM_CLASSES={config.MODEL.NUM_CLASSES}, but the training data has {found} classes")
+    if resumed is not None and (task := task_in(resumed)) != config.MODEL.TASK:
+        raise UserError(f"the checkpoint is of MODEL.TASK {task}, and cannot be used with MODEL.TASK {config.MODEL.TASK}")
     names = (resumed or {}).get("class_names")
     if names and list(names) != list(loaders.class_names):
         raise DataError(f"the classes of the checkpoint ({len(names)}: {', '.join(names[:5])} ...) differ from those of the data "

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
@@ -30,6 +31,8 @@ class Loaders:
     steps_per_epoch: int  # batches of this process
     batch_size: int  # training batch size per process
     sampler: TrainSampler | None  # None for a streaming reader, which orders its images itself
+    vectors: bool = False  # training targets are (B, classes) instead of (B,)
+    note: str = ""  # of the validation images, for the log and the report
 
 
 def build_loaders(config: CfgNode) -> Loaders:
@@ -76,6 +79,8 @@ def build_loaders(config: CfgNode) -> Loaders:
         steps_per_epoch=sampler.count // sampler.batch_size,
         batch_size=sampler.batch_size,
         sampler=sampler,
+        vectors=isinstance(train_source.samples[0][1], np.ndarray),
+        note=val_source.note,
     )
 
 

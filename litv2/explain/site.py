@@ -43,6 +43,8 @@ def write_site(subject: Classifier, out: Path) -> None:
     samples = photographs()
     if samples is None:
         raise MissingPackage("site: the page's sample images come with scikit-learn: pip install scikit-learn")
+    if subject.thresholds is not None:
+        raise UserError("site: the page is for images of one class, and this classifier is for images of any number of classes")
     model = subject.network
     if model.in_chans not in (1, 3):
         raise UserError(f"site: expected a model of RGB or grey images, and this one has {model.in_chans} channels")
