@@ -57,7 +57,7 @@ class MultiLabelReport:
         self.scores = multilabel.probabilities(logits)
         self.thresholds = multilabel.best_thresholds(self.targets, self.scores)
         self.predicted: np.ndarray = self.scores >= self.thresholds  # (N, classes)
-        self.present = self.targets.any(axis=0)
+        self.present: np.ndarray = self.targets.any(axis=0)
         self.precision = np.full(len(class_names), np.nan)  # of classes that an image has; so are the next two
         self.precision[self.present] = average_precision_score(self.targets[:, self.present], logits[:, self.present], average=None)
         self.chance = np.where(self.present, multilabel.chance(self.targets), np.nan)
