@@ -6,7 +6,8 @@ import numpy as np
 
 from litv2.errors import UserError
 
-SAMPLES = 1000  # of the bootstrap
+SAMPLES = 1000  # from which an interval is computed,
+PARTS = 20  # one part after the other, to save memory
 
 
 def figures(targets: np.ndarray, logits: np.ndarray) -> dict[str, float]:
@@ -63,32 +64,45 @@ def map_interval(targets: np.ndarray, logits: np.ndarray) -> list[float]:
     more than the interval's width. They are shifted so that their mean is the measured value. A class that a sample does not have is
     left out of its mean.
     """
-    count, classes = targets.shape
-    measured = np.mean([average_precision(targets[:, i], logits[:, i], np.ones((1, count)))[0] for i in range(classes)])
-    rng, means = np.random.default_rng(0), []
-    for part in np.array_split(np.arange(SAMPLES), 20):  # of so many samples at once, to save memory
+    count = len(targets)
+    rng, all_of_them = np.random.default_rng(0), np.ones((1, count))
+    measured = _mean([average_precision(target, score, all_of_them) for target, score in zip(targets.T, logits.T)])
+    samples = []
+    for part in np.array_split(np.arange(SAMPLES), PARTS):
         weights = rng.multinomial(count, np.full(count, 1 / count), size=len(part))
-        precisions = np.stack([average_precision(targets[:, i], logits[:, i], weights) for i in range(classes)])
-        known = ~np.isnan(precisions)
-        means.append(np.where(known, precisions, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1))
-    samples = np.concatenate(means)
-    return [100 * float(value) for value in np.percentile(samples - samples.mean() + measured, [2.5, 97.5])]
+        samples.append(_mean([average_precision(target, score, weights) for target, score in zip(targets.T, logits.T)]))
+    means = np.concatenate(samples)
+    return _interval(means - means.mean() + measured)
+
+
+def chance_interval(targets: np.ndarray, logits: np.ndarray) -> list[float]:
+    """Returns between which values in percent the mean average precision of 95 % of the random orders of the images lies.
+
+    The scores of an image stay together, as the classes of an image do.
+    """
+    count = len(targets)
+    rng, all_of_them = np.random.default_rng(0), np.ones((1, count))
+    samples = []
+    for part in np.array_split(np.arange(SAMPLES), PARTS):
+        orders = rng.permuted(np.tile(np.arange(count), (len(part), 1)), axis=1)
+        samples.append(_mean([average_precision(target[orders], score, all_of_them) for target, score in zip(targets.T, logits.T)]))
+    return _interval(np.concatenate(samples))
 
 
 def average_precision(target: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Returns the average precision (B,) of a class, as scikit-learn defines it, for each of B weightings of the images.
+    """Returns the average precision (B,) of a class, as scikit-learn defines it, for B targets or B weightings of the images.
 
     Args:
-        target: (N,), 0 or 1.
+        target: (N,) or (B, N), 0 or 1.
         score: (N,).
-        weights: (B, N).
+        weights: (B, N) or (1, N), how often each image counts.
 
     Returns:
         NaN where no image with a weight has the class.
     """
     order, ends = _ranking(score)
     seen = np.cumsum(weights[:, order], axis=1)[:, ends]
-    hits = np.cumsum(weights[:, order] * target[order], axis=1)[:, ends]
+    hits = np.cumsum(weights[:, order] * target[..., order], axis=1)[:, ends]
     with np.errstate(invalid="ignore"):
         return (np.diff(hits, axis=1, prepend=0) * hits / np.maximum(seen, 1)).sum(axis=1) / hits[:, -1]
 
@@ -101,6 +115,17 @@ def chance(targets: np.ndarray) -> np.ndarray:
     count, positives = len(targets), targets.sum(axis=0, dtype=np.float64)
     first = (1 / np.arange(1, count + 1)).mean()  # the average precision of one image that has the class, alone
     return first + (positives - 1) / max(count - 1, 1) * (1 - first)
+
+
+def _mean(precisions: list[np.ndarray]) -> np.ndarray:
+    """Returns the mean (B,) over classes, without those that are NaN."""
+    values = np.stack(precisions)
+    known = ~np.isnan(values)
+    return np.where(known, values, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+
+
+def _interval(means: np.ndarray) -> list[float]:
+    return [round(100 * float(value), 3) for value in np.percentile(means, [2.5, 97.5])]
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:

@@ -57,7 +57,7 @@ class MultiLabelReport:
         self.scores = multilabel.probabilities(logits)
         self.thresholds = multilabel.best_thresholds(self.targets, self.scores)
         self.predicted: np.ndarray = self.scores >= self.thresholds  # (N, classes)
-        self.present: np.ndarray = self.targets.any(axis=0)
+        self.present = np.any(self.targets, axis=0)
         self.precision = np.full(len(class_names), np.nan)  # of classes that an image has; so are the next two
         self.precision[self.present] = average_precision_score(self.targets[:, self.present], logits[:, self.present], average=None)
         self.chance = np.where(self.present, multilabel.chance(self.targets), np.nan)
@@ -71,7 +71,7 @@ class MultiLabelReport:
     def _summary(self) -> dict[str, Any]:
         from sklearn.metrics import f1_score
 
-        low, high = multilabel.map_interval(self.targets[:, self.present], self.logits[:, self.present])
+        known = self.targets[:, self.present], self.logits[:, self.present]
         fitted = {
             f"f1_{average}_at_thresholds": 100 * float(f1_score(self.targets[:, chosen], self.predicted[:, chosen], average=average))
             for average, chosen in (("macro", self.present), ("micro", slice(None)))
@@ -82,8 +82,9 @@ class MultiLabelReport:
             classes_with_images=int(self.present.sum()),
             classes_per_image=float(self.targets.sum(axis=1).mean()),
             **multilabel.figures(self.targets, self.logits),
-            map_interval=[round(low, 3), round(high, 3)],
+            map_interval=multilabel.map_interval(*known),
             map_of_random_order=100 * float(self.chance[self.present].mean()),
+            map_of_random_order_interval=multilabel.chance_interval(*known),
             share_of_images=100 * float(self.targets[:, self.present].mean()),
             **fitted,
             note="the thresholds are fitted to these images, so F1 at them is too high for others",
@@ -136,10 +137,14 @@ def _draw_classes(report: MultiLabelReport) -> Any:
 
 def _page(report: MultiLabelReport, folder: Path, pictures: list[str]) -> str:
     summary = report.summary
-    low, high = summary["map_interval"]
+
+    def with_interval(key: str) -> list[str]:
+        low, high = summary[f"{key}_interval"]
+        return [f"{summary[key]:.2f} %", f"{low:.2f} to {high:.2f}"]
+
     figures = [
-        ["mean average precision (mAP)", f"{summary['map']:.2f} %", f"{low:.2f} to {high:.2f}"],
-        ["of images in random order", f"{summary['map_of_random_order']:.2f} %", ""],
+        ["mean average precision (mAP)", *with_interval("map")],
+        ["of images in random order", *with_interval("map_of_random_order")],
         ["macro F1 at 0.5", f"{summary['f1_macro']:.2f} %", ""],
         ["micro F1 at 0.5", f"{summary['f1_micro']:.2f} %", ""],
         ["macro F1 at each class's threshold", f"{summary['f1_macro_at_thresholds']:.2f} %", ""],

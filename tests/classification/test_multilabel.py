@@ -52,9 +52,10 @@ def test_figures_are_those_of_scikit_learn():
     assert figures["f1_micro"] == pytest.approx(100 * metrics.f1_score(targets.ravel(), predicted.ravel()))
     assert figures["loss"] == pytest.approx(F.binary_cross_entropy_with_logits(*map(torch.tensor, (logits, targets))).item(), rel=1e-6)
     assert np.allclose(multilabel.probabilities(logits), torch.tensor(logits).sigmoid())
-    for wrong, words in ((np.zeros_like(targets), "nothing to measure"), (targets, "not finite")):
-        with pytest.raises(UserError, match=words):
-            multilabel.figures(wrong, logits if wrong is not targets else logits * np.inf)
+    with pytest.raises(UserError, match="nothing to measure"):
+        multilabel.figures(np.zeros_like(targets), logits)
+    with pytest.raises(UserError, match="not finite"):
+        multilabel.figures(targets, np.full_like(logits, np.nan))
 
 
 def test_interval_is_a_bootstrap_over_images(monkeypatch):
@@ -68,7 +69,17 @@ def test_interval_is_a_bootstrap_over_images(monkeypatch):
         samples.append(100 * metrics.average_precision_score(targets[rows][:, columns], logits[rows][:, columns]))
     assert min(targets[np.repeat(np.arange(30), draw), 2].sum() for draw in draws) == 0, "a sample should lack a class"
     shift = multilabel.figures(targets, logits)["map"] - np.mean(samples)
-    assert multilabel.map_interval(targets, logits) == pytest.approx(np.percentile(samples, [2.5, 97.5]) + shift)
+    assert multilabel.map_interval(targets, logits) == pytest.approx(np.percentile(samples, [2.5, 97.5]) + shift, abs=1e-3)
+
+
+def test_interval_of_random_orders(monkeypatch):
+    monkeypatch.setattr(multilabel, "SAMPLES", 40)
+    monkeypatch.setattr(multilabel, "PARTS", 2)
+    targets, logits = (part[:, [0, 1, 2, 4]] for part in planted(30, digits=1))
+    rng = np.random.default_rng(0)
+    orders = [order for _ in range(2) for order in rng.permuted(np.tile(np.arange(30), (20, 1)), axis=1)]
+    samples = [100 * metrics.average_precision_score(targets[order], logits) for order in orders]
+    assert multilabel.chance_interval(targets, logits) == pytest.approx(np.percentile(samples, [2.5, 97.5]), abs=1e-3)
 
 
 def test_chance_is_the_mean_over_all_orders():
@@ -103,7 +114,8 @@ def test_report_is_that_of_scikit_learn():
             assert [float(cells[name + suffix]) for name in ("precision", "recall", "f1")] == pytest.approx(expected, abs=1e-6)
         assert cells["images"] == targets[:, i].sum()
         if i != 3:
-            assert float(cells["average precision"]) == pytest.approx(metrics.average_precision_score(targets[:, i], logits[:, i]), abs=1e-6)
+            precision = metrics.average_precision_score(targets[:, i], logits[:, i])
+            assert float(cells["average precision"]) == pytest.approx(precision, abs=1e-6)
     assert rows[3][1:3] == ["", ""] and report.summary["classes_with_images"] == 4
     low, high = report.summary["map_interval"]
     assert low < report.summary["map"] < high < low + 40 and low > report.summary["map_of_random_order"]
@@ -158,8 +170,8 @@ def test_mixup_of_vectors(mode, batch):
     assert torch.allclose(several, torch.ones(batch, 5))
 
 
-OPTS = """DATA.DATASET csv MODEL.TASK multi MODEL.LABEL_SMOOTHING 0.05 TRAIN.ACCUMULATION_STEPS 2 AUG.MIXUP 0.8 AUG.MIXUP_PROB 0.3 SAVE_FREQ 4
-TRAIN.EPOCHS 8 TRAIN.EMA_DECAY 0.5 EVAL_FREQ 4 AUG.COLOR_JITTER 0"""
+OPTS = """DATA.DATASET csv MODEL.TASK multi MODEL.LABEL_SMOOTHING 0.05 TRAIN.ACCUMULATION_STEPS 2 AUG.MIXUP 0.8 AUG.MIXUP_PROB 0.3
+SAVE_FREQ 4 TRAIN.EPOCHS 8 TRAIN.EMA_DECAY 0.5 EVAL_FREQ 4 AUG.COLOR_JITTER 0"""
 
 
 def trainer(*flags, opts: str = "") -> int:

@@ -67,7 +67,7 @@ def test_a_column_per_class(opened):
 
 
 def test_batches(opened, images):
-    opened("image,dog,cat", {i: "0.5,0.5" for i in range(4)}, {4: "1,0"})
+    opened("image,dog,cat", dict.fromkeys(range(4), "0.5,0.5"), {4: "1,0"})
     loaders = build_loaders(config(images.parent))
     batch, evaluated = next(iter(loaders.train)), next(iter(loaders.val))
     assert loaders.vectors and batch.targets.dtype == torch.float32 and batch.targets.tolist() == [[0.5, 0.5]] * 3
