@@ -1,18 +1,24 @@
 """Writes a small multi-label data set, which needs no download: canvases of 2 x 2 places, each with one of scikit-learn's handwritten
-digits or none, and as labels the digits that a canvas shows. The digits of validation are others than those of training.
+digits or none, and as labels the digits that a canvas shows. The digits of validation are others than those of training. From this folder:
 
-    python multilabel.py DIR        # DIR/train.csv, DIR/val.csv and their images
+    python digits_to_csv.py DIR        # DIR/train.csv, DIR/val.csv and their images
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # litv2 of this checkout, installed or not
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
+
+from data.table import IMAGE, LABELS, SEPARATOR
+from litv2.errors import run_program
+from report import write_csv
 
 PLACE = 16  # pixels a side of a place
 COUNTS = {"train": 1200, "val": 400}
@@ -36,10 +42,9 @@ def main(argv: list[str] | None = None) -> None:
                 canvas.paste(picture, (place % 2 * PLACE, place // 2 * PLACE))
                 shown.add(str(digits.target[digit]))
             canvas.save(folder / split / f"{i}.png")
-            rows.append([f"{split}/{i}.png", "|".join(sorted(shown))])
-        with open(folder / f"{split}.csv", "w", newline="") as file:
-            csv.writer(file).writerows([["image", "labels"], *rows])
+            rows.append([f"{split}/{i}.png", SEPARATOR.join(sorted(shown))])
+        write_csv(folder / f"{split}.csv", [[IMAGE, LABELS], *rows])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))
