@@ -125,7 +125,8 @@ def _mean(precisions: list[np.ndarray]) -> np.ndarray:
 
 
 def _interval(means: np.ndarray) -> list[float]:
-    return [round(100 * float(value), 3) for value in np.percentile(means, [2.5, 97.5])]
+    """Returns the middle 95 % in percent; a shifted bootstrap may reach beyond 0 and 100."""
+    return [round(100 * float(value), 3) for value in np.percentile(means, [2.5, 97.5]).clip(0, 1)]
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
