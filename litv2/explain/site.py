@@ -34,17 +34,18 @@ def write_site(subject: Classifier, out: Path) -> None:
     the report of its comparison, and ``model.json`` with what the page has to know of the model.
 
     Raises:
-        UserError: the sources of the page or the runtime are not there, the images have neither 1 nor 3 channels, or ``export`` fails.
+        UserError: an image may have several classes, the sources of the page or the runtime are not there, the images have neither 1 nor
+            3 channels, or ``export`` fails.
         MissingPackage: a package is missing; the message names it.
     """
+    if subject.thresholds is not None:
+        raise UserError("site: the page is for images of one class, and this classifier is for images of any number of classes")
     for file in page_files():
         if not file.is_file():
             raise UserError(f"site: {file} is not there; in a checkout, `make site CHECKPOINT=FILE` fetches what the page needs")
     samples = photographs()
     if samples is None:
         raise MissingPackage("site: the page's sample images come with scikit-learn: pip install scikit-learn")
-    if subject.thresholds is not None:
-        raise UserError("site: the page is for images of one class, and this classifier is for images of any number of classes")
     model = subject.network
     if model.in_chans not in (1, 3):
         raise UserError(f"site: expected a model of RGB or grey images, and this one has {model.in_chans} channels")

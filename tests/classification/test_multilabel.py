@@ -24,6 +24,7 @@ from config import load_config
 from data.mixup import build_mixup
 from helpers import FAST, ROOT, generator, run_trainer, same
 from litv2.__main__ import main as litv2
+from litv2.classes import thresholds
 from litv2.errors import UserError, run_program
 from litv2.weights.reading import read_checkpoint
 from main import main
@@ -262,6 +263,17 @@ def test_the_task_must_be_that_of_the_checkpoint(finished, data, tmp_path, capsy
     opts = "MODEL.TASK single DATA.TRAIN_SPLIT one_train DATA.VAL_SPLIT one_val"
     assert trainer("--data-path", data, "--output", tmp_path, "--resume", finished / "best.pth", "--eval", opts=opts) == 2
     assert "the checkpoint is of MODEL.TASK multi, and cannot be used with MODEL.TASK single" in capsys.readouterr().err
+
+
+def test_what_a_checkpoint_says_of_thresholds():
+    several = dict(config=dict(MODEL=dict(TASK="multi")))
+    assert thresholds({}, 2) is thresholds(dict(config="a text"), 2) is None
+    assert thresholds(several, 2) == [0.5, 0.5] and thresholds(several | dict(thresholds=[0.0, 1.0]), 2) == [0.0, 1.0]
+    for wrong in ([0.5], [0.5, 2.0], [0.5, math.nan], "ab", [0.5, True]):
+        with pytest.raises(UserError, match="thresholds must be 2 numbers"):
+            thresholds(several | dict(thresholds=wrong), 2)
+    with pytest.raises(UserError, match="TASK must be single or multi, got 'both'"):
+        thresholds(dict(config=dict(MODEL=dict(TASK="both"))), 2)
 
 
 @pytest.mark.extra
