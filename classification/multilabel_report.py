@@ -21,9 +21,9 @@ from report import PAGE, Predictions, draw_images, page, show_pictures, table, w
 LARGEST_CHART = 80  # classes in the picture of average precisions
 
 
-def write_report(folder: Path, predictions: Predictions, loaders: Loaders, config: CfgNode) -> None:
-    """Writes the report into ``folder``; every process must call it, and rank 0 writes."""
-    found = predictions.of_all_processes()
+def write_report(folder: Path, predictions: Predictions, loaders: Loaders, config: CfgNode, robustness: None = None) -> None:
+    """Writes the report into ``folder``; every process must call it, and rank 0 writes. Corruptions are for images of one class."""
+    found = predictions.of_all_processes(distributed.gather_at_first)
     if distributed.rank() != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)

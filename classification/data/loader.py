@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from yacs.config import CfgNode
 
 import distributed
@@ -81,6 +83,22 @@ def build_loaders(config: CfgNode) -> Loaders:
         sampler=sampler,
         vectors=isinstance(train_source.samples[0][1], np.ndarray),
         note=val_source.note,
+    )
+
+
+def with_transform(loader: DataLoader, transform: Callable) -> DataLoader:
+    """Returns a loader for one pass over the same images of this process, through another transform."""
+    dataset: Any = copy.copy(loader.dataset)
+    dataset.transform = transform
+    return DataLoader(
+        dataset,
+        loader.batch_size,
+        sampler=None if isinstance(dataset, IterableDataset) else loader.sampler,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        generator=torch.Generator(),
     )
 
 

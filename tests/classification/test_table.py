@@ -132,6 +132,7 @@ def test_missing_files(opened, images):
     [
         (("MODEL.TASK", "multi", "DATA.DATASET", "folder"), "MODEL.TASK multi needs DATA.DATASET csv"),
         (("DATA.CLASSES", "classes.txt", "DATA.DATASET", "digits"), "DATA.CLASSES='classes.txt' needs DATA.DATASET csv"),
+        (("MODEL.TASK", "multi", "TEST.CORRUPTIONS", "fog"), "are for MODEL.TASK single only"),
         (("MODEL.TASK", "several"), "MODEL.TASK must be one of single, multi"),
         (("TRAIN.MULTI_LABEL_LOSS", "focal"), "TRAIN.MULTI_LABEL_LOSS must be one of bce, asymmetric"),
     ],
