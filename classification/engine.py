@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import distributed
 import multilabel
 from data.dataset import Batch
+from distillation import Distillation, plain_model
 from litv2.errors import UserError
 from litv2.signals import StopRequested, StopSignals
 from litv2.unreadable import BadFiles
@@ -40,6 +41,7 @@ class Progress:
     nonfinite: int = 0  # steps skipped because of a non-finite loss
     best: float = 0.0  # best top-1, or mean average precision, in percent
     best_epoch: int = -1
+    since_best: int = 0  # evaluations
 
 
 class Update(NamedTuple):
@@ -79,7 +81,7 @@ class Step:
     average included, follows then. Between steps the weights, the optimizer and ``progress`` belong together only after ``finish``.
     """
 
-    model: nn.Module  # possibly wrapped by distributed.parallel
+    model: nn.Module  # possibly wrapped by distributed.parallel; with a projection, as WithProjection
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
     loss_fn: Callable[[Tensor, Tensor], Tensor]
@@ -88,6 +90,7 @@ class Step:
     ema: ModelEmaV3 | None = None
     clip_grad: float = 0.0  # maximum gradient norm; 0 = no clipping
     max_nonfinite: int = 0  # steps with a non-finite loss that are skipped per run
+    distillation: Distillation | None = None  # its loss contains that of ``loss_fn``
     lag: bool | None = None  # read a step's figures during the next one; None: on CUDA
 
     def __post_init__(self) -> None:
@@ -151,7 +154,7 @@ class Step:
         progress.updates += 1
         progress.step += len(names)
         if self.ema is not None and not figures.bad:
-            self.ema.update(distributed.unwrap(self.model), step=progress.updates)
+            self.ema.update(plain_model(self.model), step=progress.updates)
         return Update(figures.loss, figures.grad_norm, lr, sum(map(len, names)), figures.stop > 0)
 
     def _backward(self, batch: Batch, parts: int, last: bool) -> Tensor:
@@ -163,8 +166,11 @@ class Step:
             images, targets = self.mixup(images, targets)
         with nullcontext() if last else distributed.without_sync(self.model):
             with self.precision.context():
-                logits = self.model(images)
+                outputs = self.model(images)
+            logits, features = outputs if isinstance(outputs, tuple) else (outputs, None)
             loss = self.loss_fn(logits.float(), targets)
+            if self.distillation is not None:
+                loss = self.distillation(loss, images, logits, features)
             self.precision.scaler.scale(loss / parts).backward()
         return loss.detach()
 
@@ -198,10 +204,10 @@ def train_one_epoch(
     """Trains from ``progress.step`` to the end of the epoch, with one optimizer step per ``accumulation`` batches.
 
     The last group of an epoch may be shorter. With ``streaming`` the ranks may have different numbers of batches; the epoch ends
-    on all ranks when the first one runs out. ``on_start`` is called once loading has begun but before any random number is drawn,
-    ``on_update`` once per optimizer step, in order, with its figures and its duration in seconds, data loading included, and
-    ``on_save`` after every ``save_steps`` steps of the run. All steps are finished when it is called, when this function returns and
-    when it raises one of the first two errors below.
+    on all ranks when the first one runs out. ``on_start`` is called once loading has begun and the model is in training mode, but before
+    any random number is drawn, ``on_update`` once per optimizer step, in order, with its figures and its duration in seconds, data loading
+    included, and ``on_save`` after every ``save_steps`` steps of the run. All steps are finished when it is called, when this function
+    returns and when it raises one of the first two errors below.
 
     Raises:
         NonFiniteLoss: as ``Step``.
@@ -211,8 +217,8 @@ def train_one_epoch(
     batches = iter(loader)
     if streaming and distributed.world_size() > 1:
         batches = _agreeing(batches)
-    on_start()
     step.model.train()
+    on_start()
     begun, updates, stopping = progress.step, progress.updates, False  # ``progress`` may be one step behind
     start = time.perf_counter()
 

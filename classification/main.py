@@ -35,6 +35,7 @@ from config import default_config, parse_args
 from data import build_loaders
 from data.loader import Loaders, with_transform
 from data.sources import DataError
+from heads import keep_shared_classes, names_in
 from litv2.classes import imagenet_classes, task_in
 from litv2.compilation import COMPILE_OPTIONS
 from litv2.errors import UserError, run_program
@@ -53,6 +54,7 @@ from report import PAGE, REPORT, Predictions
 from robustness import measure_robustness
 from tasks import task_of
 from throughput import measure_throughput
+from trackers import check_installed
 from training import Training, seed_everything
 from views import MeanPrediction, Views, count_views
 
@@ -118,24 +120,31 @@ def throughput(config: CfgNode, precision: Precision, folder: Path, log: logging
 
 def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: logging.Logger) -> int:
     """Trains, or with EVAL_MODE only evaluates."""
+    if not config.EVAL_MODE:
+        check_installed(config.TRACK.TO)
     # Read the checkpoint first, so that a wrong file is reported before a large data set is opened.
     resumed = _find_checkpoint(config, folder, log)
     loaders = build_loaders(config)
     if loaders.note:
         log.info(loaders.note)
-    num_classes = _check_classes(config, loaders, resumed)
+    classes = _check_classes(config, loaders, resumed)
     seed_everything(config.SEED)  # the same weights on every rank
     # Channels-last, the layout of the convolutions' gradients; otherwise DDP would copy them. Names, shapes and values stay the same.
-    model = build_model(config, num_classes).to(precision.device).to(memory_format=torch.channels_last)
+    model = build_model(config, len(classes)).to(precision.device).to(memory_format=torch.channels_last)
     if config.MODEL.PRETRAINED and resumed is not None:
         log.info(f"the weights come from the checkpoint, not from MODEL.PRETRAINED={config.MODEL.PRETRAINED}")
     elif config.MODEL.PRETRAINED:
-        weights = find_weights(read_checkpoint(fetch(config.MODEL.PRETRAINED)))
-        for note in load_weights(model, weights, new_heads=() if config.EVAL_MODE else ("head",)):
+        content = read_checkpoint(fetch(config.MODEL.PRETRAINED))
+        weights = find_weights(content)
+        if config.EVAL_MODE:
+            _check_classes(config, loaders, content)
+        kept = keep_shared_classes(weights, names_in(content), model, classes)
+        notes = load_weights(model, weights, new_heads=() if config.EVAL_MODE else ("head",))
+        for note in [kept, *notes] if kept else notes:
             log.info(f"{config.MODEL.PRETRAINED}: {note}")
     bad_files = BadFiles(config.DATA.MAX_BAD_FILES, log.warning)
     log.info(f"{config.MODEL.NAME}: {sum(p.numel() for p in model.parameters()) / 1e6:.3f} M parameters, "
-             f"{model.flops(config.DATA.IMG_SIZE, config.DATA.IMG_SIZE) / 1e9:.3f} GFLOPs, {num_classes} classes")  # fmt: skip
+             f"{model.flops(config.DATA.IMG_SIZE, config.DATA.IMG_SIZE) / 1e9:.3f} GFLOPs, {len(classes)} classes")  # fmt: skip
 
     if config.EVAL_MODE:
         if resumed is not None:
@@ -206,8 +215,9 @@ def _find_checkpoint(config: CfgNode, folder: Path, log: logging.Logger) -> dict
     return state
 
 
-def _check_classes(config: CfgNode, loaders: Loaders, resumed: dict | None) -> int:
-    """Returns the number of the model's classes, which are the data's or, with DATA.CLASS_MAP, ImageNet's."""
+def _check_classes(config: CfgNode, loaders: Loaders, checkpoint: dict | None) -> list[str]:
+    """Returns the names of the model's classes, which are the data's or, with DATA.CLASS_MAP, ImageNet's. A ``checkpoint`` that is resumed
+    or evaluated must have the same, in this order."""
     classes, whose = list(loaders.class_names), "the data"
     if config.DATA.CLASS_MAP:
         imagenet_outputs(classes)
@@ -215,13 +225,13 @@ def _check_classes(config: CfgNode, loaders: Loaders, resumed: dict | None) -> i
     found = len(classes)
     if config.MODEL.NUM_CLASSES not in (-1, found):
         raise DataError(f"MODEL.NUM_CLASSES={config.MODEL.NUM_CLASSES}, but the training data has {found} classes")
-    if resumed is not None and (task := task_in(resumed)) != config.MODEL.TASK:
+    if checkpoint is not None and "class_names" in checkpoint and (task := task_in(checkpoint)) != config.MODEL.TASK:
         raise UserError(f"the checkpoint is of MODEL.TASK {task}, and cannot be used with MODEL.TASK {config.MODEL.TASK}")
-    names = (resumed or {}).get("class_names")
-    if names and list(names) != classes:
+    names = names_in(checkpoint or {})
+    if names is not None and names != classes:
         raise DataError(f"the classes of the checkpoint ({len(names)}: {', '.join(names[:5])} ...) differ from those of {whose} "
                         f"({found}: {', '.join(classes[:5])} ...)")  # fmt: skip
-    return found
+    return classes
 
 
 if __name__ == "__main__":

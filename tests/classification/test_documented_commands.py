@@ -79,6 +79,26 @@ def test_fine_tuning(command, images, tmp_path, monkeypatch):
     assert "head is newly initialised: it has 7 outputs in the file, but 2 in this model" in log
 
 
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python main\.py .* --freeze head --opts .*"), ids=str)
+def test_own_data(command, images, tmp_path, monkeypatch):
+    model = LITv2(num_classes=2, **TINY)
+    torch.save(dict(model=model.state_dict(), class_names=["b", "c"]), tmp_path / "mine.pth")
+    run_here(monkeypatch, command, *smaller(command, tmp_path), files=dict(DIR=images, FILE=tmp_path / "mine.pth"))
+    state, log = finished(tmp_path)
+    assert "1 of 2 classes keep their rows of the head; new: a" in log and "frozen: all but the head" in log
+    assert torch.equal(state["model"]["norm.weight"], model.norm.weight) and state["config"]["TRAIN"]["UNFREEZE_EVERY"] == 5
+    assert not torch.equal(state["model"]["head.weight"], model.head.weight)
+
+
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python main\.py .* --opts DISTILL\.TEACHER FILE .*"), ids=str)
+def test_teacher(command, images, tmp_path, monkeypatch):
+    """Of twice the width."""
+    torch.save(dict(model=LITv2(num_classes=2, **{**TINY, "embed_dim": 32}).state_dict()), tmp_path / "teacher.pth")
+    run_here(monkeypatch, command, *smaller(command, tmp_path), files=dict(DIR=images, FILE=tmp_path / "teacher.pth"))
+    _, log = finished(tmp_path)
+    assert f"teacher {tmp_path / 'teacher.pth'}: 1." in log
+
+
 @pytest.mark.extra
 @pytest.mark.parametrize("command", documented(DOCUMENT, r"torchrun --nproc-per-node=2 main\.py .* --amp bf16 --ema-decay .*"), ids=str)
 def test_two_processes_in_mixed_precision(command, images, tmp_path):
