@@ -72,6 +72,9 @@ def test_batches(opened, images):
     batch, evaluated = next(iter(loaders.train)), next(iter(loaders.val))
     assert loaders.vectors and batch.targets.dtype == torch.float32 and batch.targets.tolist() == [[0.5, 0.5]] * 3
     assert evaluated.targets.dtype == torch.int64 and evaluated.targets.tolist() == [1] and loaders.note
+    for setting in (("DATA.SAMPLING", "balanced"), ("TRAIN.CLASS_WEIGHTS", "inverse")):
+        with pytest.raises(UserError, match="need one class per image"):
+            build_loaders(config(images.parent, *setting))
 
 
 MULTI = ("MODEL.TASK", "multi")
