@@ -31,7 +31,8 @@ _C.BASE = []  # YAML files to load first, relative to the file that names them
 _C.DATA = CN()
 _C.DATA.BATCH_SIZE = 128  # images per process and step; --batch-size
 _C.DATA.DATA_PATH = ""  # root of the data set; --data-path
-_C.DATA.DATASET = "digits"  # a name of data/sources.py, e.g. digits, folder, cifar100, or of timm: hfds/NAME, hfids/NAME, wds/, tfds/NAME
+_C.DATA.DATASET = "digits"  # a name of data/sources.py, e.g. digits, folder, csv, cifar100, or of timm: hfds/NAME, hfids/, wds/, tfds/
+_C.DATA.CLASSES = ""  # csv only: file in DATA_PATH with the name of a class per line, in order; "" = those of the training table, sorted
 _C.DATA.TRAIN_SPLIT = "train"  # folder under DATA_PATH, stem of the zip or tar file, or split name of a timm reader
 _C.DATA.VAL_SPLIT = "val"  # the same for validation
 _C.DATA.CLASS_MAP = ""  # imagenet: the folders of VAL_SPLIT are some of ImageNet's 1000 classes, by WordNet ID or number, as in ImageNet-A,
@@ -47,10 +48,11 @@ _C.DATA.MAX_BAD_FILES = 10  # unreadable images that are logged and skipped; one
 
 _C.MODEL = CN()
 _C.MODEL.NAME = "litv2_small"  # names the output folder
+_C.MODEL.TASK = "single"  # classes of an image: single = one | multi = any number, needs DATA.DATASET csv
 _C.MODEL.NUM_CLASSES = -1  # -1 = from the training data; a number is checked against the data
 _C.MODEL.DROP_RATE = 0.0  # dropout rate of projections and head
 _C.MODEL.DROP_PATH_RATE = 0.2  # stochastic depth of the last block
-_C.MODEL.LABEL_SMOOTHING = 0.1
+_C.MODEL.LABEL_SMOOTHING = 0.1  # share of each target that is spread evenly over the classes; multi: that is 1/2 instead
 _C.MODEL.RESUME = ""  # checkpoint to resume from: weights, optimizer, epoch; --resume
 _C.MODEL.PRETRAINED = ""  # initial weights: a file, a URL or a zoo name; --pretrained
 _C.MODEL.OFFSET_LR_MULTI = 0.01  # factor on the learning rate of DTM's offset convolutions
@@ -73,13 +75,14 @@ _C.TRAIN.BASE_LR = 5e-4  # this and the next two are per 512 images of total bat
 _C.TRAIN.WARMUP_LR = 5e-7
 _C.TRAIN.MIN_LR = 5e-6  # an absolute floor, also for the offset group
 _C.TRAIN.LAYER_DECAY = 1.0  # factor on the learning rate per layer from the head down; 1 = none
+_C.TRAIN.MULTI_LABEL_LOSS = "bce"  # of TASK multi: bce = binary cross-entropy | asymmetric (arXiv 2009.14119)
 _C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0 = no clipping
 _C.TRAIN.ACCUMULATION_STEPS = 1  # batches per optimizer step; --accumulation-steps
 _C.TRAIN.CLASS_WEIGHTS = "none"  # of the images in the loss: none | inverse | effective | auto | a CSV file class,weight; see balance.py
 _C.TRAIN.CLASS_WEIGHTS_BETA = 0.999  # beta of "effective" (arXiv 1901.05555)
 _C.TRAIN.FREEZE = "0"  # parts that keep their weights: the first N stages, or head = all but the head; see freezing.py; --freeze
 _C.TRAIN.UNFREEZE_EVERY = 0  # epochs after which the last frozen stage joins the training, and so on; 0 = never
-_C.TRAIN.PATIENCE = 0  # evaluations in a row without a better top-1 that end the run; 0 = off
+_C.TRAIN.PATIENCE = 0  # evaluations in a row without a better top-1, or mAP, that end the run; 0 = off
 _C.TRAIN.USE_CHECKPOINT = False  # recompute activations to save memory; --use-checkpoint
 _C.TRAIN.AUTO_RESUME = True  # resume from latest.pth in the output folder if neither --resume nor --eval is given
 _C.TRAIN.EMA_DECAY = 0.0  # decay of the moving average of the weights, which is evaluated and saved, too; 0 = off; --ema-decay
@@ -154,8 +157,10 @@ _CHOICES = {
     "DATA.CLASS_MAP": ("", "imagenet"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
     "DATA.CACHE_MODE": ("no", "full", "part"),
+    "MODEL.TASK": ("single", "multi"),
     "DATA.SAMPLING": ("all", "balanced"),
     "MODEL.LIT.IN_CHANS": (1, 3),
+    "TRAIN.MULTI_LABEL_LOSS": ("bce", "asymmetric"),
     "TEST.VIEWS.CROPS": (1, 5),
     "TEST.PREDICTIONS": ("csv", "parquet"),
     "AUG.REMODE": ("const", "rand", "pixel"),
@@ -351,6 +356,13 @@ def _check(config: CN) -> None:
             raise ConfigError(f"{name} must lie in [0, 1), got {get(name)}")
     if config.MODEL.NUM_CLASSES != -1 and config.MODEL.NUM_CLASSES < 1:
         raise ConfigError(f"MODEL.NUM_CLASSES must be -1 (from the data) or at least 1, got {config.MODEL.NUM_CLASSES}")
+    table = config.DATA.DATASET == "csv" and not config.DATA.ZIP_MODE
+    if config.MODEL.TASK == "multi" and not table:
+        raise ConfigError("MODEL.TASK multi needs DATA.DATASET csv, whose tables can give an image several classes")
+    if config.MODEL.TASK == "multi" and (config.TEST.VIEWS != _C.TEST.VIEWS or config.TEST.CORRUPTIONS or config.TEST.PREDICTIONS != "csv"):
+        raise ConfigError("TEST.VIEWS, TEST.CORRUPTIONS and TEST.PREDICTIONS parquet are for MODEL.TASK single only")
+    if config.DATA.CLASSES and not table:
+        raise ConfigError(f"DATA.CLASSES={config.DATA.CLASSES!r} needs DATA.DATASET csv; other data sets name their classes themselves")
     if config.TRAIN.CLASS_WEIGHTS != "none" and config.DATA.SAMPLING == "balanced":
         raise ConfigError(f"DATA.SAMPLING=balanced and TRAIN.CLASS_WEIGHTS={config.TRAIN.CLASS_WEIGHTS} would both favour rare classes; "
                           "use one of them")  # fmt: skip

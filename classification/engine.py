@@ -16,6 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import distributed
+import multilabel
 from data.dataset import Batch
 from distillation import Distillation, plain_model
 from litv2.errors import UserError
@@ -38,7 +39,7 @@ class Progress:
     step: int = 0  # trained batches of the current epoch, always whole accumulation groups
     updates: int = 0  # total optimizer steps, including skipped ones
     nonfinite: int = 0  # steps skipped because of a non-finite loss
-    best: float = 0.0  # best top-1 in percent
+    best: float = 0.0  # best top-1, or mean average precision, in percent
     best_epoch: int = -1
     since_best: int = 0  # evaluations
 
@@ -262,8 +263,10 @@ def evaluate(
     stop: StopSignals | None = None,
     keep: Predictions | None = None,
     predict: Callable[[nn.Module, Tensor, Precision], Tensor] = logits_of,
-) -> dict[str, float]:
-    """Computes exact top-1 and top-5 (percent) and cross-entropy over all processes, counting each image once.
+    multi_label: bool = False,
+) -> dict[str, Any]:
+    """Computes exact top-1 and top-5 (percent) and cross-entropy over all processes, counting each image once; with ``multi_label`` the
+    figures of ``multilabel.figures`` and ``thresholds`` (classes,), the best ones on these images.
 
     Sums and counts are reduced once, at the end, so that ranks may have different numbers of images. ``expected`` is the size of
     the data set; unreadable images are left out and logged. Mixed precision takes a copy of the model with half-precision weights.
@@ -277,6 +280,7 @@ def evaluate(
     model = precision.for_inference(model).eval()
     rows = []  # of each batch: images that are correct at 1 and at 5, and their loss; read at the end, so that CUDA need not wait
     images = unreadable = 0
+    keep = Predictions() if multi_label and keep is None else keep
     for batch in loader:
         if stop is not None and stop.received:
             raise StopRequested(stop.received)  # nothing is lost: latest.pth was written before the evaluation
@@ -288,8 +292,10 @@ def evaluate(
         logits = predict(model, batch.images, precision)
         if keep is not None:
             keep.add(batch.names, batch.targets, logits)
-        top = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         images += len(targets)
+        if multi_label:
+            continue
+        top = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         rows.append(torch.stack([top[:, 0].sum(), top.any(dim=1).sum(), F.cross_entropy(logits, targets, reduction="sum")]))
     sums = [sum(column) for column in zip(*Reading(torch.stack(rows)).numbers())] if rows else [0.0, 0.0, 0.0]
     count, left_out, top1, top5, loss = distributed.all_sum([images, unreadable, *sums])
@@ -299,6 +305,10 @@ def evaluate(
         raise UserError("evaluation saw no images: the validation set is empty or unreadable")
     if left_out:
         log(f"evaluation leaves out {left_out:.0f} unreadable images of {expected}")
+    if multi_label and keep is not None:
+        _, wanted, found = keep.of_all_processes()
+        thresholds = multilabel.best_thresholds(wanted, multilabel.probabilities(found))
+        return dict(**multilabel.figures(wanted, found), thresholds=thresholds.tolist(), images=int(count))
     return dict(top1=100 * top1 / count, top5=100 * top5 / count, loss=loss / count, images=int(count))
 
 

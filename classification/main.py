@@ -36,7 +36,7 @@ from data import build_loaders
 from data.loader import Loaders, with_transform
 from data.sources import DataError
 from heads import keep_shared_classes, names_in
-from litv2.classes import imagenet_classes
+from litv2.classes import imagenet_classes, task_in
 from litv2.compilation import COMPILE_OPTIONS
 from litv2.errors import UserError, run_program
 from litv2.failures import in_one_line
@@ -50,8 +50,9 @@ from litv2.weights.state_dict import find_weights, load_weights
 from logger import close_log, open_log
 from network import build_model
 from precision import Precision, choose_precision, set_tf32
-from report import PAGE, REPORT, Predictions, write_report
+from report import PAGE, REPORT, Predictions
 from robustness import measure_robustness
+from tasks import task_of
 from throughput import measure_throughput
 from trackers import check_installed
 from training import Training, seed_everything
@@ -124,6 +125,8 @@ def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: 
     # Read the checkpoint first, so that a wrong file is reported before a large data set is opened.
     resumed = _find_checkpoint(config, folder, log)
     loaders = build_loaders(config)
+    if loaders.note:
+        log.info(loaders.note)
     classes = _check_classes(config, loaders, resumed)
     seed_everything(config.SEED)  # the same weights on every rank
     # Channels-last, the layout of the convolutions' gradients; otherwise DDP would copy them. Names, shapes and values stay the same.
@@ -151,22 +154,25 @@ def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: 
         if config.DATA.CLASS_MAP:
             keep_outputs(model, imagenet_outputs(loaders.class_names))
             log.info(f"of the classifier's 1000 outputs, the {len(loaders.class_names)} of the data's classes are kept")
-        seen, images, predict = Predictions(), loaders.val, engine.logits_of
+        seen, images, predict, task = Predictions(), loaders.val, engine.logits_of, task_of(config)
         if config.TEST.VIEWS != default_config().TEST.VIEWS:
             images, predict = with_transform(images, Views(config)), MeanPrediction(config.TEST.VIEWS.FLIP)
             log.info(f"test-time augmentation: mean probabilities over {count_views(config)} views of each image")
         start = time.perf_counter()
         result = engine.evaluate(
-            model, images, precision, expected=loaders.val_size, bad_files=bad_files, log=log.info, keep=seen, predict=predict
-        )
+            model, images, precision, expected=loaders.val_size, bad_files=bad_files, log=log.info, keep=seen, predict=predict,
+            multi_label=config.MODEL.TASK == "multi",
+        )  # fmt: skip
         robustness = None
         if config.TEST.CORRUPTIONS:
             clean, seconds = result["top1"], time.perf_counter() - start
             robustness = measure_robustness(model, loaders, precision, config, clean=clean, seconds=seconds, log=log.info)
         with Outputs(log.warning).writing(folder / REPORT):
-            write_report(folder / REPORT, seen, loaders, config, robustness)
-            log.info(f"classes, confusions, calibration, mistakes and predictions: {folder / REPORT / PAGE}")
-        log.info(f"Acc@1 {result['top1']:.3f}  Acc@5 {result['top5']:.3f}  loss {result['loss']:.4f}  images {result['images']}")
+            task.write_report(folder / REPORT, seen, loaders, config, robustness)
+            log.info(f"classes, mistakes, every prediction: {folder / REPORT / PAGE}")
+        log.info(f"{task.line(result)}  loss {result['loss']:.4f}  images {result['images']}")
+        if config.MODEL.TASK == "multi":
+            return 0
         # The release's two lines, for programs that parse its logs.
         log.info(f" * Acc@1 {result['top1']:.3f} Acc@5 {result['top5']:.3f}")
         log.info(f"Accuracy of the network on the {result['images']} test images: {result['top1']:.1f}%")
@@ -219,6 +225,8 @@ def _check_classes(config: CfgNode, loaders: Loaders, checkpoint: dict | None) -
     found = len(classes)
     if config.MODEL.NUM_CLASSES not in (-1, found):
         raise DataError(f"MODEL.NUM_CLASSES={config.MODEL.NUM_CLASSES}, but the training data has {found} classes")
+    if checkpoint is not None and "class_names" in checkpoint and (task := task_in(checkpoint)) != config.MODEL.TASK:
+        raise UserError(f"the checkpoint is of MODEL.TASK {task}, and cannot be used with MODEL.TASK {config.MODEL.TASK}")
     names = names_in(checkpoint or {})
     if names is not None and names != classes:
         raise DataError(f"the classes of the checkpoint ({len(names)}: {', '.join(names[:5])} ...) differ from those of {whose} "

@@ -15,7 +15,6 @@ import numpy as np
 import PIL
 import timm
 import torch
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import nn
 from tqdm import tqdm
@@ -43,7 +42,8 @@ from metrics import Metrics, read_metrics
 from optim import build_optimizer, build_scheduler
 from plots import plot_curves, plot_predictions
 from precision import Precision
-from report import PAGE, REPORT, Predictions, write_report
+from report import PAGE, REPORT, Predictions
+from tasks import build_loss, task_of
 
 
 class Training:
@@ -62,6 +62,8 @@ class Training:
     ):
         self.config, self.folder, self.log, self.loaders = config, folder, log, loaders
         self.model, self.bad_files, self.stop = model, bad_files, stop
+        self.task = task_of(config)
+        self.thresholds: list[float] | None = None  # of the classes of a multi-label model, fitted by the last evaluation
         self.metrics = Metrics(folder, active=distributed.rank() == 0, warn=log.warning)
         self.progress = engine.Progress()
         self.seen: Predictions | None = None  # of the last evaluation
@@ -79,9 +81,9 @@ class Training:
         optimizer = build_optimizer(config, model, self.total_batch, self.projection)
         scheduler = build_scheduler(config, optimizer, self.updates_per_epoch, self.total_batch)
         ema = ModelEmaV3(model, decay=config.TRAIN.EMA_DECAY, use_warmup=True) if config.TRAIN.EMA_DECAY else None
-        mixup = build_mixup(config, model.num_classes)
+        mixup = build_mixup(config, model.num_classes, loaders.vectors)
         if config.TRAIN.CLASS_WEIGHTS == "none":
-            loss = _loss(config, soft_targets=mixup is not None)
+            loss = build_loss(config, mixup is not None, loaders.vectors)
         else:
             loss = build_weighted_loss(config, loaders, log.info).to(precision.device)
         # A different seed per rank, so that dropout, mixup and drop path differ between processes.
@@ -120,14 +122,15 @@ class Training:
                 last = done == config.TRAIN.EPOCHS or 0 < config.TRAIN.PATIENCE <= progress.since_best + 1
                 self.seen = Predictions() if last else None
                 result = self._evaluate()
-                better = result["top1"] > progress.best or progress.best_epoch < 0
+                self.thresholds = result.pop("thresholds", None)
+                better = result[self.task.best] > progress.best or progress.best_epoch < 0
                 if better:
-                    progress.best, progress.best_epoch = result["top1"], progress.epoch
+                    progress.best, progress.best_epoch = result[self.task.best], progress.epoch
                 progress.since_best = 0 if better else progress.since_best + 1
             progress.epoch, progress.step = done, 0
             if result is not None:
                 per_epoch = (time.perf_counter() - start) / (done - done_before)
-                self.log.info(f"epoch {done}/{config.TRAIN.EPOCHS}  Acc@1 {result['top1']:.3f}  Acc@5 {result['top5']:.3f}  "
+                self.log.info(f"epoch {done}/{config.TRAIN.EPOCHS}  {self.task.line(result)}  "
                               f"val loss {result['loss']:.4f}  best {progress.best:.3f}  {per_epoch:.1f} s/epoch, "
                               f"{_clock(per_epoch * (config.TRAIN.EPOCHS - done))} left")  # fmt: skip
                 self.metrics.write("val", progress.updates, epoch=done, **result)
@@ -205,6 +208,7 @@ class Training:
         return engine.evaluate(
             self.evaluated_model, self.loaders.val, self.step.precision,
             expected=self.loaders.val_size, bad_files=self.bad_files, log=self.log.info, stop=self.stop, keep=self.seen,
+            multi_label=self.config.MODEL.TASK == "multi",
         )  # fmt: skip
 
     def _finish(self) -> None:
@@ -214,12 +218,12 @@ class Training:
         outputs = Outputs(self.log.warning)
         if self.seen is not None:  # else the run had been finished before
             with outputs.writing(self.folder / REPORT):
-                write_report(self.folder / REPORT, self.seen, self.loaders, self.config)
+                self.task.write_report(self.folder / REPORT, self.seen, self.loaders, self.config)
         if distributed.rank() == 0:
             curves, predictions = self.folder / "curves.png", self.folder / "predictions.png"
             metrics = read_metrics(self.folder)
             with outputs.writing(curves):
-                plot_curves(metrics, self.updates_per_epoch, curves)
+                plot_curves(metrics, self.updates_per_epoch, curves, {key: label for key, (_, label) in self.task.figures.items()})
             if self.loaders.sampler is not None:  # a streaming reader cannot be indexed
                 images = cast(ImageDataset, self.loaders.val.dataset)
                 with outputs.writing(predictions):
@@ -229,10 +233,10 @@ class Training:
             if last is not None:  # it could be written
                 rows += [
                     ("images", f"{last['images']} of validation, {len(self.loaders.class_names)} classes"),
-                    ("final Acc@1", f"{last['top1']:.3f} %  (Acc@5 {last['top5']:.3f} %, loss {last['loss']:.4f})"),
+                    ("final figures", f"{self.task.line(last)} %, loss {last['loss']:.4f}"),
                 ]
             rows += [
-                ("best Acc@1", f"{progress.best:.3f} %  after epoch {progress.best_epoch + 1}"),
+                (f"best {self.task.best_name}", f"{progress.best:.3f} %  after epoch {progress.best_epoch + 1}"),
                 ("curves", curves),
                 ("predictions", predictions),
                 ("report", self.folder / REPORT / PAGE),
@@ -264,6 +268,7 @@ class Training:
             random_states=states,
             config=to_dict(self.config),
             class_names=list(self.loaders.class_names),
+            thresholds=self.thresholds,
             versions=dict(python=sys.version.split()[0], torch=str(torch.__version__), timm=timm.__version__, pillow=PIL.__version__),
         )
         if distributed.rank() == 0:
@@ -306,6 +311,7 @@ class Training:
         if state["scaler"]:
             step.precision.scaler.load_state_dict(state["scaler"])
         self.progress = engine.Progress(**state["progress"])
+        self.thresholds = state.get("thresholds")
         self._random_states = state["random_states"]
         then, now = state["sampler"], dict(batch_size=self.loaders.batch_size, world_size=distributed.world_size())
         if self.progress.step and any(then[key] != now[key] for key in now):
@@ -321,14 +327,6 @@ class Training:
         if self._random_states is not None:
             checkpoint.restore_random_state(self._random_states, self.log.warning)
             self._random_states = None
-
-
-def _loss(config: CfgNode, soft_targets: bool) -> nn.Module:
-    if soft_targets:  # from mixup, already smoothed
-        return SoftTargetCrossEntropy()
-    if config.MODEL.LABEL_SMOOTHING > 0:
-        return LabelSmoothingCrossEntropy(config.MODEL.LABEL_SMOOTHING)
-    return nn.CrossEntropyLoss()
 
 
 def seed_everything(seed: int) -> None:

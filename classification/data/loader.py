@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 from yacs.config import CfgNode
@@ -32,7 +33,9 @@ class Loaders:
     steps_per_epoch: int  # batches of this process
     batch_size: int  # training batch size per process
     sampler: TrainSampler | None  # None for a streaming reader, which orders its images itself
-    class_counts: list[int] | None  # training images of each class over all processes; None for a streaming reader
+    class_counts: list[int] | None  # training images of each class over all processes; None for a streaming reader, or several classes
+    vectors: bool = False  # training targets are (B, classes) instead of (B,)
+    note: str = ""  # of the validation images, for the log and the report
 
 
 def build_loaders(config: CfgNode) -> Loaders:
@@ -68,7 +71,10 @@ def build_loaders(config: CfgNode) -> Loaders:
         )
 
     train_source, val_source = open_sources(config)
-    targets = [target for _, target in train_source.samples]
+    targets: list[Any] = [target for _, target in train_source.samples]
+    vectors = isinstance(targets[0], np.ndarray)
+    if vectors and (data.SAMPLING != "all" or config.TRAIN.CLASS_WEIGHTS != "none"):
+        raise DataError("DATA.SAMPLING and TRAIN.CLASS_WEIGHTS need one class per image, and the training table has several or shares")
     if data.SAMPLING == "balanced":
         sampler: TrainSampler = BalancedSampler(targets, data.BATCH_SIZE, rank, world_size, config.SEED)
     else:
@@ -86,7 +92,9 @@ def build_loaders(config: CfgNode) -> Loaders:
         steps_per_epoch=sampler.count // sampler.batch_size,
         batch_size=sampler.batch_size,
         sampler=sampler,
-        class_counts=torch.bincount(torch.tensor(targets), minlength=len(train_source.class_names)).tolist(),
+        class_counts=None if vectors else torch.bincount(torch.tensor(targets), minlength=len(train_source.class_names)).tolist(),
+        vectors=vectors,
+        note=val_source.note,
     )
 
 

@@ -1,4 +1,5 @@
-"""python -m litv2 predict IMAGE... --checkpoint FILE: prints and draws the five most likely classes of each image."""
+"""python -m litv2 predict IMAGE... --checkpoint FILE: prints and draws the five most likely classes of each image, or of a multi-label
+classifier those that it finds."""
 
 from __future__ import annotations
 
@@ -17,8 +18,6 @@ from . import print_notes
 
 if TYPE_CHECKING:
     from PIL import Image
-
-TOP = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,13 +46,15 @@ def run(args: argparse.Namespace) -> int:
             failed = True
             continue
         confidence = subject.predict(subject.view(image))
-        best = [(subject.names[i], confidence[i].item()) for i in confidence.argsort(descending=True)[:TOP].tolist()]
+        best = [(subject.names[i], confidence[i].item()) for i in subject.found(confidence)]
         target = args.out / f"{free_stem(path.stem, used)}.png"
         with atomic_write(target) as draft:
             _annotated(image, best).save(draft, format="PNG")
         print(f"{path} -> {target}")
         for name, share in best:
             print(f"  {share:7.2%}  {name}")
+        if not best:
+            print("  no class reaches its threshold")
     return int(failed)
 
 
