@@ -79,7 +79,7 @@ def test_fine_tuning(command, images, tmp_path, monkeypatch):
     assert "head is newly initialised: it has 7 outputs in the file, but 2 in this model" in log
 
 
-@pytest.mark.parametrize("command", documented(DOCUMENT, r"python main\.py .* --freeze head --opts .*"), ids=str)
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python main\.py .* --freeze head +--opts .*"), ids=str)
 def test_own_data(command, images, tmp_path, monkeypatch):
     model = LITv2(num_classes=2, **TINY)
     torch.save(dict(model=model.state_dict(), class_names=["b", "c"]), tmp_path / "mine.pth")
