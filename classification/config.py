@@ -18,6 +18,7 @@ from typing import Any
 from yacs.config import CfgNode as CN
 
 import release_keys
+from litv2.attentions import ATTENTIONS
 from litv2.errors import UserError, listed
 from optim import LOOKAHEAD, SCHEDULES, optimizer_names
 from plain_yaml import parse
@@ -58,6 +59,8 @@ _C.MODEL.LIT.MLP_RATIO = 4.0
 _C.MODEL.LIT.QKV_BIAS = True
 _C.MODEL.LIT.LOCAL_WS = [0, 0, 2, 1]  # HiLo's window per stage; 0 = no attention
 _C.MODEL.LIT.ALPHA = 0.9  # share of HiLo's heads that are Lo-Fi
+_C.MODEL.LIT.ATTENTION = "hilo"  # hilo, or in its place msa | sra | w-msa | t-msa (the paper's table 4) | relative-msa (LIT's)
+_C.MODEL.LIT.CONV_FFN = True  # depthwise convolution in the feed-forward networks; False in LIT
 
 _C.TRAIN = CN()
 _C.TRAIN.EPOCHS = 300
@@ -124,6 +127,7 @@ _CHOICES = {
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
     "DATA.CACHE_MODE": ("no", "full", "part"),
     "MODEL.LIT.IN_CHANS": (1, 3),
+    "MODEL.LIT.ATTENTION": ATTENTIONS,
     "AUG.REMODE": ("const", "rand", "pixel"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "AMP": ("auto", "on", "off", "fp16", "bf16"),
