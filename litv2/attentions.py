@@ -93,8 +93,8 @@ class RelativeSelfAttention(SelfAttention):
         # A traced graph always interpolates, even to the same size: without a branch on H and W, one graph serves every size.
         if torch.compiler.is_compiling() or not H == W == self.side:
             table = F.interpolate(table[None], (2 * H - 1, 2 * W - 1), mode="bicubic", align_corners=False)[0]
-        rows, columns = (torch.arange(n, device=table.device) for n in (H, W))
-        row, column = (place[:, None] - place + len(place) - 1 for place in (rows, columns))  # (H, H) and (W, W), from 0
+        rows, columns = torch.arange(H, device=table.device), torch.arange(W, device=table.device)
+        row, column = rows[:, None] - rows + H - 1, columns[:, None] - columns + W - 1  # (H, H) and (W, W), from 0
         return table[:, row[:, None, :, None], column[:, None]].flatten(3).flatten(1, 2)
 
 
