@@ -169,6 +169,14 @@ def test_unknown():
 
 
 @pytest.mark.extra
+def test_counts_of_detectors():
+    """The counter of dense models knows HiLo's products alone, and does not leave others out in silence."""
+    count_flops = pytest.importorskip("litv2.openmmlab.flops", exc_type=ImportError).count_flops
+    with pytest.raises(ValueError, match="not of SRA, WindowAttention"):
+        count_flops(tiny_model(attention="t-msa"), 64, 64)
+
+
+@pytest.mark.extra
 def test_export(tmp_path):
     """One graph for every size, which tables are resized to; ``export`` itself compares the outputs with the model's."""
     model, file = tiny_model(attention="relative-msa", depths=(1, 1, 1, 1)).eval(), tmp_path / "model.pt2"
