@@ -18,9 +18,12 @@ from typing import Any
 from yacs.config import CfgNode as CN
 
 import release_keys
+from data.corruption import corruption_kinds
+from data.sources import FOLDERS
 from litv2.attentions import ATTENTIONS
 from litv2.errors import UserError, listed
 from optim import LOOKAHEAD, SCHEDULES, optimizer_names
+from parquet import pyarrow
 from plain_yaml import parse
 
 _C = CN()
@@ -32,12 +35,15 @@ _C.DATA.DATA_PATH = ""  # root of the data set; --data-path
 _C.DATA.DATASET = "digits"  # a name of data/sources.py, e.g. digits, folder, cifar100, or of timm: hfds/NAME, hfids/NAME, wds/, tfds/NAME
 _C.DATA.TRAIN_SPLIT = "train"  # folder under DATA_PATH, stem of the zip or tar file, or split name of a timm reader
 _C.DATA.VAL_SPLIT = "val"  # the same for validation
+_C.DATA.CLASS_MAP = ""  # imagenet: the folders of VAL_SPLIT are some of ImageNet's 1000 classes, by WordNet ID or number, as in ImageNet-A,
+# -R and -V2, and --eval reduces a classifier of all 1000 to them; no TRAIN_SPLIT is needed; --class-map
 _C.DATA.IMG_SIZE = 224  # side of the square training image in pixels
 _C.DATA.INTERPOLATION = "bicubic"  # interpolation: bicubic | bilinear | random (training only)
 _C.DATA.ZIP_MODE = False  # read train.zip and val.zip with train_map.txt and val_map.txt; --zip
 _C.DATA.CACHE_MODE = "part"  # zip only: no = read each time, full = keep all in memory, part = this process's share; --cache-mode
 _C.DATA.PIN_MEMORY = True  # page-locked batches for faster copies to CUDA
 _C.DATA.NUM_WORKERS = -1  # loader processes per training process, -1 = one per core, at most 8; --workers
+_C.DATA.SAMPLING = "all"  # all = each image once per epoch, balanced = each class equally often (for zips not with CACHE_MODE part)
 _C.DATA.MAX_BAD_FILES = 10  # unreadable images that are logged and skipped; one more stops the run
 
 _C.MODEL = CN()
@@ -72,6 +78,11 @@ _C.TRAIN.MIN_LR = 5e-6  # an absolute floor, also for the offset group
 _C.TRAIN.LAYER_DECAY = 1.0  # factor on the learning rate per layer from the head down; 1 = none
 _C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0 = no clipping
 _C.TRAIN.ACCUMULATION_STEPS = 1  # batches per optimizer step; --accumulation-steps
+_C.TRAIN.CLASS_WEIGHTS = "none"  # of the images in the loss: none | inverse | effective | auto | a CSV file class,weight; see balance.py
+_C.TRAIN.CLASS_WEIGHTS_BETA = 0.999  # beta of "effective" (arXiv 1901.05555)
+_C.TRAIN.FREEZE = "0"  # parts that keep their weights: the first N stages, or head = all but the head; see freezing.py; --freeze
+_C.TRAIN.UNFREEZE_EVERY = 0  # epochs after which the last frozen stage joins the training, and so on; 0 = never
+_C.TRAIN.PATIENCE = 0  # evaluations in a row without a better top-1 that end the run; 0 = off
 _C.TRAIN.USE_CHECKPOINT = False  # recompute activations to save memory; --use-checkpoint
 _C.TRAIN.AUTO_RESUME = True  # resume from latest.pth in the output folder if neither --resume nor --eval is given
 _C.TRAIN.EMA_DECAY = 0.0  # decay of the moving average of the weights, which is evaluated and saved, too; 0 = off; --ema-decay
@@ -103,9 +114,24 @@ _C.AUG.MIXUP_PROB = 1.0  # probability of applying either
 _C.AUG.MIXUP_SWITCH_PROB = 0.5  # probability of cutmix if both are on
 _C.AUG.MIXUP_MODE = "batch"  # batch | pair | elem; with the last two the host waits for CUDA in each step
 
+_C.DISTILL = CN()
+_C.DISTILL.TEACHER = ""  # a trained model to learn from: a checkpoint of this trainer, a zoo name or a timm name; "" = none
+_C.DISTILL.TEACHER_FILE = ""  # weights for the named teacher instead of the published ones
+_C.DISTILL.TEMPERATURE = 4.0  # divides the logits of both before the softmax
+_C.DISTILL.WEIGHT = 0.5  # share of the teacher's answers in the loss, in [0, 1]; the labels have the rest
+_C.DISTILL.FEATURES = 0.0  # weight of the squared difference to the teacher's pooled features; 0 = off
+_C.DISTILL.AMP = "auto"  # the teacher's mixed precision, as AMP
+
 _C.TEST = CN()
 _C.TEST.CROP = True  # resize the short side to 256/224 of the size, then crop the centre; False = resize to the square
 _C.TEST.IMG_SIZE = 0  # side of the evaluation image; 0 = DATA.IMG_SIZE
+_C.TEST.VIEWS = CN()  # test-time augmentation of --eval: mean probabilities over all views, which are CROPS x SCALES, and mirrored ones
+_C.TEST.VIEWS.CROPS = 1  # 1 = the centre | 5 = the corners of the resized image and the centre; --crops
+_C.TEST.VIEWS.FLIP = False  # each view's mirror image too; --flip
+_C.TEST.VIEWS.SCALES = [1.0]  # factors on the side of the evaluation image; --scales
+_C.TEST.CORRUPTIONS = ""  # kinds of ImageNet-C's corruptions that --eval measures the errors under: fog,frost,... or all; --corruptions
+_C.TEST.SEVERITIES = [1, 2, 3, 4, 5]  # of the corruptions
+_C.TEST.PREDICTIONS = "csv"  # csv | parquet: the report has predictions.parquet, too, which needs pyarrow
 
 _C.AMP = "auto"  # mixed precision: auto = fp16 on CUDA, else off | on = fp16 on CUDA, else bf16 | off | fp16 | bf16; --amp
 _C.TF32 = False  # CUDA rounds the factors of float32 products and convolutions, those of offsets too, to 10 bits
@@ -115,6 +141,10 @@ _C.DIST_TIMEOUT = 1800  # seconds that a process waits for the others; then it e
 _C.SEED = 0  # --seed
 _C.OUTPUT = "output"  # results go to OUTPUT/MODEL.NAME/TAG; --output
 _C.TAG = "default"  # --tag
+_C.TRACK = CN()
+_C.TRACK.TO = []  # trackers that get the metrics as well: wandb, mlflow, clearml
+_C.TRACK.PROJECT = "litv2"  # the project, in MLflow the experiment
+_C.TRACK.NAME = ""  # of the run; "" = MODEL.NAME/TAG
 _C.EVAL_FREQ = 1  # epochs between evaluations; the last epoch is always evaluated
 _C.SAVE_FREQ = 0  # epochs between checkpoints that are kept; 0 = keep only latest and best
 _C.SAVE_STEPS = 0  # optimizer steps between writes of latest.pth within an epoch; 0 = only at its end
@@ -124,19 +154,25 @@ _C.THROUGHPUT_MODE = False  # time the model and stop; --throughput
 
 DEEPEST_BASE = 10  # files that name each other as BASE
 _CHOICES = {
+    "DATA.CLASS_MAP": ("", "imagenet"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
     "DATA.CACHE_MODE": ("no", "full", "part"),
+    "DATA.SAMPLING": ("all", "balanced"),
     "MODEL.LIT.IN_CHANS": (1, 3),
     "MODEL.LIT.ATTENTION": ATTENTIONS,
+    "TEST.VIEWS.CROPS": (1, 5),
+    "TEST.PREDICTIONS": ("csv", "parquet"),
     "AUG.REMODE": ("const", "rand", "pixel"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "AMP": ("auto", "on", "off", "fp16", "bf16"),
+    "DISTILL.AMP": ("auto", "on", "off", "fp16", "bf16"),
     "DEVICE": ("auto", "cpu", "cuda", "mps"),
 }
 _AT_LEAST = {
     "DATA.BATCH_SIZE": 1, "DATA.IMG_SIZE": 32, "DATA.NUM_WORKERS": -1, "DATA.MAX_BAD_FILES": 0, "TRAIN.EPOCHS": 1,
     "TRAIN.WARMUP_EPOCHS": 0, "TRAIN.ACCUMULATION_STEPS": 1, "TRAIN.CLIP_GRAD": 0, "TRAIN.EMA_DECAY": 0,
-    "TRAIN.MAX_NONFINITE": 0, "AUG.MIXUP": 0, "AUG.CUTMIX": 0, "TEST.IMG_SIZE": 0,
+    "TRAIN.MAX_NONFINITE": 0, "TRAIN.UNFREEZE_EVERY": 0, "TRAIN.PATIENCE": 0, "AUG.MIXUP": 0, "AUG.CUTMIX": 0, "TEST.IMG_SIZE": 0,
+    "DISTILL.FEATURES": 0,
     "DIST_TIMEOUT": 1, "PRINT_FREQ": 1, "EVAL_FREQ": 1, "SAVE_FREQ": 0, "SAVE_STEPS": 0,
 }  # fmt: skip
 
@@ -206,6 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     start("--resume", dest="MODEL.RESUME", metavar="FILE", help="resume from this checkpoint (or, with --eval, evaluate it)")
     start("--pretrained", dest="MODEL.PRETRAINED", metavar="FILE", help="start from these weights: file, URL or zoo name (litv2_small)")
     add("--accumulation-steps", dest="TRAIN.ACCUMULATION_STEPS", type=int, metavar="N", help="batches per optimizer step")
+    add("--freeze", dest="TRAIN.FREEZE", metavar="N|head", help="keep the weights of the first N stages, or of all but the head")
     add("--use-checkpoint", dest="TRAIN.USE_CHECKPOINT", action="store_const", const=True, help="recompute activations to save memory")
     add("--ema-decay", dest="TRAIN.EMA_DECAY", type=float, metavar="D", help="decay of the moving average of the weights, e.g. 0.9999")
     add("--amp-opt-level", dest="AMP_OPT_LEVEL", choices=("O0", "O1", "O2"), help="the release's --amp: O0 = off, O1 and O2 = on")
@@ -216,6 +253,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", dest="OUTPUT", metavar="DIR", help="root of the output folder OUTPUT/MODEL.NAME/TAG")
     add("--tag", dest="TAG", metavar="NAME", help="name of the run")
     add("--eval", dest="EVAL_MODE", action="store_const", const=True, help="evaluate and stop")
+    add("--class-map", dest="DATA.CLASS_MAP", choices=("imagenet",), help="--eval on folders of some of ImageNet's classes")
+    add("--crops", dest="TEST.VIEWS.CROPS", type=int, choices=_CHOICES["TEST.VIEWS.CROPS"], help="crops of each image for --eval")
+    add("--flip", dest="TEST.VIEWS.FLIP", action="store_const", const=True, help="--eval averages over mirror images, too")
+    add("--scales", dest="TEST.VIEWS.SCALES", nargs="+", type=float, metavar="X", help="--eval averages over these sizes, e.g. 0.9 1 1.1")
+    add("--corruptions", dest="TEST.CORRUPTIONS", nargs="?", const="all", metavar="KINDS", help="--eval under corruptions: fog,... or all")
     add("--throughput", dest="THROUGHPUT_MODE", action="store_const", const=True, help="time the model and stop; needs no data")
     add("--local-rank", "--local_rank", dest="local_rank", type=int, metavar="N", help="set by launchers older than torchrun")
     return parser
@@ -238,7 +280,7 @@ def _of_file(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[str, st
         raise ConfigError(f"{path}: BASE must be a list of files, got {bases!r}")
     for base in filter(None, bases):  # the release's default is a list of one empty name
         yield from _of_file(path.parent / base, (*above, path))
-    for key, value in _flat(content):
+    for key, value in flat(content):
         yield str(path), key, value
 
 
@@ -249,11 +291,11 @@ def _of_pairs(pairs: list) -> Iterator[tuple[str, str, Any]]:
         yield "the command line", str(key), value
 
 
-def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """{"TRAIN": {"EPOCHS": 3}} -> ("TRAIN.EPOCHS", 3)."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -278,6 +320,8 @@ def _typed(value: Any, default: Any, name: str, source: str) -> Any:
         with suppress(ValueError):
             value = parse(value)
             value = float(value) if isinstance(value, str) else value
+    if isinstance(default, str) and type(value) is int:
+        value = str(value)
     if isinstance(default, float) and type(value) is int:
         with suppress(OverflowError):
             value = float(value)
@@ -303,22 +347,63 @@ def _check(config: CN) -> None:
     for name, least in _AT_LEAST.items():
         if get(name) < least:
             raise ConfigError(f"{name} must be at least {least}, got {get(name)}")
-    for name in ("AUG.REPROB", "AUG.HFLIP", "AUG.MIXUP_PROB", "AUG.MIXUP_SWITCH_PROB", "MODEL.LIT.ALPHA"):
+    for name in ("AUG.REPROB", "AUG.HFLIP", "AUG.MIXUP_PROB", "AUG.MIXUP_SWITCH_PROB", "MODEL.LIT.ALPHA", "DISTILL.WEIGHT"):
         if not 0 <= get(name) <= 1:
             raise ConfigError(f"{name} must lie in [0, 1], got {get(name)}")
-    for name in ("MODEL.LABEL_SMOOTHING", "MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "TRAIN.EMA_DECAY"):
+    for name in ("MODEL.LABEL_SMOOTHING", "MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "TRAIN.EMA_DECAY", "TRAIN.CLASS_WEIGHTS_BETA"):
         if not 0 <= get(name) < 1:
             raise ConfigError(f"{name} must lie in [0, 1), got {get(name)}")
     if config.MODEL.NUM_CLASSES != -1 and config.MODEL.NUM_CLASSES < 1:
         raise ConfigError(f"MODEL.NUM_CLASSES must be -1 (from the data) or at least 1, got {config.MODEL.NUM_CLASSES}")
+    if config.TRAIN.CLASS_WEIGHTS != "none" and config.DATA.SAMPLING == "balanced":
+        raise ConfigError(f"DATA.SAMPLING=balanced and TRAIN.CLASS_WEIGHTS={config.TRAIN.CLASS_WEIGHTS} would both favour rare classes; "
+                          "use one of them")  # fmt: skip
+    if config.DATA.SAMPLING == "balanced" and config.DATA.ZIP_MODE and config.DATA.CACHE_MODE == "part":
+        raise ConfigError("DATA.SAMPLING=balanced gives each process other images in each epoch; use --cache-mode full or no, not part")
+    stages = [str(number) for number in range(len(config.MODEL.LIT.DEPTHS) + 1)]
+    if config.TRAIN.FREEZE not in (*stages, "head"):
+        raise ConfigError(f"TRAIN.FREEZE must be a number of stages, {', '.join(stages)}, or head, got {config.TRAIN.FREEZE!r}")
+    if config.TRAIN.FREEZE != "0" and not (config.MODEL.PRETRAINED or config.MODEL.RESUME or config.EVAL_MODE or config.THROUGHPUT_MODE):
+        raise ConfigError(f"TRAIN.FREEZE={config.TRAIN.FREEZE} would keep random weights; give the weights by --pretrained")
+    if config.TRAIN.FREEZE == "0" and config.TRAIN.UNFREEZE_EVERY:
+        raise ConfigError(f"TRAIN.UNFREEZE_EVERY={config.TRAIN.UNFREEZE_EVERY} needs something to unfreeze: set TRAIN.FREEZE")
     if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
         raise ConfigError(f"TRAIN.WARMUP_EPOCHS={config.TRAIN.WARMUP_EPOCHS} must be below TRAIN.EPOCHS={config.TRAIN.EPOCHS}")
     if config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS <= 0:
         raise ConfigError(f"TRAIN.LR_SCHEDULER.DECAY_EPOCHS must be above 0, got {config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS}")
+    if config.DISTILL.TEMPERATURE <= 0:
+        raise ConfigError(f"DISTILL.TEMPERATURE must be above 0, got {config.DISTILL.TEMPERATURE}")
+    if config.DISTILL.TEACHER and config.DISTILL.WEIGHT == config.DISTILL.FEATURES == 0:
+        raise ConfigError("DISTILL.WEIGHT=0 and DISTILL.FEATURES=0: nothing would be learnt from DISTILL.TEACHER")
+    if unknown := [name for name in config.TRACK.TO if name not in ("wandb", "mlflow", "clearml")]:
+        raise ConfigError(f"TRACK.TO may contain wandb, mlflow and clearml, got {unknown[0]!r}")
     sides = config.AUG.CUTMIX_MINMAX
     if sides and not (len(sides) == 2 and all(type(side) in (int, float) for side in sides) and 0 < sides[0] < sides[1] <= 1):
         raise ConfigError(f"AUG.CUTMIX_MINMAX must be two increasing numbers in (0, 1], or [], got {sides}")
+    _check_evaluation(config)
     for name, known in (("TRAIN.OPTIMIZER.NAME", optimizer_names()), ("TRAIN.LR_SCHEDULER.NAME", list(SCHEDULES))):
         if get(name).removeprefix(LOOKAHEAD) not in known:
             near = difflib.get_close_matches(get(name), known, cutoff=0.4) or known
             raise ConfigError(f"{name}={get(name)!r} is unknown; similar names: {listed(near)}")
+
+
+def _check_evaluation(config: CN) -> None:
+    """Of --eval, what it needs besides the model; packages too, since it would take them only after minutes."""
+    if config.DATA.CLASS_MAP and not (config.EVAL_MODE and config.DATA.DATASET in FOLDERS and not config.DATA.ZIP_MODE):
+        raise ConfigError(f"DATA.CLASS_MAP is for --eval on folders (DATA.DATASET {', '.join(FOLDERS)})")
+    views = config.TEST.VIEWS
+    if not views.SCALES or min(views.SCALES) <= 0 or len(set(views.SCALES)) < len(views.SCALES):
+        raise ConfigError(f"TEST.VIEWS.SCALES must be different factors above 0, got {views.SCALES}")
+    if views.CROPS > 1 and not config.TEST.CROP:
+        raise ConfigError(f"TEST.VIEWS.CROPS={views.CROPS} needs TEST.CROP=True: without it the whole image is the only crop")
+    if not config.TEST.SEVERITIES or not set(config.TEST.SEVERITIES) <= {1, 2, 3, 4, 5}:
+        raise ConfigError(f"TEST.SEVERITIES must be some of 1 to 5, got {config.TEST.SEVERITIES}")
+    corruption_kinds(config.TEST.CORRUPTIONS)
+    if not config.EVAL_MODE and (config.TEST.CORRUPTIONS or views != _C.TEST.VIEWS):
+        raise ConfigError("TEST.VIEWS and TEST.CORRUPTIONS are for --eval: other evaluations take the centre of the image as it is")
+    if config.TEST.CORRUPTIONS and (side := config.TEST.IMG_SIZE or config.DATA.IMG_SIZE) < 32:
+        raise ConfigError(f"TEST.CORRUPTIONS needs images of at least 32 pixels, got {side}")
+    if config.TEST.CORRUPTIONS and views != _C.TEST.VIEWS:
+        raise ConfigError("errors under TEST.CORRUPTIONS are measured without TEST.VIEWS; use one of the two")
+    if config.TEST.PREDICTIONS == "parquet":
+        pyarrow()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import distributed
 from data.dataset import Batch
+from distillation import Distillation, plain_model
 from litv2.errors import UserError
 from litv2.signals import StopRequested, StopSignals
 from litv2.unreadable import BadFiles
@@ -39,6 +40,7 @@ class Progress:
     nonfinite: int = 0  # steps skipped because of a non-finite loss
     best: float = 0.0  # best top-1 in percent
     best_epoch: int = -1
+    since_best: int = 0  # evaluations
 
 
 class Update(NamedTuple):
@@ -78,7 +80,7 @@ class Step:
     average included, follows then. Between steps the weights, the optimizer and ``progress`` belong together only after ``finish``.
     """
 
-    model: nn.Module  # possibly wrapped by distributed.parallel
+    model: nn.Module  # possibly wrapped by distributed.parallel; with a projection, as WithProjection
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
     loss_fn: Callable[[Tensor, Tensor], Tensor]
@@ -87,6 +89,7 @@ class Step:
     ema: ModelEmaV3 | None = None
     clip_grad: float = 0.0  # maximum gradient norm; 0 = no clipping
     max_nonfinite: int = 0  # steps with a non-finite loss that are skipped per run
+    distillation: Distillation | None = None  # its loss contains that of ``loss_fn``
     lag: bool | None = None  # read a step's figures during the next one; None: on CUDA
 
     def __post_init__(self) -> None:
@@ -150,7 +153,7 @@ class Step:
         progress.updates += 1
         progress.step += len(names)
         if self.ema is not None and not figures.bad:
-            self.ema.update(distributed.unwrap(self.model), step=progress.updates)
+            self.ema.update(plain_model(self.model), step=progress.updates)
         return Update(figures.loss, figures.grad_norm, lr, sum(map(len, names)), figures.stop > 0)
 
     def _backward(self, batch: Batch, parts: int, last: bool) -> Tensor:
@@ -162,8 +165,11 @@ class Step:
             images, targets = self.mixup(images, targets)
         with nullcontext() if last else distributed.without_sync(self.model):
             with self.precision.context():
-                logits = self.model(images)
+                outputs = self.model(images)
+            logits, features = outputs if isinstance(outputs, tuple) else (outputs, None)
             loss = self.loss_fn(logits.float(), targets)
+            if self.distillation is not None:
+                loss = self.distillation(loss, images, logits, features)
             self.precision.scaler.scale(loss / parts).backward()
         return loss.detach()
 
@@ -197,10 +203,10 @@ def train_one_epoch(
     """Trains from ``progress.step`` to the end of the epoch, with one optimizer step per ``accumulation`` batches.
 
     The last group of an epoch may be shorter. With ``streaming`` the ranks may have different numbers of batches; the epoch ends
-    on all ranks when the first one runs out. ``on_start`` is called once loading has begun but before any random number is drawn,
-    ``on_update`` once per optimizer step, in order, with its figures and its duration in seconds, data loading included, and
-    ``on_save`` after every ``save_steps`` steps of the run. All steps are finished when it is called, when this function returns and
-    when it raises one of the first two errors below.
+    on all ranks when the first one runs out. ``on_start`` is called once loading has begun and the model is in training mode, but before
+    any random number is drawn, ``on_update`` once per optimizer step, in order, with its figures and its duration in seconds, data loading
+    included, and ``on_save`` after every ``save_steps`` steps of the run. All steps are finished when it is called, when this function
+    returns and when it raises one of the first two errors below.
 
     Raises:
         NonFiniteLoss: as ``Step``.
@@ -210,8 +216,8 @@ def train_one_epoch(
     batches = iter(loader)
     if streaming and distributed.world_size() > 1:
         batches = _agreeing(batches)
-    on_start()
     step.model.train()
+    on_start()
     begun, updates, stopping = progress.step, progress.updates, False  # ``progress`` may be one step behind
     start = time.perf_counter()
 
@@ -239,6 +245,11 @@ def train_one_epoch(
         raise StopRequested(max(distributed.gather(stop.received if stop is not None else 0)))
 
 
+def logits_of(model: nn.Module, images: Tensor, precision: Precision) -> Tensor:
+    """The logits (B, classes), float32, of a model of ``Precision.for_inference`` for images (B, C, H, W)."""
+    return model(images.to(precision.device, non_blocking=True).to(precision.dtype)).float()
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -250,12 +261,13 @@ def evaluate(
     log: Callable[[str], None],
     stop: StopSignals | None = None,
     keep: Predictions | None = None,
+    predict: Callable[[nn.Module, Tensor, Precision], Tensor] = logits_of,
 ) -> dict[str, float]:
     """Computes exact top-1 and top-5 (percent) and cross-entropy over all processes, counting each image once.
 
     Sums and counts are reduced once, at the end, so that ranks may have different numbers of images. ``expected`` is the size of
     the data set; unreadable images are left out and logged. Mixed precision takes a copy of the model with half-precision weights.
-    ``keep`` collects the logits of this process.
+    ``keep`` collects the logits of this process, which ``predict`` computes.
 
     Raises:
         RuntimeError: the number of images differs from the expected one.
@@ -273,7 +285,7 @@ def evaluate(
         if not len(batch.targets):
             continue
         targets = batch.targets.to(device, non_blocking=True)
-        logits = model(batch.images.to(device, non_blocking=True).to(precision.dtype)).float()
+        logits = predict(model, batch.images, precision)
         if keep is not None:
             keep.add(batch.names, batch.targets, logits)
         top = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]

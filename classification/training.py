@@ -24,10 +24,13 @@ from yacs.config import CfgNode
 import checkpoint
 import distributed
 import engine
+from balance import build_weighted_loss
 from config import to_dict
 from data import build_mixup
 from data.dataset import ImageDataset, StreamingDataset
 from data.loader import Loaders
+from distillation import build_distillation
+from freezing import Freezing
 from litv2 import LITv2
 from litv2.errors import UserError
 from litv2.outputs import Outputs
@@ -62,22 +65,36 @@ class Training:
         self.metrics = Metrics(folder, active=distributed.rank() == 0, warn=log.warning)
         self.progress = engine.Progress()
         self.seen: Predictions | None = None  # of the last evaluation
+        self.complete = False
         self.accumulation = config.TRAIN.ACCUMULATION_STEPS
         self.total_batch = loaders.batch_size * distributed.world_size() * self.accumulation
         self.updates_per_epoch = -(-loaders.steps_per_epoch // self.accumulation)
 
-        optimizer = build_optimizer(config, model, self.total_batch)
+        self.freezing = Freezing(config, model)
+        if not config.TRAIN.UNFREEZE_EVERY:  # what is never trained has no place in the optimizer
+            self.freezing.apply(epoch=0)
+        distillation = build_distillation(config, model, loaders.class_names, precision.device, log.info)
+        student = model if distillation is None else distillation.student(model)
+        self.projection = None if distillation is None else distillation.projection
+        optimizer = build_optimizer(config, model, self.total_batch, self.projection)
         scheduler = build_scheduler(config, optimizer, self.updates_per_epoch, self.total_batch)
         ema = ModelEmaV3(model, decay=config.TRAIN.EMA_DECAY, use_warmup=True) if config.TRAIN.EMA_DECAY else None
         mixup = build_mixup(config, model.num_classes)
+        if config.TRAIN.CLASS_WEIGHTS == "none":
+            loss = _loss(config, soft_targets=mixup is not None)
+        else:
+            loss = build_weighted_loss(config, loaders, log.info).to(precision.device)
         # A different seed per rank, so that dropout, mixup and drop path differ between processes.
         seed_everything(config.SEED + 1000 + distributed.rank())
         self._random_states: list[dict] | None = None
 
+        self.freezing.apply(epoch=0)
+        if self.freezing.frozen:
+            log.info(str(self.freezing))
         self.step = engine.Step(
-            distributed.parallel(model, precision.device, config.COMPILE),
-            optimizer, scheduler, _loss(config, soft_targets=mixup is not None), precision, mixup, ema,
-            clip_grad=config.TRAIN.CLIP_GRAD, max_nonfinite=config.TRAIN.MAX_NONFINITE,
+            distributed.parallel(student, precision.device, config.COMPILE),
+            optimizer, scheduler, loss, precision, mixup, ema,
+            clip_grad=config.TRAIN.CLIP_GRAD, max_nonfinite=config.TRAIN.MAX_NONFINITE, distillation=distillation,
         )  # fmt: skip
 
     @property
@@ -89,22 +106,24 @@ class Training:
         config, progress, steps = self.config, self.progress, self.loaders.steps_per_epoch
         if progress.epoch >= config.TRAIN.EPOCHS:
             self.log.info(f"all {config.TRAIN.EPOCHS} epochs are already done; use another --tag to start a new run")
-        else:
+        elif not self._out_of_patience():
             self.log.info(f"{config.TRAIN.EPOCHS} epochs of {steps} steps, {self.updates_per_epoch} updates each; "
                           f"total batch {self.total_batch}")  # fmt: skip
+            self.metrics.start_trackers(config, resumed=progress.updates > 0, log=self.log.info)
         start, done_before = time.perf_counter(), progress.epoch
-        while progress.epoch < config.TRAIN.EPOCHS:
+        while progress.epoch < config.TRAIN.EPOCHS and not self._out_of_patience():
             self._train_epoch()
             done = progress.epoch + 1
             result, better = None, False
             if done % config.EVAL_FREQ == 0 or done == config.TRAIN.EPOCHS:
                 self._save_latest()  # before the evaluation, which may be interrupted; saved again with its result
-                if done == config.TRAIN.EPOCHS:
-                    self.seen = Predictions()
+                last = done == config.TRAIN.EPOCHS or 0 < config.TRAIN.PATIENCE <= progress.since_best + 1
+                self.seen = Predictions() if last else None
                 result = self._evaluate()
                 better = result["top1"] > progress.best or progress.best_epoch < 0
                 if better:
                     progress.best, progress.best_epoch = result["top1"], progress.epoch
+                progress.since_best = 0 if better else progress.since_best + 1
             progress.epoch, progress.step = done, 0
             if result is not None:
                 per_epoch = (time.perf_counter() - start) / (done - done_before)
@@ -118,13 +137,24 @@ class Training:
                     checkpoint.save(self.folder / checkpoint.BEST, state)
                 if config.SAVE_FREQ and done % config.SAVE_FREQ == 0:
                     checkpoint.save(self.folder / f"epoch-{done:04d}.pth", state)
+        if progress.epoch < config.TRAIN.EPOCHS:
+            self.log.info(f"stopped after epoch {progress.epoch} of {config.TRAIN.EPOCHS}: none of the last {progress.since_best} "
+                          f"evaluations was better than that of epoch {progress.best_epoch + 1}; a TRAIN.PATIENCE above "
+                          f"{config.TRAIN.PATIENCE}, or 0, would go on")  # fmt: skip
         self._finish()
 
+    def _out_of_patience(self) -> bool:
+        return 0 < self.config.TRAIN.PATIENCE <= self.progress.since_best
+
     def close(self) -> None:
-        self.metrics.close()
+        self.metrics.close(self.complete)
 
     def _train_epoch(self) -> None:
         config, progress, steps = self.config, self.progress, self.loaders.steps_per_epoch
+        if self.freezing.apply(progress.epoch):
+            self.log.info(str(self.freezing))
+            # DDP exchanges the gradients of the parameters that needed one when it was made.
+            self.step.model = distributed.parallel(distributed.unwrap(self.step.model), self.step.precision.device, config.COMPILE)
         sampler = self.loaders.sampler
         if sampler is not None:
             sampler.epoch, sampler.skip = progress.epoch, progress.step * sampler.batch_size
@@ -161,7 +191,7 @@ class Training:
             engine.train_one_epoch(
                 step, self.loaders.train, steps, progress, accumulation=self.accumulation, streaming=sampler is None,
                 save_steps=config.SAVE_STEPS, bad_files=self.bad_files, stop=self.stop,
-                on_start=self._restore_random_state, on_update=on_update, on_save=self._save_latest,
+                on_start=self._start_epoch, on_update=on_update, on_save=self._save_latest,
             )  # fmt: skip
         except (engine.NonFiniteLoss, StopRequested):
             self._save_latest()
@@ -179,6 +209,7 @@ class Training:
 
     def _finish(self) -> None:
         """Draws the pictures, writes the report and logs the summary."""
+        self.complete = True
         progress = self.progress
         outputs = Outputs(self.log.warning)
         if self.seen is not None:  # else the run had been finished before
@@ -217,6 +248,7 @@ class Training:
         state = dict(
             model=self.model.state_dict(),
             ema=None if step.ema is None else step.ema.module.state_dict(),
+            projection=None if self.projection is None else self.projection.state_dict(),
             optimizer=step.optimizer.state_dict(),
             scheduler=step.scheduler.state_dict(),
             scaler=step.precision.scaler.state_dict(),
@@ -254,10 +286,20 @@ class Training:
             load_weights(step.ema.module, state["ema"] or state["model"])
             if state["ema"] is None:
                 self.log.info("the checkpoint has no moving average; starting it from the weights")
-        before = state["config"]["TRAIN"]["OPTIMIZER"]["NAME"]
-        if before != self.config.TRAIN.OPTIMIZER.NAME:
-            raise UserError(f"the checkpoint was trained with TRAIN.OPTIMIZER.NAME={before} and cannot be resumed with "
-                            f"{self.config.TRAIN.OPTIMIZER.NAME}; use --pretrained FILE to load only its weights")  # fmt: skip
+        trained, train = state["config"]["TRAIN"], self.config.TRAIN
+        for key, before, wanted in (
+            ("OPTIMIZER.NAME", trained["OPTIMIZER"]["NAME"], train.OPTIMIZER.NAME),
+            ("FREEZE", trained.get("FREEZE", "0"), train.FREEZE),
+            ("UNFREEZE_EVERY", trained.get("UNFREEZE_EVERY", 0), train.UNFREEZE_EVERY),
+        ):
+            if before != wanted:
+                raise UserError(f"the checkpoint was trained with TRAIN.{key}={before} and cannot be resumed with {wanted}; "
+                                "use --pretrained FILE to load only its weights")  # fmt: skip
+        if (self.projection is None) != (state.get("projection") is None):
+            raise UserError("a run with DISTILL.FEATURES above 0 cannot be resumed without, nor one without them with; "
+                            "use --pretrained FILE to load only its weights")  # fmt: skip
+        if self.projection is not None:
+            load_weights(self.projection, state["projection"])
         step.optimizer.load_state_dict(state["optimizer"])
         if state["scheduler"] != step.scheduler.state_dict():  # a pure function of the step, so there is nothing to restore
             self.log.info("the learning-rate schedule differs from the checkpoint's; continuing with that of the configuration")
@@ -274,7 +316,8 @@ class Training:
         self.metrics.forget_after(self.progress.updates, self.progress.epoch)
         self.log.info(f"resumed at epoch {self.progress.epoch}, step {self.progress.step}, update {self.progress.updates}")
 
-    def _restore_random_state(self) -> None:
+    def _start_epoch(self) -> None:
+        self.freezing.set_modes()
         if self._random_states is not None:
             checkpoint.restore_random_state(self._random_states, self.log.warning)
             self._random_states = None

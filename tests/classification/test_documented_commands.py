@@ -76,6 +76,26 @@ def test_fine_tuning(command, images, tmp_path, monkeypatch):
     assert "head is newly initialised: it has 7 outputs in the file, but 2 in this model" in log
 
 
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python main\.py .* --freeze head --opts .*"), ids=str)
+def test_own_data(command, images, tmp_path, monkeypatch):
+    model = LITv2(num_classes=2, **TINY)
+    torch.save(dict(model=model.state_dict(), class_names=["b", "c"]), tmp_path / "mine.pth")
+    run_here(monkeypatch, command, *smaller(command, tmp_path), files=dict(DIR=images, FILE=tmp_path / "mine.pth"))
+    state, log = finished(tmp_path)
+    assert "1 of 2 classes keep their rows of the head; new: a" in log and "frozen: all but the head" in log
+    assert torch.equal(state["model"]["norm.weight"], model.norm.weight) and state["config"]["TRAIN"]["UNFREEZE_EVERY"] == 5
+    assert not torch.equal(state["model"]["head.weight"], model.head.weight)
+
+
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python main\.py .* --opts DISTILL\.TEACHER FILE .*"), ids=str)
+def test_teacher(command, images, tmp_path, monkeypatch):
+    """Of twice the width."""
+    torch.save(dict(model=LITv2(num_classes=2, **{**TINY, "embed_dim": 32}).state_dict()), tmp_path / "teacher.pth")
+    run_here(monkeypatch, command, *smaller(command, tmp_path), files=dict(DIR=images, FILE=tmp_path / "teacher.pth"))
+    _, log = finished(tmp_path)
+    assert f"teacher {tmp_path / 'teacher.pth'}: 1." in log
+
+
 @pytest.mark.extra
 @pytest.mark.parametrize("command", documented(DOCUMENT, r"torchrun --nproc-per-node=2 main\.py .* --amp bf16 --ema-decay .*"), ids=str)
 def test_two_processes_in_mixed_precision(command, images, tmp_path):
@@ -104,6 +124,33 @@ def test_evaluation(command, images, tmp_path, monkeypatch, capsys):
     right = "75.0" if "FILE" in command.words else "25.0"
     printed = capsys.readouterr().out
     assert f" * Acc@1 {right}00 Acc@5 100.000\n" in printed and f"network on the 4 test images: {right}%\n" in printed
+
+
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python main\.py .* --eval (--crops|--corruptions).*"), ids=str)
+def test_views_and_corruptions(command, images, tmp_path, monkeypatch, capsys):
+    """Whatever the view and, here, the corruption: FILE finds class 0 in every image. One kind and one severity of 15 and 5."""
+    torch.save(weights_for(0), tmp_path / "mine.pth")
+    few = ["TEST.SEVERITIES", "[3]", "TEST.CORRUPTIONS", "contrast"] if "--corruptions" in command.words else []
+    run_here(monkeypatch, command, *smaller(command, tmp_path, *few), files=dict(DIR=images, FILE=tmp_path / "mine.pth"))
+    printed = capsys.readouterr().out
+    assert " * Acc@1 75.000 Acc@5 100.000\n" in printed
+    if few:
+        assert "mean top-1 error under corruption 25.00 % (without 25.00 %)" in printed
+    else:
+        assert "mean probabilities over 20 views of each image" in printed
+
+
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python main\.py .* --class-map imagenet .*"), ids=str)
+def test_some_of_imagenets_classes(command, tmp_path, monkeypatch, capsys):
+    """FILE finds a goldfish in every image; the second of the folders has one."""
+    write_images(tmp_path / "imagenet-a", {"n01440764": 3, "n01443537": 1, "n15075141": 1}, size=32)
+    model = LITv2(num_classes=1000, **TINY)
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data.copy_(torch.eye(1000)[1])
+    torch.save(model.state_dict(), tmp_path / "mine.pth")
+    more = smaller(command, tmp_path / "out", "DATA.VAL_SPLIT", "imagenet-a")
+    run_here(monkeypatch, command, *more, files=dict(DIR=tmp_path, FILE=tmp_path / "mine.pth"))
+    assert " * Acc@1 20.000 Acc@5 100.000\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", documented(DOCUMENT, r"python main\.py .* --throughput .*"), ids=str)

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from helpers import ROOT, fill, max_difference, normal, tiny_model
 from litv2 import LITv2, fuse
 from litv2.attentions import ATTENTIONS, SRA, RelativeSelfAttention, SelfAttention, WindowAttention
+from litv2.explain.attending import attention
 from litv2.export import Settings, classifier, export
 from litv2.inference.packed import packed_model
 from litv2.lit import lit_small
@@ -166,6 +167,12 @@ def test_unknown():
     lit = dict(EMBED_DIM=32, DEPTHS=[1, 1, 2, 1], NUM_HEADS=[1, 2, 4, 8], LOCAL_WS=[0, 0, 2, 1], ATTENTION=["hilo"])
     with pytest.raises(ValueError, match="ATTENTION.*expected hilo"):
         infer_arguments(tiny_model().state_dict(), dict(MODEL=dict(LIT=lit)))
+
+
+def test_explained():
+    """Nothing is drawn as if the blocks with another attention had none."""
+    with pytest.raises(ValueError, match="has SRA, WindowAttention"):
+        attention(tiny_model(attention="t-msa"), normal(0, 1, 3, 64, 64))
 
 
 @pytest.mark.extra
