@@ -20,6 +20,7 @@ from yacs.config import CfgNode as CN
 import release_keys
 from data.corruption import corruption_kinds
 from data.sources import FOLDERS
+from litv2.attentions import ATTENTIONS
 from litv2.errors import UserError, listed
 from optim import LOOKAHEAD, SCHEDULES, optimizer_names
 from parquet import pyarrow
@@ -66,6 +67,8 @@ _C.MODEL.LIT.MLP_RATIO = 4.0
 _C.MODEL.LIT.QKV_BIAS = True
 _C.MODEL.LIT.LOCAL_WS = [0, 0, 2, 1]  # HiLo's window per stage; 0 = no attention
 _C.MODEL.LIT.ALPHA = 0.9  # share of HiLo's heads that are Lo-Fi
+_C.MODEL.LIT.ATTENTION = "hilo"  # hilo, or in its place msa | sra | w-msa | t-msa (the paper's table 4) | relative-msa (LIT's)
+_C.MODEL.LIT.CONV_FFN = True  # depthwise convolution in the feed-forward networks; False in LIT
 
 _C.TRAIN = CN()
 _C.TRAIN.EPOCHS = 300
@@ -161,6 +164,7 @@ _CHOICES = {
     "DATA.SAMPLING": ("all", "balanced"),
     "MODEL.LIT.IN_CHANS": (1, 3),
     "TRAIN.MULTI_LABEL_LOSS": ("bce", "asymmetric"),
+    "MODEL.LIT.ATTENTION": ATTENTIONS,
     "TEST.VIEWS.CROPS": (1, 5),
     "TEST.PREDICTIONS": ("csv", "parquet"),
     "AUG.REMODE": ("const", "rand", "pixel"),

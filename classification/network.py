@@ -28,6 +28,8 @@ def build_model(config: CfgNode, num_classes: int) -> LITv2:
             qkv_bias=lit.QKV_BIAS,
             local_ws=tuple(lit.LOCAL_WS),
             alpha=lit.ALPHA,
+            attention=lit.ATTENTION,
+            conv_ffn=lit.CONV_FFN,
             drop_rate=config.MODEL.DROP_RATE,
             drop_path_rate=config.MODEL.DROP_PATH_RATE,
         )

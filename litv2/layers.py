@@ -7,6 +7,10 @@ Each module's ``flops(H, W)`` returns the multiply-adds for one H x W map, count
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -80,12 +84,15 @@ class DepthwiseConv(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Feed-forward network with a depthwise convolution before the activation. (B, H, W, dim) -> (B, H, W, dim)."""
+    """Feed-forward network with a depthwise convolution before the activation (ConvFFN). (B, H, W, dim) -> (B, H, W, dim).
 
-    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0):
+    Without ``conv``, as in LIT, there is only the activation.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, conv: bool = True):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
-        self.dwconv = DepthwiseConv(hidden_dim)
+        self.dwconv: Any = DepthwiseConv(hidden_dim) if conv else nn.GELU()
         self.fc2 = nn.Linear(hidden_dim, dim)
         self.drop = nn.Dropout(drop)
 
@@ -95,13 +102,15 @@ class Mlp(nn.Module):
 
     def flops(self, H: int, W: int) -> int:
         dim, hidden = self.fc1.in_features, self.fc1.out_features
-        return H * W * (2 * dim * hidden + 9 * hidden + hidden)
+        depthwise = 9 * hidden + hidden if isinstance(self.dwconv, DepthwiseConv) else 0
+        return H * W * (2 * dim * hidden + depthwise)
 
 
 class Block(nn.Module):
     """Pre-norm residual block: HiLo attention, then the feed-forward network. (B, H, W, dim) -> (B, H, W, dim).
 
-    ``window_size`` is HiLo's; 0 leaves the attention out, as the first two stages of LITv2 do.
+    ``window_size`` is HiLo's; 0 leaves the attention out, as the first two stages of LITv2 do. ``attention`` makes another in its place
+    from (dim, num_heads, qkv_bias, attn_drop, proj_drop); ``conv_ffn`` is the ``conv`` of the feed-forward network.
     """
 
     def __init__(
@@ -115,14 +124,17 @@ class Block(nn.Module):
         drop: float = 0.0,
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
+        attention: Callable[..., nn.Module] | None = None,
+        conv_ffn: bool = True,
     ):
         super().__init__()
-        self.attn = None
+        self.attn: Any = None
         if window_size > 0:
             self.norm1 = nn.LayerNorm(dim)
-            self.attn = HiLo(dim, num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=drop, window_size=window_size, alpha=alpha)
+            attention = attention or partial(HiLo, window_size=window_size, alpha=alpha)
+            self.attn = attention(dim, num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=drop)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop, conv_ffn)
         self.drop_path = DropPath(drop_path)
 
     @ops.block(parts=(HiLo, DropPath, Mlp, DepthwiseConv))

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .attentions import attention_layer
 from .layers import Block, DeformableTokenMerging, DepthwiseConv, PatchEmbed, channels_first
 
 __all__ = ["LITv2", "litv2_small", "litv2_medium", "litv2_base"]
+
+TABLE_IMAGE = 224  # side in pixels of the images that tables of relative positions are for
 
 
 class Stage(nn.Module):
@@ -53,6 +56,9 @@ class LITv2(nn.Module):
         attn_drop_rate: dropout rate of the attention weights.
         drop_path_rate: stochastic depth rate of the last block; it rises linearly from 0 at the first.
         global_pool: "avg" to average over positions before the head, "" to apply the head at each position.
+        attention: "hilo", or another in its place in the stages whose window is not 0 (:mod:`litv2.attentions`): "msa", "sra", "w-msa",
+            "t-msa" of the paper's table 4, or "relative-msa", that of LIT, with relative positions of images of 224 x 224 pixels.
+        conv_ffn: whether the feed-forward networks have a depthwise convolution, which LIT's have not.
 
     Shape:
         (B, in_chans, H, W) -> (B, num_classes), for any H and W of at least 32 with the default patch size;
@@ -80,6 +86,8 @@ class LITv2(nn.Module):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         global_pool: str = "avg",
+        attention: str = "hilo",
+        conv_ffn: bool = True,
     ):
         super().__init__()
         if not len(depths) == len(num_heads) == len(local_ws):
@@ -100,9 +108,12 @@ class LITv2(nn.Module):
         self.feature_info: list[dict] = []  # for timm: channels, stride and module of each map of the pyramid
         for i, depth in enumerate(depths):
             dim = embed_dim * 2**i
+            widths, rates = (mlp_ratio, qkv_bias), (drop_rate, attn_drop_rate)
+            side = max(1, TABLE_IMAGE // (patch_size * 2**i))
+            other = [attention_layer(attention, block, len(depths) - 1 - i, side) for block in range(depth)]
             blocks = [
-                Block(dim, num_heads[i], local_ws[i], alpha, mlp_ratio, qkv_bias, drop_rate, attn_drop_rate, next(drop_paths))
-                for _ in range(depth)
+                Block(dim, num_heads[i], local_ws[i], alpha, *widths, *rates, next(drop_paths), other[block], conv_ffn)
+                for block in range(depth)
             ]
             last = i == len(depths) - 1
             self.layers.append(Stage(blocks, None if last else DeformableTokenMerging(dim, 2 * dim)))
@@ -224,8 +235,9 @@ class LITv2(nn.Module):
         return dict(stem=r"^patch_embed", blocks=r"^layers\.(\d+)" if coarse else blocks)
 
     def no_weight_decay(self) -> set[str]:
-        """Returns the names of the parameters without weight decay: biases and norms, that is, all 1-D tensors."""
-        return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
+        """Returns the names of the parameters without weight decay: biases and norms, that is, all 1-D tensors, and LIT's tables."""
+        tables = "relative_position_bias_table"
+        return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1 or name.endswith(tables)}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Enables gradient checkpointing: blocks are recomputed in the backward pass, which saves memory."""

@@ -67,10 +67,13 @@ def _model(path: Path, content: dict, everything: dict[str, Tensor], weights: di
     windows, source = arguments["local_ws"], "assumed: the shapes do not determine them" if guessed else "from the file's configuration"
     if named:
         windows, source = named[0].window, "as published"
+    heads = " ".join(map(str, arguments["num_heads"]))
+    attention = [("heads", f"{heads}; alpha {arguments['alpha']:.3g}"), ("windows", f"{' '.join(map(str, windows))} ({source})")]
+    if arguments["attention"] != "hilo":
+        attention = [("heads", heads), ("attention", arguments["attention"])]
     rows = [
         ("model", f"LITv2-{variant[0].upper()} ({shape})" if variant else f"a custom LITv2 ({shape})"),
-        ("heads", f"{' '.join(map(str, arguments['num_heads']))}; alpha {arguments['alpha']:.3g}"),
-        ("windows", f"{' '.join(map(str, windows))} ({source})"),
+        *attention,
         ("image", "RGB" if arguments["in_chans"] == 3 else f"{arguments['in_chans']} channels"),
         ("classifier", f"{arguments['num_classes']} classes" if arguments["num_classes"] else head or "none"),
     ]
@@ -83,7 +86,7 @@ def _model(path: Path, content: dict, everything: dict[str, Tensor], weights: di
 def _variant(arguments: dict) -> str | None:
     with torch.device("meta"):  # only shapes are needed
         shapes = {name: infer_arguments(make().state_dict())[0] for name, make in VARIANTS.items()}
-    same = ("embed_dim", "depths", "num_heads")
+    same = ("embed_dim", "depths", "num_heads", "attention", "conv_ffn")
     return next((name for name, shape in shapes.items() if all(shape[key] == arguments[key] for key in same)), None)
 
 

@@ -67,7 +67,7 @@ def spectrum(model: nn.Module, images: Tensor | Iterable[Tensor]) -> list[Branch
     if size is None:
         raise UserError("spectrum: there are no images")
     if not magnitudes:
-        raise UserError("spectrum: the model has no block with attention")
+        raise UserError("spectrum: the model has no block with attention that is HiLo; leave it out of --what")
     return [BranchSpectrum(*key, torch.cat(parts).mean(0).cpu(), torch.cat(shares[key]).cpu()) for key, parts in magnitudes.items()]
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import Block, PatchEmbed
+from ..layers import Block, DepthwiseConv, PatchEmbed
 from ..model import LITv2, check_images
 from ..ops.folding import inference_copy, is_plain
 from ..ops.packing import feed_forward_arguments, hilo_arguments, packed, patch_embed_arguments, token_merging_arguments
@@ -122,6 +122,9 @@ def packed_blocks(blocks: Iterable[Block], products: torch.dtype = torch.float32
     attentions = set()
     for block in blocks:
         attn = block.attn
+        if not isinstance(block.mlp.dwconv, DepthwiseConv):  # no native operator has such a feed-forward network
+            parts.append(block)
+            continue
         if attn is None:
             attentions.add(())
         elif is_plain(attn):
@@ -142,7 +145,8 @@ def packed_model(model: LITv2, products: torch.dtype = torch.float32) -> LITv2:
     With ``products=torch.bfloat16`` the factors of the products with weights are rounded to bfloat16 and accumulated in float32. With
     ``torch.int8`` the weights are rounded to 127 steps of the largest of each output channel, and each token to 255 steps of its range;
     sums are exact. GELU between the products has an error of up to 5e-5 then. Everything else stays in float32: the patch embedding,
-    the offsets of token merging, the products in attention, the classifier, and all of an attention that ``is_plain`` does not accept.
+    the offsets of token merging, the products in attention, the classifier, all of an attention that ``is_plain`` does not
+    accept, and blocks whose feed-forward network has no convolution.
     """
     model = inference_copy(model)
     model.patch_embed = PackedPatchEmbed(model.patch_embed)

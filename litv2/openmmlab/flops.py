@@ -13,6 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hilo import HiLo, HiLo2d
 from mm_modules.DCN import DeformConv2dPack
 
+from ..attentions import SRA, SelfAttention
+from ..errors import UserError, listed
+
 __all__ = ["CountedForward", "count_flops"]
 
 
@@ -26,7 +29,12 @@ def count_flops(model: nn.Module, height: int, width: int) -> dict[str, int]:
         ``full``: in addition the deformable convolutions themselves, counted like plain ones, which the release leaves out.
         ``products``: only HiLo's products, included in both. (They are missing from the release's number for Mask R-CNN with
         LITv2-M and 4 x 4 windows.)
+
+    Raises:
+        UserError: the backbone has another attention than HiLo, whose products nothing here counts.
     """
+    if others := {type(module).__name__ for module in model.modules() if isinstance(module, (SelfAttention, SRA))}:
+        raise UserError(f"the multiply-adds of HiLo alone are counted here, not of {listed(sorted(others))}; use LITv2.flops")
     extra = dict(products=0, unseen=0, deformable=0)
 
     def count_hilo(hilo: Any, args: tuple, kwargs: dict, output: Any) -> None:

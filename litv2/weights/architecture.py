@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..errors import UserError
+from ..attentions import ATTENTIONS
+from ..errors import UserError, listed
 
 __all__ = ["infer_arguments"]
 
@@ -20,12 +21,13 @@ def infer_arguments(weights: dict[str, Tensor], config: dict | None = None) -> t
     The shapes determine everything except HiLo's windows and heads, which are taken from the checkpoint's ``config`` if it describes
     the same network. Otherwise they are assumed to be as in the published models: heads of 32 channels; windows of 2 in a stage with
     both kinds of heads, plain attention (1) in a last stage with Lo-Fi heads only. ``alpha`` is a value that gives the same heads.
+    Other attention than HiLo is that of the configuration, or what the names of its parameters tell.
 
     Returns:
         The arguments, and the names of those that are assumed.
 
     Raises:
-        UserError: these are not the weights of a LITv2, or the number of heads is unknown.
+        UserError: these are not the weights of a LITv2, or the number of heads or the kind of attention is unknown.
     """
     try:
         embed_dim, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
@@ -51,12 +53,15 @@ def infer_arguments(weights: dict[str, Tensor], config: dict | None = None) -> t
     lofi = [width(i, "l_proj") * heads // dim for i, (heads, dim) in enumerate(zip(num_heads, dims))]
     hifi = [width(i, "h_proj") * heads // dim for i, (heads, dim) in enumerate(zip(num_heads, dims))]
     last = len(depths) - 1
+    attention = _attention(weights, lit)
+    if attention != "hilo":  # its windows are not HiLo's: they only tell the stages that have it
+        lofi = [width(i, "proj") for i in range(len(depths))]
     windows = [0 if not low + high else 1 if i == last and not high else 2 for i, (low, high) in enumerate(zip(lofi, hifi))]
     if lit:
         windows = list(lit["LOCAL_WS"])
         if max(windows) > LARGEST_WINDOW:
             raise UserError(f"the checkpoint's configuration has a window of more than {LARGEST_WINDOW} tokens")
-    shares = [(heads, low) for heads, low, window in zip(num_heads, lofi, windows) if window > 1]
+    shares = [(heads, low) for heads, low, window in zip(num_heads, lofi, windows) if window > 1 and attention == "hilo"]
     exact = [(low + 0.5) / heads if low < heads else 1.0 for heads, low in shares]  # adding one half keeps int() from rounding down
     alpha = next((a for a in (*ALPHAS, *exact) if all(int(heads * a) == low for heads, low in shares)), None)
     if alpha is None:
@@ -69,11 +74,29 @@ def infer_arguments(weights: dict[str, Tensor], config: dict | None = None) -> t
         depths=tuple(depths),
         num_heads=tuple(num_heads),
         mlp_ratio=mlp_ratio,
-        qkv_bias=any(key.endswith((".l_q.bias", ".h_qkv.bias")) for key in weights),
+        qkv_bias=any(key.endswith((".l_q.bias", ".h_qkv.bias", ".attn.q.bias", ".attn.qkv.bias")) for key in weights),
         local_ws=tuple(windows),
         alpha=alpha,
+        attention=attention,
+        conv_ffn=any(".mlp.dwconv." in key for key in weights),
     )
     return arguments, [] if lit or not any(windows) else ["num_heads", "local_ws"]
+
+
+def _attention(weights: dict[str, Tensor], lit: dict | None) -> str:
+    """Returns the kind of attention; that weights do not fit the one of a configuration is found when they are loaded."""
+    if lit and "ATTENTION" in lit:
+        if lit["ATTENTION"] not in ATTENTIONS:
+            raise UserError(f"the checkpoint's configuration has MODEL.LIT.ATTENTION={lit['ATTENTION']!r}, expected {listed(ATTENTIONS)}")
+        return lit["ATTENTION"]
+    parts = {key.partition(".attn.")[2].partition(".")[0] for key in weights if ".attn." in key}
+    if "relative_position_bias_table" in parts:
+        return "relative-msa"
+    if "q" in parts:
+        return "t-msa" if "qkv" in parts else "sra"
+    if "qkv" in parts:
+        raise UserError("the attention of this model is msa or w-msa: the checkpoint has no configuration that tells which")
+    return "hilo"
 
 
 def _section(config: dict | None, embed_dim: int, depths: Sequence[int]) -> dict | None:

@@ -70,7 +70,7 @@ def test_models_by_name(name):
 def test_arguments_of_other_models():
     """Grey images, other patches, widths, windows and no bias; what shapes do not tell comes from the configuration."""
     arguments = dict(in_chans=1, num_classes=3, patch_size=2, embed_dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8), mlp_ratio=2.0)
-    arguments |= dict(qkv_bias=False, local_ws=(0, 2, 4, 2), alpha=0.5)
+    arguments |= dict(qkv_bias=False, local_ws=(0, 2, 4, 2), alpha=0.5, attention="hilo", conv_ffn=True)
     lit = dict(EMBED_DIM=16, DEPTHS=[1, 2, 1, 1], NUM_HEADS=[1, 2, 4, 8], LOCAL_WS=[0, 2, 4, 2])
     state = LITv2(**arguments).state_dict()
     assert infer_arguments(state, dict(MODEL=dict(LIT=lit))) == (arguments, [])
