@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-import html
 import json
 import math
 from collections.abc import Iterable
@@ -22,6 +20,7 @@ from data.dataset import ImageDataset
 from data.loader import Loaders
 from data.transforms import denormalise
 from litv2.files import atomic_write
+from litv2.pages import page, picture, table
 
 REPORT, PAGE = "report", "report.html"  # the folder within a run's, and the page in it
 TOP = 5
@@ -243,13 +242,7 @@ def _draw_mistakes(report: Report, images: ImageDataset, config: CfgNode, column
 
 
 def _page(report: Report, folder: Path, pictures: list[str]) -> str:
-    """One file that opens without a network."""
     summary = report.summary
-
-    def table(header: list[str], rows: Iterable[Iterable]) -> str:
-        cells = [header, *([str(value) for value in row] for row in rows)]
-        lines = ["".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) for row, tag in zip(cells, ["th", *["td"] * len(cells)])]
-        return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
     def percent(name: str) -> list[str]:
         low, high = summary[f"{name}_interval"]
@@ -270,8 +263,6 @@ def _page(report: Report, folder: Path, pictures: list[str]) -> str:
     parts = [f"<h2>{summary['images']} images of {summary['classes']} classes</h2>", table(["figure", "value", "95 % interval"], figures)]
     parts += ["<h2>Confused most often</h2>", table(["true", "predicted", "images"], report.confused())]
     for name in pictures:
-        data = base64.b64encode((folder / name).read_bytes()).decode()
-        parts.append(f'<h2>{titles[name]}</h2><img alt="{titles[name]}" src="data:image/png;base64,{data}">')
+        parts += [f"<h2>{titles[name]}</h2>", picture((folder / name).read_bytes(), titles[name])]
     parts += ["<h2>Classes, the worst first</h2>", table(classes[0], worst)]
-    style = "body{font-family:sans-serif;margin:2em auto;max-width:70em}td,th{padding:.2em .8em;text-align:left}img{max-width:100%}"
-    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Evaluation</title><style>{style}</style>{"".join(parts)}</html>\n'
+    return page("Evaluation", parts)
