@@ -19,8 +19,8 @@ from yacs.config import CfgNode as CN
 
 import release_keys
 from litv2.errors import UserError, listed
+from litv2.plain_yaml import parse
 from optim import LOOKAHEAD, SCHEDULES, optimizer_names
-from plain_yaml import parse
 
 _C = CN()
 _C.BASE = []  # YAML files to load first, relative to the file that names them

@@ -65,8 +65,7 @@ def suspicious_labels(features: np.ndarray, labels: Sequence[str]) -> list[Suspi
     shares = votes(features, own)
     # The confident joint says how many labels are wrong; those with the least support are reported. Of cleanlab's rules this one finds
     # most of the labels that were changed on purpose, among as many reports.
-    found = find_label_issues(own, shares, filter_by="low_self_confidence", return_indices_ranked_by="self_confidence", n_jobs=1)
+    wrong = np.flatnonzero(find_label_issues(own, shares, filter_by="low_self_confidence", n_jobs=1)).tolist()
     best = shares.argmax(axis=1)
-    return [
-        Suspicion(i, str(names[best[i]]), float(shares[i, best[i]]), float(shares[i, own[i]])) for i in found.tolist() if best[i] != own[i]
-    ]
+    found = [Suspicion(i, str(names[best[i]]), float(shares[i, best[i]]), float(shares[i, own[i]])) for i in wrong if best[i] != own[i]]
+    return sorted(found, key=lambda suspicion: (suspicion.own_share, -suspicion.share))
