@@ -23,7 +23,7 @@ This file depends only on torch, so it can be copied into another project:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -263,7 +263,7 @@ class HiLo2d(HiLo):
 
 
 def _is_number(value: Any, whole: bool = False) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and (not whole or (float(value) >= 1 and float(value).is_integer()))
+    return isinstance(value, Real) and not isinstance(value, bool) and (not whole or (isinstance(value, Integral) and int(value) >= 1))
 
 
 def _parts(linear: nn.Module, inputs: Sequence[_Tokens], prepare: Callable[[_Tokens], Tensor]) -> Sequence[Tensor]:

@@ -219,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _of_file(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[str, str, Any]]:
     """Yields (source, key, value) for each value in a YAML file, after those of its BASE files; ``above`` are those that led to it."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's, it takes names that no file can have
         raise ConfigError(f"there is no configuration file {path}")
     if len(above) > DEEPEST_BASE:
         raise ConfigError(f"{path}: BASE files name each other more than {DEEPEST_BASE} deep: {listed(above)}")

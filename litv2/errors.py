@@ -1,7 +1,7 @@
 """The error policy of every program in this repository.
 
 * A user error (a wrong flag, file, value or package) raises :class:`UserError`: one line on stderr, exit status 2.
-* An ``OSError`` (full disk, read-only folder, unreachable server) is reported in the same way.
+* An ``OSError`` (full disk, read-only folder, unreachable server) and a lack of memory are reported in the same way.
 * Anything else is a bug in this repository and keeps its traceback.
 
 Layers and operators (``hilo.py``, ``layers.py``, ``mm_modules``) raise ``ValueError``, as torch's do, since they are called by
@@ -48,8 +48,8 @@ def run_program(main: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # the reader of the pipe, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError, MemoryError) as error:
+        print(f"error: {error or 'memory ran out'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

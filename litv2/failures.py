@@ -9,9 +9,11 @@ import re
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import queues, util
+from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
@@ -26,6 +28,7 @@ MEMORY = (
     *("bad_alloc", "could not create a primitive", "can't start new thread", "failed to map segment"),  # of C++, oneDNN, Python, ld.so
 )
 WORKER = r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (is killed by signal: [^.]*|exited unexpectedly)"
+OFTEN = "often memory or file handles ran out; fewer workers need less"
 CONNECTIONS = ("gloo", "pair closure")
 PATIENCE = 5.0  # seconds in which processes find out who is still there
 
@@ -54,12 +57,14 @@ def _without_loaders(usual: Callable[[Any], object], args: Any) -> None:
 def _line(error: Exception) -> str | None:
     text = str(error)
     if killed := next(filter(None, (re.search(WORKER, str(cause)) for cause in _causes(error))), None):  # torch tells of it at any time
-        return f"the data-loading worker {killed[1]} {killed[2]}: often memory or file handles ran out; fewer workers need less"
+        return f"the data-loading worker {killed[1]} {killed[2]}: {OFTEN}"
     if "Too many open files" in text or any(map(is_lack_of_handles, _causes(error))):
         _raise_limit_of_files()  # what is cleaned up at the end needs some, too
         return "Too many open files: raise the limit with ulimit -n, or use fewer workers"
     if cause := next(filter(_is_of_memory, _causes(error)), None):
         return f"memory ran out ({_brief(str(cause)) or type(cause).__name__}); a smaller batch or fewer workers need less"
+    if isinstance(error, ConnectionError | EOFError) and _is_between_processes(error):  # before torch has heard of it
+        return f"a data-loading worker was killed or has exited ({_brief(text) or 'it sends nothing'}): {OFTEN}"
     if isinstance(error, UserError | OSError) and text.startswith("Caught "):  # in a data-loading worker: its traceback is the message
         return text.strip().splitlines()[-1].partition(": ")[2]
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(word in text for word in CONNECTIONS)):
@@ -71,12 +76,19 @@ def start_worker(also: Callable[[int], object] | None, worker: int) -> None:
     """With ``also`` bound, the ``worker_init_fn`` of a loader.
 
     A batch that a worker cannot send, for lack of file handles, would be lost without an error, and the trainer would wait for it for ever.
-    So the worker ends, which the trainer reports.
+    So the worker ends, which the trainer reports. If the trainer ends, its workers do so without a traceback.
     """
+    sys.excepthook = _unless_connection_lost
     queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))  # type: ignore[attr-defined]
     util.Finalize(None, _raise_limit_of_files, exitpriority=1)  # what Python cleans up when the process ends needs one, too
     if also is not None:
         also(worker)
+
+
+def _unless_connection_lost(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Of a worker's thread that hands over batches: whoever asked it for one has ended."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _raise_limit_of_files() -> None:
@@ -98,6 +110,11 @@ def _is_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return isinstance(error, RuntimeError | ImportError) and any(words in str(error).lower() for words in MEMORY)
+
+
+def _is_between_processes(error: BaseException) -> bool:
+    """Whether it was raised by Python's multiprocessing, not by a server or a file."""
+    return any(frame.f_globals.get("__name__") == "multiprocessing.connection" for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _brief(text: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["append_whole", "atomic_write", "free_stem", "is_lack_of_handles", "one_process", "remove_drafts"]
+__all__ = ["append_whole", "atomic_write", "free_stem", "is_lack_of_handles", "is_shortage", "one_process", "remove_drafts"]
 
 
 @contextmanager
@@ -75,6 +75,13 @@ def free_stem(stem: str, used: set[str]) -> str:
 def is_lack_of_handles(error: BaseException) -> bool:
     """Whether a file could not be opened because too many are open: that says nothing of the file itself."""
     return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether the machine lacks memory or file handles: that says nothing of the file which was to be read."""
+    if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):  # torch has no class of its own for it
+        return True
+    return isinstance(error, MemoryError) or is_lack_of_handles(error) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
 
 
 def flush_folder(folder: Path) -> None:

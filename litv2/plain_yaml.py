@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import yaml
@@ -12,6 +13,7 @@ __all__ = ["parse"]
 
 LARGEST = 1 << 18  # characters
 LONGEST_NUMBER = 100  # characters
+DEEPEST = 50  # brackets within each other: the time that PyYAML takes for them is quadratic
 MOST_NODES = 20_000  # values, counted as often as aliases repeat them: a few lines of aliases of aliases would fill all memory
 
 
@@ -23,6 +25,8 @@ def parse(text: str) -> Any:
     """
     if len(text) > LARGEST:
         raise UserError(f"it has {len(text)} characters, more than {LARGEST}")
+    if max(accumulate((letter in "[{") - (letter in "]}") for letter in text), default=0) > DEEPEST:
+        raise UserError(f"it is nested too deeply: more than {DEEPEST} brackets within each other")
     try:
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterable
 
 from .errors import UserError, listed
-from .files import is_lack_of_handles
 
-__all__ = ["BadFiles", "is_shortage"]
-
-
-def is_shortage(error: BaseException) -> bool:
-    """Whether the machine lacks memory or file handles: that says nothing of the file which was to be read."""
-    return isinstance(error, MemoryError) or is_lack_of_handles(error) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+__all__ = ["BadFiles"]
 
 
 class BadFiles:

@@ -124,6 +124,8 @@ def test_compile_without_graph_break():
         (dict(dim=30, num_heads=4), "dim=30 .* multiple of num_heads=4"),
         (dict(dim=32, num_heads=0), "num_heads=0"),
         (dict(dim=32, num_heads="8"), "num_heads='8'"),
+        (dict(dim=32, num_heads=4.0), "num_heads=4.0"),
+        (dict(dim=32, num_heads=10**400), "num_heads=10000"),
         (dict(dim=32, alpha=1.2), "alpha=1.2 .* in .0, 1."),
         (dict(dim=32, alpha=-0.1), "alpha=-0.1"),
         (dict(dim=32, alpha=float("nan")), "alpha=nan"),

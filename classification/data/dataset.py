@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from litv2.files import is_shortage
 from litv2.preprocess import decode
-from litv2.unreadable import is_shortage
 
 from .sources import DataError, ListSource
 

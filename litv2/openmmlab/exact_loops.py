@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from ..errors import UserError, listed
+from ..files import is_shortage
 from ..signals import StopRequested, StopSignals
-from ..unreadable import BadFiles, is_shortage
+from ..unreadable import BadFiles
 
-__all__ = ["ExactEpochLoop", "ExactIterLoop"]
+__all__ = ["ExactEpochLoop", "ExactIterLoop", "with_named_files"]
 
 
 def seed_all(*numbers: int) -> None:
@@ -42,31 +43,19 @@ class Drawn(int):
     seeds: tuple[int, ...]
 
 
-class SeededDataset(Dataset):
-    """A data set whose augmentation is a function of the ``Drawn`` index; otherwise the data set itself.
-
-    A sample whose image or label map cannot be read is replaced by the next one, and its ``data_samples`` has a field ``unreadable``.
-    """
+class NamingDataset(Dataset):
+    """A data set that names the file of a sample whose image or label map cannot be read; otherwise the data set itself."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
 
-    def __getitem__(self, index: Drawn) -> Any:
-        unreadable: list[str] = []
-        for number in range(len(self)):
-            place = (index + number) % len(self)
-            seed_all(*index.seeds)
-            try:
-                data = self.dataset[place]
-            except Exception as error:
-                if is_shortage(error) or (report := self._unreadable(place)) is None:
-                    raise
-                unreadable.append(report)
-                continue
-            if unreadable:
-                data["data_samples"].set_field(unreadable, "unreadable", field_type="metainfo")
-            return data
-        raise UserError(f"none of the {len(self)} images can be read; the first one: {unreadable[0]}")
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return self.dataset[index]
+        except Exception as error:
+            if is_shortage(error) or (report := self._unreadable(index)) is None:
+                raise
+            raise UserError(f"an evaluation needs each of its images: {report}; mend it, or remove it from the data set") from error
 
     def _unreadable(self, index: int) -> str | None:
         """Which of the sample's files cannot be read, and why."""
@@ -86,6 +75,30 @@ class SeededDataset(Dataset):
         if name == "dataset":  # while it is unpickled in a worker
             raise AttributeError(name)
         return getattr(self.dataset, name)
+
+
+class SeededDataset(NamingDataset):
+    """A data set whose augmentation is a function of the ``Drawn`` index.
+
+    A sample that cannot be read is replaced by the next one, and its ``data_samples`` has a field ``unreadable``.
+    """
+
+    def __getitem__(self, index: Drawn) -> Any:
+        unreadable: list[str] = []
+        for number in range(len(self)):
+            place = (index + number) % len(self)
+            seed_all(*index.seeds)
+            try:
+                data = self.dataset[place]
+            except Exception as error:
+                if is_shortage(error) or (report := self._unreadable(place)) is None:
+                    raise
+                unreadable.append(report)
+                continue
+            if unreadable:
+                data["data_samples"].set_field(unreadable, "unreadable", field_type="metainfo")
+            return data
+        raise UserError(f"none of the {len(self)} images can be read; the first one: {unreadable[0]}")
 
 
 class NumberedBatches(BatchSampler):
@@ -113,6 +126,27 @@ class NotFinite(Exception):
     """A loss that is not finite."""
 
 
+def with_named_files(loader: DataLoader) -> DataLoader:
+    """The loader of an evaluation; an image that it cannot read ends the program with a line that names it."""
+    return _replaced(loader, NamingDataset(loader.dataset), loader.batch_sampler)
+
+
+def _replaced(loader: DataLoader, dataset: Dataset, batches: Any) -> DataLoader:
+    """The same loader of another data set, in other batches."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        persistent_workers=loader.persistent_workers,
+        prefetch_factor=loader.prefetch_factor,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
+
+
 class _Exact:
     """What both loops share: they are mixed with mmengine's."""
 
@@ -132,18 +166,7 @@ class _Exact:
         """Once, before the first iteration, when a checkpoint has been resumed."""
         loader, seed = self.dataloader, self.runner.seed  # of the checkpoint, not the one that the samplers were built with
         loader.batch_sampler.sampler.seed = seed
-        self.dataloader = DataLoader(
-            SeededDataset(loader.dataset),
-            batch_sampler=NumberedBatches(loader.batch_sampler, seed),
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
-            persistent_workers=loader.persistent_workers,
-            prefetch_factor=loader.prefetch_factor,
-            multiprocessing_context=loader.multiprocessing_context,
-        )
+        self.dataloader = _replaced(loader, SeededDataset(loader.dataset), NumberedBatches(loader.batch_sampler, seed))
         self.signals = StopSignals()
         update = self.runner.optim_wrapper.update_params
 

@@ -33,7 +33,7 @@ from ..weights.download import fetch
 from ..weights.reading import read_checkpoint
 from ..weights.state_dict import load_weights
 from .annotations import check_annotations, read_annotations
-from .exact_loops import ExactEpochLoop, ExactIterLoop
+from .exact_loops import ExactEpochLoop, ExactIterLoop, with_named_files
 from .numpy_pickles import NUMPY_CLASSES
 
 __all__ = ["StrictRunner", "load_checkpoint"]
@@ -209,11 +209,13 @@ class StrictRunner(Runner):
     def build_val_loop(self, loop):
         loop = super().build_val_loop(loop)
         self._check_classes(loop.dataloader.dataset)
+        loop.dataloader = with_named_files(loop.dataloader)
         return loop
 
     def build_test_loop(self, loop):
         loop = super().build_test_loop(loop)
         self._check_classes(loop.dataloader.dataset)
+        loop.dataloader = with_named_files(loop.dataloader)
         return loop
 
     @staticmethod
@@ -246,9 +248,10 @@ class StrictRunner(Runner):
 
 
 class CarefulCheckpointHook(CheckpointHook):
-    """With ``max_keep_ckpts`` the oldest checkpoint is removed when the new one is whole; mmengine's removes it before."""
+    """An old checkpoint, or the best one so far, is removed when the new one is whole; mmengine's hook removes it before."""
 
     max_keep_ckpts: int
+    file_backend: Any
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         keep, self.max_keep_ckpts = self.max_keep_ckpts, 0  # mmengine removes none
@@ -264,6 +267,30 @@ class CarefulCheckpointHook(CheckpointHook):
                 super()._save_checkpoint_with_step(runner, step, meta)
         finally:
             self.max_keep_ckpts = keep
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        backend, self.file_backend = self.file_backend, _RemovingLater(self.file_backend)
+        try:
+            super()._save_best_checkpoint(runner, metrics)
+            best = {getattr(self, "best_ckpt_path", None), *getattr(self, "best_ckpt_path_dict", {}).values()}
+            for old in self.file_backend.removed - best:
+                backend.remove(old)
+        finally:
+            self.file_backend = backend
+
+
+class _RemovingLater:
+    """A file backend of mmengine's that only notes which files it is to remove."""
+
+    def __init__(self, backend: Any):
+        self._backend = backend
+        self.removed: set[str] = set()
+
+    def remove(self, path: str) -> None:
+        self.removed.add(path)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
 
 
 def _going_on(method: Callable, outputs: Outputs, what: str) -> Callable:

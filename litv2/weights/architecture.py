@@ -10,6 +10,7 @@ from ..errors import UserError
 
 __all__ = ["infer_arguments"]
 
+LARGEST_WINDOW = 64  # maps are padded to whole windows: a file must not choose how much memory that takes
 ALPHAS = (0.9, 0.5, 0.0, 1.0, 0.2, 0.4, 0.7)  # the published ones
 
 
@@ -39,6 +40,8 @@ def infer_arguments(weights: dict[str, Tensor], config: dict | None = None) -> t
     if lit is None and embed_dim % 32:
         raise UserError(f"the number of heads of a model with {embed_dim} channels is unknown: the checkpoint has no configuration for it")
     num_heads = list(lit["NUM_HEADS"]) if lit else [dim // 32 for dim in dims]
+    if not all(0 < heads <= dim for heads, dim in zip(num_heads, dims)):
+        raise UserError(f"the checkpoint's configuration has numbers of heads that do not fit {dims} channels")
 
     def width(stage: int, name: str) -> int:
         """Returns the outputs of a projection in the stage's attention, 0 if there is none."""
@@ -51,6 +54,8 @@ def infer_arguments(weights: dict[str, Tensor], config: dict | None = None) -> t
     windows = [0 if not low + high else 1 if i == last and not high else 2 for i, (low, high) in enumerate(zip(lofi, hifi))]
     if lit:
         windows = list(lit["LOCAL_WS"])
+        if max(windows) > LARGEST_WINDOW:
+            raise UserError(f"the checkpoint's configuration has a window of more than {LARGEST_WINDOW} tokens")
     shares = [(heads, low) for heads, low, window in zip(num_heads, lofi, windows) if window > 1]
     exact = [(low + 0.5) / heads if low < heads else 1.0 for heads, low in shares]  # adding one half keeps int() from rounding down
     alpha = next((a for a in (*ALPHAS, *exact) if all(int(heads * a) == low for heads, low in shares)), None)

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import is_lack_of_handles
+from ..files import is_shortage
 from .pickle_check import MadeList, PickleCheck
 
 __all__ = ["check_format", "check_pickles"]
@@ -75,7 +75,7 @@ def check_pickles(path: Path, kind: str, also: Collection[str] = ()) -> None:
     except UserError:
         raise
     except Exception as error:  # of pickletools, zipfile, struct and of the stack: a damaged file can raise nearly anything
-        if is_lack_of_handles(error):
+        if is_shortage(error):
             raise
         raise UserError(f"the pickle is damaged ({type(error).__name__}: {error})") from error
 
@@ -90,7 +90,7 @@ def _check_zip(path: Path, size: int) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except Exception as error:  # BadZipFile, NotImplementedError, struct.error, UnicodeDecodeError ...
-        if is_lack_of_handles(error):
+        if is_shortage(error):
             raise
         raise UserError(f"the zip archive is damaged: {error}") from error
     names = [entry.filename for entry in entries]

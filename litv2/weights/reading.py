@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MissingPackage, UserError
-from ..files import is_lack_of_handles
+from ..files import is_shortage
 from .formats import check_format, check_pickles
 from .pickle_check import CONFIG_NODE
 
@@ -30,7 +30,7 @@ def read_checkpoint(path: str | Path, also: Sequence = ()) -> dict:
     Raises:
         FileNotFoundError: there is no such file.
         UserError: the file is damaged, is not a checkpoint or contains other objects.
-        OSError: too many files are open.
+        OSError, MemoryError, RuntimeError: too many files are open, or memory is refused.
     """
     path = Path(path)
     if not path.is_file():
@@ -47,7 +47,7 @@ def read_checkpoint(path: str | Path, also: Sequence = ()) -> dict:
     except ImportError:
         raise
     except Exception as error:  # a damaged file can fail in any of torch's layers: zip, pickle, storage
-        if is_lack_of_handles(error):
+        if is_shortage(error):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be read as a checkpoint (damaged, or not plain tensors): {reason}") from error

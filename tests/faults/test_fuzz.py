@@ -127,7 +127,8 @@ class Frugal(io.BytesIO):
     [
         ("TRAIN: &a {EPOCHS: *a}", "more than 20000 values"),
         ("a: &a [1, 1, 1]\n" + "".join(f"{y}: &{y} [{', '.join(9 * ['*' + x])}]\n" for x, y in zip("abcdefgh", "bcdefghi")), "values"),
-        ("a: " + "[" * 3000, "nested too deeply"),
+        ("a: " + "[" * 3000, "more than 50 brackets within each other"),
+        ("BASE: [" + "x" * 3000 + "]", "there is no configuration file"),
         ("SEED: " + "9" * 5000, "a number has 5000 digits"),
         ("SEED: 2001-99-99", "month must be in 1..12"),
         ("TAG: a\0b", "special characters are not allowed"),

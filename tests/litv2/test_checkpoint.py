@@ -136,6 +136,17 @@ def test_missing_file_and_no_weights(tmp_path):
         find_weights({"epoch": 3})
 
 
+@pytest.mark.parametrize("shortage", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_lack_of_memory_is_no_damage(shortage, tmp_path, monkeypatch):
+    def refuse(*_, **__) -> None:
+        raise shortage
+
+    torch.save({"model": {}}, tmp_path / "file.pth")
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(type(shortage), check=lambda error: error is shortage):
+        read_checkpoint(tmp_path / "file.pth")
+
+
 def test_a_lack_of_file_handles_is_no_damage(tmp_path):
     """A run that took it for damage would go on from an older checkpoint."""
     resource = pytest.importorskip("resource")

@@ -23,8 +23,8 @@ from PIL import Image  # noqa: E402
 from litv2.errors import UserError  # noqa: E402
 from litv2.openmmlab import commands  # noqa: E402
 from litv2.openmmlab.config import adapt_to_device, load_config  # noqa: E402
-from litv2.openmmlab.exact_loops import Drawn, SeededDataset  # noqa: E402
-from litv2.openmmlab.runner import MMENGINE_CLASSES, StrictRunner  # noqa: E402
+from litv2.openmmlab.exact_loops import Drawn, NamingDataset, SeededDataset  # noqa: E402
+from litv2.openmmlab.runner import MMENGINE_CLASSES, CarefulCheckpointHook, StrictRunner  # noqa: E402
 from litv2.signals import StopRequested  # noqa: E402
 from litv2.weights.reading import read_checkpoint  # noqa: E402
 from mm_helpers import SMALL_OPTIONS, own_project  # noqa: E402
@@ -210,7 +210,18 @@ def test_a_label_map_that_is_gone(project, tmp_path):
         train(project, tmp_path / "run", f"data_root={data}", "train_cfg.max_bad_files=0")
 
 
-def test_a_bug_in_the_pipeline_is_no_unreadable_image(tmp_path):
+def test_an_unreadable_image_of_an_evaluation_is_named(project, tmp_path):
+    """It is not left out: the figures would be of other images than they say."""
+    task, folder = project
+    data = shutil.copytree(folder / "data", tmp_path / "data")
+    image = sorted((data / ("val" if task == "detection" else "images/validation")).glob("*.jpg"))[-1]
+    image.write_bytes(b"no image")
+    with pytest.raises(UserError, match=f"an evaluation needs each of its images: {image}: .*mend it, or remove it from the data set"):
+        train(project, tmp_path / "run", f"data_root={data}", "train_cfg.val_interval=1", "train_cfg.val_begin=1")
+
+
+@pytest.mark.parametrize("kind", [NamingDataset, SeededDataset])
+def test_a_bug_in_the_pipeline_is_no_unreadable_image(kind, tmp_path):
     class Broken(list):
         def get_data_info(self, index: int) -> dict:
             return dict(img_path=str(tmp_path / "0.png"))
@@ -222,10 +233,10 @@ def test_a_bug_in_the_pipeline_is_no_unreadable_image(tmp_path):
     index = Drawn(0)
     index.seeds = (0,)
     with pytest.raises(ZeroDivisionError):
-        SeededDataset(Broken([1]))[index]
+        kind(Broken([1]))[index]
     (tmp_path / "0.png").unlink()
-    with pytest.raises(UserError, match="none of the 1 images can be read; the first one: .*0.png"):
-        SeededDataset(Broken([1]))[index]
+    with pytest.raises(UserError, match="images.*: .*0.png"):
+        kind(Broken([1]))[index]
 
 
 def test_the_only_checkpoint_is_kept_until_the_next_is_whole(project, whole, tmp_path, monkeypatch):
@@ -245,6 +256,28 @@ def test_the_only_checkpoint_is_kept_until_the_next_is_whole(project, whole, tmp
     train(project, tmp_path, "randomness.seed=5", one, resume=True)
     assert [path.name for path in tmp_path.glob("*.pth")] == ["iter_6.pth"]
     assert_same(whole, tmp_path / "iter_6.pth")
+
+
+def test_the_best_checkpoint_is_kept_until_a_better_is_whole(tmp_path):
+    def save(folder: str, filename: str, **_) -> None:
+        if full:
+            raise OSError("No space left on device")
+        Path(folder, filename).write_text("")
+
+    messages = SimpleNamespace(runtime_info={})
+    messages.get_info, messages.update_info = messages.runtime_info.get, messages.runtime_info.__setitem__
+    log = logging.getLogger("test")
+    runner = SimpleNamespace(work_dir=str(tmp_path), message_hub=messages, logger=log, save_checkpoint=save, epoch=1, iter=1)
+    hook = CarefulCheckpointHook(interval=1, save_best="accuracy", rule="greater")
+    hook.before_train(runner)
+    full = False
+    for runner.epoch, accuracy, left in [(1, 0.3, 1), (2, 0.5, 2), (3, 0.4, 2)]:
+        hook._save_best_checkpoint(runner, {"accuracy": accuracy})
+        assert [path.name for path in tmp_path.glob("best*")] == [f"best_accuracy_epoch_{left}.pth"]
+    full = True
+    with pytest.raises(OSError, match="No space left"):
+        hook._save_best_checkpoint(runner, {"accuracy": 0.6})
+    assert [path.name for path in tmp_path.glob("best*")] == ["best_accuracy_epoch_2.pth"]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is full")

@@ -7,8 +7,11 @@ import functools
 import io
 import os
 import re
+import socket
 import subprocess
 import sys
+from multiprocessing import queues
+from multiprocessing.connection import Connection
 
 import pytest
 import torch
@@ -77,6 +80,32 @@ def test_a_worker_that_dies_while_a_file_is_written(tmp_path):
 
     with pytest.raises(UserError, match="^the data-loading worker 7 is killed"), in_one_line(), File(tmp_path / "a.pth", "w") as file:
         torch.save(torch.zeros(3), file)
+
+
+@pytest.mark.parametrize("sent, line", [(b"", "it sends nothing"), (None, "Connection reset by peer")])
+def test_a_worker_that_dies_while_it_sends(sent, line):
+    """The rest of a batch comes by a socket: the trainer may be reading from it."""
+    ours, theirs = socket.socketpair()
+    with ours, pytest.raises(UserError, match=f"^a data-loading worker was killed or has exited .*{line}.*often memory"), in_one_line():
+        connection = Connection(ours.detach())
+        if sent is None:  # what the worker has not read yet resets its end
+            connection.send_bytes(b"a question")
+        theirs.close()
+        connection.recv_bytes()
+
+
+@pytest.mark.parametrize("error, shown", [(ConnectionResetError(), ""), (EOFError(), ""), (KeyError("a"), "KeyError: 'a'\n")])
+def test_a_worker_whose_trainer_has_ended_shows_no_traceback(error, shown, monkeypatch, capsys):
+    monkeypatch.setattr(queues.Queue, "_on_queue_feeder_error", None)
+    monkeypatch.setattr(sys, "excepthook", None)
+    start_worker(None, 0)
+    sys.excepthook(type(error), error, None)
+    assert capsys.readouterr().err == shown
+
+
+def test_a_server_that_ends_is_no_worker():
+    with pytest.raises(ConnectionResetError), in_one_line():
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
 
 
 def test_memory():

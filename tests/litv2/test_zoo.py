@@ -80,6 +80,10 @@ def test_arguments_of_other_models():
         infer_arguments(state, dict(MODEL=dict(LIT={**lit, "DEPTHS": [2, 2, 6, 2]})))  # of another network: it says nothing
     with pytest.raises(ValueError, match="heads.*16 channels"):
         infer_arguments(state, dict(MODEL=dict(LIT={**lit, "LOCAL_WS": [0, 2, "4", 2]})))  # not numbers
+    with pytest.raises(ValueError, match="numbers of heads that do not fit"):
+        infer_arguments(state, dict(MODEL=dict(LIT={**lit, "NUM_HEADS": [1, 2, 10**400, 8]})))
+    with pytest.raises(ValueError, match="a window of more than 64 tokens"):
+        infer_arguments(state, dict(MODEL=dict(LIT={**lit, "LOCAL_WS": [0, 2, 10**400, 2]})))
     for other in ({}, {"weight": torch.zeros(3)}, {"patch_embed.proj.weight": torch.zeros(3, 3)}):
         with pytest.raises(ValueError, match="not the weights of a LITv2"):
             infer_arguments(other)
