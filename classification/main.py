@@ -33,6 +33,7 @@ from config import parse_args
 from data import build_loaders
 from data.loader import Loaders
 from data.sources import DataError
+from data_summary import summarise
 from litv2.compilation import COMPILE_OPTIONS
 from litv2.errors import UserError, run_program
 from litv2.failures import in_one_line
@@ -145,6 +146,8 @@ def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: 
         log.info(f"Accuracy of the network on the {result['images']} test images: {result['top1']:.1f}%")
         return 0
 
+    for line in summarise(loaders, config):
+        log.info(line)
     training = Training(config, folder, log, model, loaders, precision, bad_files, StopSignals())
     try:
         if resumed is not None:

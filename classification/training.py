@@ -41,6 +41,7 @@ from optim import build_optimizer, build_scheduler
 from plots import plot_curves, plot_predictions
 from precision import Precision
 from report import PAGE, REPORT, Predictions, write_report
+from samples import SAMPLES, draw_samples
 
 
 class Training:
@@ -92,6 +93,9 @@ class Training:
         else:
             self.log.info(f"{config.TRAIN.EPOCHS} epochs of {steps} steps, {self.updates_per_epoch} updates each; "
                           f"total batch {self.total_batch}")  # fmt: skip
+        if not progress.updates and distributed.rank() == 0 and isinstance(self.loaders.train.dataset, ImageDataset):
+            with Outputs(self.log.warning).writing(self.folder / SAMPLES):
+                draw_samples(self.loaders.train.dataset, self.loaders.class_names, config, self.folder / SAMPLES)
         start, done_before = time.perf_counter(), progress.epoch
         while progress.epoch < config.TRAIN.EPOCHS:
             self._train_epoch()

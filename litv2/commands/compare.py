@@ -13,11 +13,11 @@ from ..errors import UserError
 from ..files import atomic_write
 from . import print_notes, print_table
 
-PRINTED = 20  # rows of a table; the files have all
+PRINTED = 20  # classes; the file has all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="the trainer's folders OUTPUT/NAME/TAG; the first is the baseline")
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="the trainer's folders OUTPUT/NAME/TAG, the baseline first")
     parser.add_argument("--out", default=Path("compared"), type=Path, metavar="DIR", help="for the tables and curves; default: compared")
 
 
@@ -31,9 +31,10 @@ def run(args: argparse.Namespace) -> None:
         rows = table(runs)
         with atomic_write(args.out / f"{name}.csv") as draft, open(draft, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
+        shown = rows[: PRINTED + 1] if name == "classes" else rows
         print(f"{name}:")
-        print_table([tuple(map(_short, row)) for row in rows[: PRINTED + 1]])
-        print(f"... and {len(rows) - PRINTED - 1} more\n" if len(rows) > PRINTED + 1 else "")
+        print_table([tuple(map(_short, row)) for row in shown])
+        print(f"... and {len(rows) - len(shown)} more\n" if len(shown) < len(rows) else "")
     save_curves(args.out / "curves.png", curves(runs), xlabel="epoch", units={"Top-1 accuracy": "%"})
     print(f"-> {args.out / 'curves.png'}, and these tables as {args.out / '*.csv'}")
     print_notes([f"{run.folder} has no metrics.jsonl: there is no curve of it" for run in runs if not run.metrics])

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import MissingPackage
 from ..failures import in_one_line, start_worker
+from ..files import is_shortage
 from ..preprocess import decode
-from ..unreadable import is_shortage
 from .listing import Entry
 
 __all__ = ["HASH_SIDE", "Reading", "fingerprints", "read_images"]
