@@ -18,8 +18,10 @@ ROWS, COLUMNS = 5, 6
 
 
 def draw_samples(images: ImageDataset, class_names: list[str], config: CfgNode, path: Path) -> None:
-    """Draws images of classes far apart, a row each: first as evaluation prepares it, then augmented, each time with another seed. Mixup and CutMix,
-    which combine images of a batch, are not shown."""
+    """Draws images of classes far apart, a row each: first as evaluation prepares it, then augmented, each time with another seed.
+
+    Mixup and CutMix, which combine the images of a batch, are not shown.
+    """
     from matplotlib.figure import Figure
 
     targets = np.array([target for _, target in images.source.samples])

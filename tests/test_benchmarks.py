@@ -17,7 +17,7 @@ import torch
 from command_helpers import run
 from document_helpers import Command, commands, documented
 from gpu_helpers import DEVICES
-from helpers import ROOT, normal
+from helpers import ROOT, normal, write_images
 
 sys.path.append(str(ROOT / "benchmarks"))
 import harness  # noqa: E402
@@ -342,3 +342,14 @@ def test_every_benchmark_is_run():
     imported |= {"gpu_stages.py", "gpu_predictions.py"}
     shown = {command.words[1].removeprefix("benchmarks/") for command in commands() if command.document == DOCUMENT}
     assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} == shown | imported
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python benchmarks/check_data\.py DIR --checkpoint FILE"), ids=str)
+def test_check_data(command, tmp_path):
+    pytest.importorskip("imagehash")
+    checkpoint = ROOT / "examples/litv2_imagenette.safetensors"
+    write_images(tmp_path / "images", {"a": 25, "b": 25})
+    line = Command(DOCUMENT, command.folder, command.line.replace("DIR", str(tmp_path / "images")).replace("FILE", str(checkpoint)))
+    values = {row["measure"]: row["value"] for row in measured(line, tmp_path, "--copies 4", plot=False)["rows"]}
+    assert values["false near duplicates"] == 0 and values["grey: found in %"] == 100

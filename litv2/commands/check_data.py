@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     if args.workers < 0:
         raise UserError(f"--workers must be 0 or more, got {args.workers}")
     listing = find_images(args.folder, args.train_split, args.val_split)
-    model = None if args.checkpoint is None else _Features(args.checkpoint, args.model, args.img_size, args.device)
+    model = None if args.checkpoint is None else Features(args.checkpoint, args.model, args.img_size, args.device)
     readings = []
     for batch, images in read_images(listing.entries, args.workers, None if model is None else model.transform):
         readings += batch
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     groups = find_groups([readings[i].pixels for i in good], [readings[i].bits for i in good], args.distance)
     findings = Findings(listing, readings, [replace(group, members=[good[i] for i in group.members]) for group in groups])
     if model is not None and good:
-        found = suspicious_labels(torch.cat(model.features).numpy(), [readings[i].entry.label for i in good])
+        found = suspicious_labels(torch.cat(model.found).numpy(), [readings[i].entry.label for i in good])
         findings.suspicions = [replace(suspicion, image=good[suspicion.image]) for suspicion in found]
     _print(findings)
     if args.json is not None:
@@ -82,23 +82,23 @@ def run(args: argparse.Namespace) -> int:
     return int(any(findings.kinds.values()))
 
 
-class _Features:
+class Features:
     """What a classifier computes of images just before its last layer."""
 
-    def __init__(self, checkpoint: str, name: str | None, side: int | None, device: str):
+    def __init__(self, checkpoint: str, name: str | None = None, side: int | None = None, device: str = "cpu"):
         loaded = load_model(checkpoint, name)
         print_notes(loaded.notes)
         self.model, self.device = loaded.model.eval().to(device), device
         channels = self.model.in_chans
         evaluation = evaluation_transform(side or loaded.image_size, loaded.crop, channels)
         self.transform = partial(_prepared, evaluation, "RGB" if channels == 3 else "L")
-        self.features: list[Tensor] = []
+        self.found: list[Tensor] = []
 
     @torch.inference_mode()
     def add(self, images: Tensor) -> None:
         """Takes a batch (B, C, H, W)."""
-        found = self.model.forward_head(self.model.forward_features(images.to(self.device)), pre_logits=True)
-        self.features.append(found.float().cpu())
+        features = self.model.forward_head(self.model.forward_features(images.to(self.device)), pre_logits=True)
+        self.found.append(features.float().cpu())
 
 
 def _prepared(transform: Callable, mode: str, image: Image.Image) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..comparison.runs import check_same_images, read_run
 from ..comparison.tables import class_table, curves, figure_table, paired_table, setting_table
 from ..curves import save_curves
-from ..errors import UserError
+from ..errors import MissingPackage, UserError
 from ..files import atomic_write
 from . import print_notes, print_table
 
@@ -24,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if len({folder.resolve() for folder in args.runs}) < max(2, len(args.runs)):
         raise UserError(f"expected two runs or more, each given once, got {' '.join(map(str, args.runs))}")
+    try:
+        import matplotlib  # noqa: F401
+        import scipy  # noqa: F401
+    except ImportError as error:
+        raise MissingPackage(f"{error}; comparing runs needs: pip install 'litv2[train]'") from error
     runs = [read_run(folder) for folder in args.runs]
     check_same_images(runs)
     args.out.mkdir(parents=True, exist_ok=True)

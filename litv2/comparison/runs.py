@@ -114,9 +114,11 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def check_same_images(runs: Sequence[Run]) -> None:
-    """Raises UserError unless all were evaluated on the same images with the same labels."""
+    """Raises UserError unless all were evaluated on the same images with the same labels, for the same classes."""
     first = runs[0]
     for run in runs[1:]:
+        if alone := sorted(set(first.classes) ^ set(run.classes)):
+            raise UserError(f"{first.folder} and {run.folder} know different classes: only one of them has {listed(alone)}")
         if differing := set(first.images) ^ set(run.images):
             only = len(set(first.images) - set(run.images))
             raise UserError(

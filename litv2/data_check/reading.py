@@ -8,11 +8,10 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,6 +20,9 @@ from ..failures import in_one_line, start_worker
 from ..files import is_shortage
 from ..preprocess import decode
 from .listing import Entry
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = ["HASH_SIDE", "Reading", "fingerprints", "read_images"]
 
@@ -57,6 +59,7 @@ def fingerprints(image: Image.Image) -> tuple[bytes, np.ndarray | None]:
     The hash is pHash: signs of the low frequencies of the discrete cosine transform, against their median.
     """
     from imagehash import phash
+    from PIL import Image
 
     digest = hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).digest()
     grey = np.asarray(image.convert("L").resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX))
@@ -71,9 +74,11 @@ class _Files(Dataset):
         return len(self.entries)
 
     def __getitem__(self, index: int) -> tuple[Reading, Tensor | None]:
+        from PIL import Image
+
         entry = self.entries[index]
         try:
-            content = Path(entry.path).read_bytes()
+            content = entry.path.read_bytes()
             image = decode(io.BytesIO(content), "RGB")
             with Image.open(io.BytesIO(content)) as file:  # only its header
                 mode, turned = file.mode, file.getexif().get(ORIENTATION, 1) != 1
