@@ -35,6 +35,7 @@ from config import default_config, parse_args
 from data import build_loaders
 from data.loader import Loaders, with_transform
 from data.sources import DataError
+from data_summary import summarise
 from heads import keep_shared_classes, names_in
 from litv2.classes import imagenet_classes, task_in
 from litv2.compilation import COMPILE_OPTIONS
@@ -178,6 +179,8 @@ def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: 
         log.info(f"Accuracy of the network on the {result['images']} test images: {result['top1']:.1f}%")
         return 0
 
+    for line in summarise(loaders, config):
+        log.info(line)
     training = Training(config, folder, log, model, loaders, precision, bad_files, StopSignals())
     try:
         if resumed is not None:

@@ -16,7 +16,8 @@ from data.dataset import ImageDataset
 from data.loader import Loaders
 from data.table import SEPARATOR
 from litv2.files import atomic_write
-from report import PAGE, Predictions, draw_images, page, show_pictures, table, write_csv, write_json, write_pictures
+from litv2.pages import page, table
+from report import PAGE, Predictions, draw_images, show_pictures, write_csv, write_json, write_pictures
 
 LARGEST_CHART = 80  # classes in the picture of average precisions
 
@@ -163,4 +164,4 @@ def _page(report: MultiLabelReport, folder: Path, pictures: list[str]) -> str:
         "<h2>Classes, the worst first</h2>",
         table(header, worst),
     ]
-    return page(parts)
+    return page("Evaluation", parts)

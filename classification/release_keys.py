@@ -12,7 +12,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 from litv2.errors import UserError
-from plain_yaml import parse
+from litv2.plain_yaml import parse
 
 __all__ = ["OBSOLETE", "explain", "translate"]
 

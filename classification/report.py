@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import html
 import json
@@ -22,6 +21,7 @@ from data.dataset import ImageDataset
 from data.loader import Loaders
 from data.transforms import denormalise
 from litv2.files import atomic_write
+from litv2.pages import page, picture, table
 from parquet import write_parquet
 
 if TYPE_CHECKING:
@@ -284,7 +284,6 @@ def draw_images(captions: dict[str, str], images: ImageDataset, config: CfgNode,
 
 
 def _page(report: Report, folder: Path, pictures: list[str]) -> str:
-    """One file that opens without a network."""
     summary = report.summary
 
     def percent(name: str) -> list[str]:
@@ -309,24 +308,9 @@ def _page(report: Report, folder: Path, pictures: list[str]) -> str:
     parts += ["<h2>Confused most often</h2>", table(["true", "predicted", "images"], report.confused())]
     parts += show_pictures(folder, {name: titles[name] for name in pictures})
     parts += ["<h2>Classes, the worst first</h2>", table(classes[0], worst)]
-    return page(parts)
-
-
-def table(header: list[str], rows: Iterable[Iterable]) -> str:
-    cells = [header, *([str(value) for value in row] for row in rows)]
-    lines = ["".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) for row, tag in zip(cells, ["th", *["td"] * len(cells)])]
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+    return page("Evaluation", parts)
 
 
 def show_pictures(folder: Path, titles: dict[str, str]) -> list[str]:
     """Returns a part of the page for each picture in the folder, by the name of its file."""
-    parts = []
-    for name, title in titles.items():
-        data = base64.b64encode((folder / name).read_bytes()).decode()
-        parts.append(f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{data}">')
-    return parts
-
-
-def page(parts: list[str]) -> str:
-    style = "body{font-family:sans-serif;margin:2em auto;max-width:70em}td,th{padding:.2em .8em;text-align:left}img{max-width:100%}"
-    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Evaluation</title><style>{style}</style>{"".join(parts)}</html>\n'
+    return [f"<h2>{title}</h2>{picture((folder / name).read_bytes(), title)}" for name, title in titles.items()]

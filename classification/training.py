@@ -43,6 +43,7 @@ from optim import build_optimizer, build_scheduler
 from plots import plot_curves, plot_predictions
 from precision import Precision
 from report import PAGE, REPORT, Predictions
+from samples import SAMPLES, draw_samples
 from tasks import build_loss, task_of
 
 
@@ -112,6 +113,9 @@ class Training:
             self.log.info(f"{config.TRAIN.EPOCHS} epochs of {steps} steps, {self.updates_per_epoch} updates each; "
                           f"total batch {self.total_batch}")  # fmt: skip
             self.metrics.start_trackers(config, resumed=progress.updates > 0, log=self.log.info)
+        if not progress.updates and distributed.rank() == 0 and isinstance(self.loaders.train.dataset, ImageDataset):
+            with Outputs(self.log.warning).writing(self.folder / SAMPLES):
+                draw_samples(self.loaders.train.dataset, self.loaders.class_names, config, self.folder / SAMPLES)
         start, done_before = time.perf_counter(), progress.epoch
         while progress.epoch < config.TRAIN.EPOCHS and not self._out_of_patience():
             self._train_epoch()

@@ -17,6 +17,8 @@ COMMANDS = {
     "info": ("litv2.commands.info", "show what a checkpoint contains"),
     "convert": ("litv2.commands.convert", "write the weights of a checkpoint as .pth or .safetensors"),
     "predict": ("litv2.commands.predict", "classify images"),
+    "check-data": ("litv2.commands.check_data", "find unreadable images, duplicates, leaks and suspicious labels in a data set"),
+    "compare": ("litv2.commands.compare", "compare trainings: figures, settings, curves and classes, with a paired test"),
     "explain": ("litv2.commands.explain", "draw what a model does inside: spectra, attention, sampling points, class activation"),
     "demo": ("litv2.commands.demo", "serve a page on this machine that classifies and explains images"),
     "build": ("litv2.commands.build", "compile the optional native operators"),

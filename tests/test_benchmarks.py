@@ -446,3 +446,13 @@ def test_distillation(command, tmp_path):
     low, high = values.mean() - half, values.mean() + half
     word = "the teacher helps" if low > 0 else "the teacher harms" if high < 0 else "undecided"
     assert f"difference {values.mean():+.1f} ({low:+.1f} to {high:+.1f}): {word}\n" in done.stdout
+
+
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python benchmarks/check_data\.py DIR --checkpoint FILE"), ids=str)
+def test_check_data(command, tmp_path):
+    pytest.importorskip("imagehash")
+    checkpoint = ROOT / "examples/litv2_imagenette.safetensors"
+    write_images(tmp_path / "images", {"a": 25, "b": 25})
+    line = Command(DOCUMENT, command.folder, command.line.replace("DIR", str(tmp_path / "images")).replace("FILE", str(checkpoint)))
+    values = {row["measure"]: row["value"] for row in measured(line, tmp_path, "--copies 4", plot=False)["rows"]}
+    assert values["false near duplicates"] == 0 and values["grey: found in %"] == 100

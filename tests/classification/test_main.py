@@ -53,11 +53,11 @@ def test_what_a_run_leaves(finished):
         "metrics.jsonl",
         "config.yaml",
     }
-    assert names >= {"curves.png", "predictions.png", "tensorboard"} and not any(name.endswith(".tmp") for name in names)
+    assert names >= {"curves.png", "predictions.png", "samples.png", "tensorboard"} and not any(name.endswith(".tmp") for name in names)
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [row["update"] for row in rows if row["kind"] == "train"] == list(range(1, 9))
     assert [row["images"] for row in rows if row["kind"] == "val"] == [9, 9]
-    for name in ("curves.png", "predictions.png"):
+    for name in ("curves.png", "predictions.png", "samples.png"):
         from PIL import Image
 
         assert Image.open(finished / name).size[0] > 500

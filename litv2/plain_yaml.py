@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from litv2.errors import UserError
+from .errors import UserError
 
 __all__ = ["parse"]
 

@@ -1,0 +1,1 @@
+"""Runs of the classification trainer side by side: ``runs`` reads them, ``paired`` tests them on the same images."""
