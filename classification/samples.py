@@ -25,7 +25,7 @@ def draw_samples(images: ImageDataset, class_names: list[str], config: CfgNode, 
     """
     from matplotlib.figure import Figure
 
-    targets = [np.argmax(target) if isinstance(target, np.ndarray) else target for _, target in images.source.samples]
+    targets = [int(np.argmax(target)) if isinstance(target, np.ndarray) else target for _, target in images.source.samples]
     order = np.argsort(targets, kind="stable")
     chosen = order[np.unique(np.linspace(0, len(order) - 1, ROWS).astype(int))].tolist()
     plain = ImageDataset(images.source, build_transform(config, training=False), images.mode)
