@@ -21,6 +21,7 @@ ROOMS = [
     ["litv2.layers"],
     ["litv2.model"],
     ["litv2.preprocess", "litv2.inference", "litv2.weights"],
+    ["litv2.image_list", "litv2.image_batches", "litv2.features", "litv2.probes"],
     ["litv2.factory"],
     ["litv2.timm_bridge", "litv2.openmmlab"],
     ["litv2.mm_backbone", "litv2.export"],
