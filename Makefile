@@ -7,7 +7,8 @@
 # make locks       renews locks/: every package that each requirements file leads to, with its version and hashes
 # make audit       looks for known vulnerabilities of the locked packages, where the data can be had
 # make sbom        writes output/sbom.json, what is installed in .venv, in CycloneDX's format
-# make faults   kills trainings, fills their disks and takes their processes away, hundreds of times, and resumes them: an hour or more
+# make faults   kills trainings, fills their disks and takes their processes away, hundreds of times, and resumes them; gives damaged files
+#               to every reader; watches the memory of long runs: a night
 # All reuse what an earlier call has set up. PYTHON=... chooses the interpreter.
 
 PYTHON ?= python3
@@ -66,7 +67,10 @@ sbom: .venv/supply
 	$(BIN)/python -m cyclonedx_py environment --output-format JSON --output-file output/sbom.json
 
 faults: .venv/test .venv/mm
+	mkdir -p output
 	$(BIN)/python -m tests.faults --times 20 --json output/faults.json
+	$(BIN)/python -m tests.faults.fuzz --inputs 1000000 --seed 1 --json output/fuzz.json
+	$(BIN)/python -m tests.faults.long --json output/long.json
 
 # Into the user's cache folder, which knows by itself what is there already: several clones share one build.
 operators: .venv/ready

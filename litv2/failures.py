@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import queues, util
+from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
@@ -75,12 +76,19 @@ def start_worker(also: Callable[[int], object] | None, worker: int) -> None:
     """With ``also`` bound, the ``worker_init_fn`` of a loader.
 
     A batch that a worker cannot send, for lack of file handles, would be lost without an error, and the trainer would wait for it for ever.
-    So the worker ends, which the trainer reports.
+    So the worker ends, which the trainer reports. If the trainer ends, its workers do so without a traceback.
     """
+    sys.excepthook = _unless_connection_lost
     queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))  # type: ignore[attr-defined]
     util.Finalize(None, _raise_limit_of_files, exitpriority=1)  # what Python cleans up when the process ends needs one, too
     if also is not None:
         also(worker)
+
+
+def _unless_connection_lost(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Of a worker's thread that hands over batches: whoever asked it for one has ended."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _raise_limit_of_files() -> None:

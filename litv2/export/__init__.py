@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,10 @@ from .parity import ParityError, compare, print_report, write_report
 from .settings import Network, Settings
 
 __all__ = ["FORMATS", "Network", "ParityError", "Settings", "classifier", "export", "load", "pyramid", "suffix"]
+
+# Two runtimes report their use, and what they load, to servers of their makers, from their import on.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # as if it were not installed
 
 # The module of each format and its name there. Modules are imported on demand, since each needs its own packages.
 FORMATS = {

@@ -294,6 +294,23 @@ def test_a_missing_package_is_named_with_its_extra(format, package, tmp_path):
     assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
 
 
+def test_runtimes_report_to_nobody():
+    """They are told so before they are imported."""
+    pytest.importorskip("openvino")
+    code = """if True:
+        import os, sys
+        def watch(event, details):
+            if event == "import" and details[0] == "onnxruntime":
+                print("switch", os.environ["ORT_DISABLE_TELEMETRY"])
+        sys.addaudithook(watch)
+        from litv2.export import onnx_graph, openvino_ir, quantize
+        from openvino.tools.ovc import telemetry_utils
+        print(telemetry_utils.tm.__name__)
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.stdout.splitlines() == ["switch 1", "openvino.tools.ovc.telemetry_stub"], done.stderr
+
+
 def test_every_format_has_a_command_line():
     done = run_command("export", "--help")
     assert done.returncode == 0 and all(format in done.stdout for format in FORMATS)

@@ -10,6 +10,7 @@ import re
 import socket
 import subprocess
 import sys
+from multiprocessing import queues
 from multiprocessing.connection import Connection
 
 import pytest
@@ -91,6 +92,15 @@ def test_a_worker_that_dies_while_it_sends(sent, line):
             connection.send_bytes(b"a question")
         theirs.close()
         connection.recv_bytes()
+
+
+@pytest.mark.parametrize("error, shown", [(ConnectionResetError(), ""), (EOFError(), ""), (KeyError("a"), "KeyError: 'a'\n")])
+def test_a_worker_whose_trainer_has_ended_shows_no_traceback(error, shown, monkeypatch, capsys):
+    monkeypatch.setattr(queues.Queue, "_on_queue_feeder_error", None)
+    monkeypatch.setattr(sys, "excepthook", None)
+    start_worker(None, 0)
+    sys.excepthook(type(error), error, None)
+    assert capsys.readouterr().err == shown
 
 
 def test_a_server_that_ends_is_no_worker():
