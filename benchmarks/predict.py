@@ -38,7 +38,7 @@ def main() -> None:
         raise UserError(f"--images {args.images}: expected two sizes or more, since the start of the command does not count")
     sources = image_list([args.data_path])
     classifier = Classifier(args.checkpoint)
-    rows = []
+    measured: dict[int, tuple[float, float, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for count in sorted(args.images):
             images = Path(folder, str(count))
@@ -46,16 +46,18 @@ def main() -> None:
             for i in range(count):
                 source = sources[i % len(sources)].resolve()
                 (images / f"{i:07}{source.suffix}").symlink_to(source)
-            seconds, mebibytes = command(images, args)
-            reading = read(images, classifier, args.batch_size)
-            rows.append(dict(images=count, seconds=round(seconds, 1), reading_s=round(reading, 1), peak_MiB=round(mebibytes)))
-            say(str(rows[-1]))
-    more, first, last = rows[-1]["images"] - rows[0]["images"], rows[0], rows[-1]
+            measured[count] = (*command(images, args), read(images, classifier, args.batch_size))
+            say(f"{count} images: done")
+    least, most = min(measured), max(measured)
     rates = dict(
-        predict=more / (last["seconds"] - first["seconds"]), reading=last["images"] / last["reading_s"], model=compute(classifier, args)
+        predict=(most - least) / (measured[most][0] - measured[least][0]), reading=most / measured[most][2], model=compute(classifier, args)
     )
-    title = ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items())
-    publish(rows, args.out, f"images/s: {title}", batch_size=args.batch_size, img_size=classifier.size)
+    title = "images/s: " + ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items())
+    rows = [
+        dict(images=count, seconds=round(seconds, 1), peak_MiB=round(mebibytes), reading_s=round(reading, 1))
+        for count, (seconds, mebibytes, reading) in measured.items()
+    ]
+    publish(rows, args.out, title, batch_size=args.batch_size, img_size=classifier.size)
 
 
 def command(images: Path, args: argparse.Namespace) -> tuple[float, float]:

@@ -82,7 +82,7 @@ def read_features(path: Path) -> Features:
                 raise UserError("it is compressed")
             file.seek(0)
             with np.load(file, allow_pickle=False) as arrays:
-                found = {name: arrays[name] for name in Features.__annotations__}
+                found = {name: np.asarray(arrays[name]) for name in Features.__annotations__}  # of a damaged array, it may return the bytes
     except Exception as error:  # damaged files raise all kinds of exceptions
         if isinstance(error, OSError) and (error.filename is not None or is_shortage(error)):
             raise

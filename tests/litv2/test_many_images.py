@@ -16,6 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
+from command_helpers import run_here
+from document_helpers import documented
 from helpers import TINY, tiny_model, write_images
 from litv2.__main__ import main
 from litv2.errors import UserError
@@ -75,6 +77,47 @@ def fails(capsys, *arguments) -> str:
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     return line
+
+
+# As documented
+
+
+DOCUMENT = "docs/many-images.md"
+
+
+@pytest.fixture
+def files(images, checkpoint, embedded, tmp_path) -> dict[str, Path]:
+    """The image beside the folders has no class, which knn and the probe would refuse."""
+    written = {name: tmp_path / name for name in ("predictions.csv", "train.npz", "val.npz")}
+    content = read_features(embedded)
+    for name in ("train.npz", "val.npz"):
+        write_features(written[name], replace(content, **{key: getattr(content, key)[:-1] for key in ("features", "images", "classes")}))
+    return {"FILE": checkpoint, "DIR": images / "c", "IMAGE": images / "b/1.png", **written}
+
+
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python -m litv2 predict DIR .*"), ids=str)
+def test_documented_predict(command, files, monkeypatch):
+    run_here(monkeypatch, command, files=files)
+    assert len(files["predictions.csv"].read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python -m litv2 embed .*"), ids=str)
+def test_documented_embed(command, files, monkeypatch):
+    run_here(monkeypatch, command, files=files)
+    assert read_features(files["train.npz"]).features.shape == (3, 256)
+
+
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python -m litv2 (knn|linear-probe) .*"), ids=str)
+def test_documented_probes(command, files, monkeypatch, capsys):
+    """With few images; on the training images themselves the nearest neighbour is right."""
+    run_here(monkeypatch, command, *(["--k", "1"] if "knn" in command.line else ["--C", "1"]), files=files)
+    assert "12 images, 95 % interval" in (printed := capsys.readouterr().out) and (": 100.00%" in printed or "knn" not in command.line)
+
+
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python -m litv2 nearest .*"), ids=str)
+def test_documented_nearest(command, files, tmp_path, monkeypatch, capsys):
+    run_here(monkeypatch, command, "--out", tmp_path / "nearest.png", files=files)
+    assert len(capsys.readouterr().out.splitlines()) == 9 and (tmp_path / "nearest.png").is_file()
 
 
 # The list of images
