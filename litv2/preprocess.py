@@ -29,6 +29,7 @@ __all__ = [
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for RGB in [0, 1]
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # that are decoded; for some others Pillow starts programs
 PIXELS = 89_478_485  # of an image at most, where Pillow only warns: a file of 1 KiB may take 12 bytes for each
+LARGEST_SIDE = 2048  # of images that a checkpoint may ask for: a file must not choose how much memory a prediction takes
 MOST_ELONGATED = 100  # width by height or height by width: a transform enlarges the short side to that of its crop
 CROP = 224 / 256  # side of the crop relative to the short side of the resized image
 
@@ -96,6 +97,9 @@ def evaluation_size(config: dict | None, release: Release | None = None) -> tupl
     """Returns the side of a classifier's evaluation images in pixels and whether they are crops of larger ones.
 
     Taken from the published model, if it is one, else from the trainer's configuration in the checkpoint; None if that does not say.
+
+    Raises:
+        UserError: the side is implausibly large.
     """
     if release is not None:
         return release.image_size[0], release.image_size[0] < 384
@@ -103,10 +107,12 @@ def evaluation_size(config: dict | None, release: Release | None = None) -> tupl
         return None
     try:
         test = config.get("TEST") or {}
-        side = int(test.get("IMG_SIZE") or config["DATA"]["IMG_SIZE"])
-        return (side, bool(test.get("CROP", True))) if side > 0 else None
-    except (KeyError, TypeError, ValueError, AttributeError):  # a checkpoint may hold anything
+        side, crop = int(test.get("IMG_SIZE") or config["DATA"]["IMG_SIZE"]), bool(test.get("CROP", True))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):  # a checkpoint may hold anything
         return None
+    if side > LARGEST_SIDE:
+        raise UserError(f"the checkpoint's configuration has images of more than {LARGEST_SIDE} pixels on a side")
+    return (side, crop) if side > 0 else None
 
 
 def normalisation(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -16,6 +16,7 @@ from PIL import Image
 from helpers import ROOT, SHARED, TINY, max_difference, normal, run_trainer, shared, tiny_model, write_images
 from litv2 import LITv2
 from litv2.__main__ import COMMANDS, main
+from litv2.errors import UserError
 from litv2.factory import load_model
 from litv2.preprocess import evaluation_size
 from litv2.weights.architecture import infer_arguments
@@ -315,6 +316,7 @@ def test_what_a_file_does_not_tell_is_said(ours, tmp_path, capsys):
         ("a.pth", dict(DATA=dict(IMG_SIZE=64), TEST=dict(CROP=False, IMG_SIZE=96)), (96, False)),
         ("a.pth", dict(DATA=dict(IMG_SIZE=64)), (64, True)),
         ("a.pth", dict(DATA=dict(IMG_SIZE="large")), None),
+        ("a.pth", dict(DATA=dict(IMG_SIZE=float("inf"))), None),
         ("a.pth", ["no configuration"], None),
         ("a.pth", None, None),
         ("litv2_base_384", None, (384, False)),
@@ -324,6 +326,11 @@ def test_what_a_file_does_not_tell_is_said(ours, tmp_path, capsys):
 )
 def test_size_of_evaluation_images(name, config, expected):
     assert evaluation_size(config, release_of(name)) == expected
+
+
+def test_a_checkpoint_does_not_choose_the_memory():
+    with pytest.raises(UserError, match="images of more than 2048 pixels on a side"):
+        evaluation_size(dict(DATA=dict(IMG_SIZE=10**400)))
 
 
 def test_predict_and_export_agree_on_the_size(ours):
