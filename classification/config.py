@@ -18,8 +18,11 @@ from typing import Any
 from yacs.config import CfgNode as CN
 
 import release_keys
+from data.corruption import corruption_kinds
+from data.sources import FOLDERS
 from litv2.errors import UserError, listed
 from optim import LOOKAHEAD, SCHEDULES, optimizer_names
+from parquet import pyarrow
 from plain_yaml import parse
 
 _C = CN()
@@ -31,6 +34,8 @@ _C.DATA.DATA_PATH = ""  # root of the data set; --data-path
 _C.DATA.DATASET = "digits"  # a name of data/sources.py, e.g. digits, folder, cifar100, or of timm: hfds/NAME, hfids/NAME, wds/, tfds/NAME
 _C.DATA.TRAIN_SPLIT = "train"  # folder under DATA_PATH, stem of the zip or tar file, or split name of a timm reader
 _C.DATA.VAL_SPLIT = "val"  # the same for validation
+_C.DATA.CLASS_MAP = ""  # imagenet: the folders of VAL_SPLIT are some of ImageNet's 1000 classes, by WordNet ID or number, as in ImageNet-A,
+# -R and -V2, and --eval reduces a classifier of all 1000 to them; no TRAIN_SPLIT is needed; --class-map
 _C.DATA.IMG_SIZE = 224  # side of the square training image in pixels
 _C.DATA.INTERPOLATION = "bicubic"  # interpolation: bicubic | bilinear | random (training only)
 _C.DATA.ZIP_MODE = False  # read train.zip and val.zip with train_map.txt and val_map.txt; --zip
@@ -103,6 +108,13 @@ _C.AUG.MIXUP_MODE = "batch"  # batch | pair | elem; with the last two the host w
 _C.TEST = CN()
 _C.TEST.CROP = True  # resize the short side to 256/224 of the size, then crop the centre; False = resize to the square
 _C.TEST.IMG_SIZE = 0  # side of the evaluation image; 0 = DATA.IMG_SIZE
+_C.TEST.VIEWS = CN()  # test-time augmentation of --eval: mean probabilities over all views, which are CROPS x SCALES, and mirrored ones
+_C.TEST.VIEWS.CROPS = 1  # 1 = the centre | 5 = the corners of the resized image and the centre; --crops
+_C.TEST.VIEWS.FLIP = False  # each view's mirror image too; --flip
+_C.TEST.VIEWS.SCALES = [1.0]  # factors on the side of the evaluation image; --scales
+_C.TEST.CORRUPTIONS = ""  # kinds of ImageNet-C's corruptions that --eval measures the errors under: fog,frost,... or all; --corruptions
+_C.TEST.SEVERITIES = [1, 2, 3, 4, 5]  # of the corruptions
+_C.TEST.PREDICTIONS = "csv"  # csv | parquet: the report has predictions.parquet, too, which needs pyarrow
 
 _C.AMP = "auto"  # mixed precision: auto = fp16 on CUDA, else off | on = fp16 on CUDA, else bf16 | off | fp16 | bf16; --amp
 _C.TF32 = False  # CUDA rounds the factors of float32 products and convolutions, those of offsets too, to 10 bits
@@ -121,9 +133,12 @@ _C.THROUGHPUT_MODE = False  # time the model and stop; --throughput
 
 DEEPEST_BASE = 10  # files that name each other as BASE
 _CHOICES = {
+    "DATA.CLASS_MAP": ("", "imagenet"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
     "DATA.CACHE_MODE": ("no", "full", "part"),
     "MODEL.LIT.IN_CHANS": (1, 3),
+    "TEST.VIEWS.CROPS": (1, 5),
+    "TEST.PREDICTIONS": ("csv", "parquet"),
     "AUG.REMODE": ("const", "rand", "pixel"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "AMP": ("auto", "on", "off", "fp16", "bf16"),
@@ -212,6 +227,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", dest="OUTPUT", metavar="DIR", help="root of the output folder OUTPUT/MODEL.NAME/TAG")
     add("--tag", dest="TAG", metavar="NAME", help="name of the run")
     add("--eval", dest="EVAL_MODE", action="store_const", const=True, help="evaluate and stop")
+    add("--class-map", dest="DATA.CLASS_MAP", choices=("imagenet",), help="--eval on folders of some of ImageNet's classes")
+    add("--crops", dest="TEST.VIEWS.CROPS", type=int, choices=_CHOICES["TEST.VIEWS.CROPS"], help="crops of each image for --eval")
+    add("--flip", dest="TEST.VIEWS.FLIP", action="store_const", const=True, help="--eval averages over mirror images, too")
+    add("--scales", dest="TEST.VIEWS.SCALES", nargs="+", type=float, metavar="X", help="--eval averages over these sizes, e.g. 0.9 1 1.1")
+    add("--corruptions", dest="TEST.CORRUPTIONS", nargs="?", const="all", metavar="KINDS", help="--eval under corruptions: fog,... or all")
     add("--throughput", dest="THROUGHPUT_MODE", action="store_const", const=True, help="time the model and stop; needs no data")
     add("--local-rank", "--local_rank", dest="local_rank", type=int, metavar="N", help="set by launchers older than torchrun")
     return parser
@@ -314,7 +334,30 @@ def _check(config: CN) -> None:
     sides = config.AUG.CUTMIX_MINMAX
     if sides and not (len(sides) == 2 and all(type(side) in (int, float) for side in sides) and 0 < sides[0] < sides[1] <= 1):
         raise ConfigError(f"AUG.CUTMIX_MINMAX must be two increasing numbers in (0, 1], or [], got {sides}")
+    _check_evaluation(config)
     for name, known in (("TRAIN.OPTIMIZER.NAME", optimizer_names()), ("TRAIN.LR_SCHEDULER.NAME", list(SCHEDULES))):
         if get(name).removeprefix(LOOKAHEAD) not in known:
             near = difflib.get_close_matches(get(name), known, cutoff=0.4) or known
             raise ConfigError(f"{name}={get(name)!r} is unknown; similar names: {listed(near)}")
+
+
+def _check_evaluation(config: CN) -> None:
+    """Of --eval, what it needs besides the model; packages too, since it would take them only after minutes."""
+    if config.DATA.CLASS_MAP and not (config.EVAL_MODE and config.DATA.DATASET in FOLDERS and not config.DATA.ZIP_MODE):
+        raise ConfigError(f"DATA.CLASS_MAP is for --eval on folders (DATA.DATASET {', '.join(FOLDERS)})")
+    views = config.TEST.VIEWS
+    if not views.SCALES or min(views.SCALES) <= 0 or len(set(views.SCALES)) < len(views.SCALES):
+        raise ConfigError(f"TEST.VIEWS.SCALES must be different factors above 0, got {views.SCALES}")
+    if views.CROPS > 1 and not config.TEST.CROP:
+        raise ConfigError(f"TEST.VIEWS.CROPS={views.CROPS} needs TEST.CROP=True: without it the whole image is the only crop")
+    if not config.TEST.SEVERITIES or not set(config.TEST.SEVERITIES) <= {1, 2, 3, 4, 5}:
+        raise ConfigError(f"TEST.SEVERITIES must be some of 1 to 5, got {config.TEST.SEVERITIES}")
+    corruption_kinds(config.TEST.CORRUPTIONS)
+    if not config.EVAL_MODE and (config.TEST.CORRUPTIONS or views != _C.TEST.VIEWS):
+        raise ConfigError("TEST.VIEWS and TEST.CORRUPTIONS are for --eval: other evaluations take the centre of the image as it is")
+    if config.TEST.CORRUPTIONS and (side := config.TEST.IMG_SIZE or config.DATA.IMG_SIZE) < 32:
+        raise ConfigError(f"TEST.CORRUPTIONS needs images of at least 32 pixels, got {side}")
+    if config.TEST.CORRUPTIONS and views != _C.TEST.VIEWS:
+        raise ConfigError("errors under TEST.CORRUPTIONS are measured without TEST.VIEWS; use one of the two")
+    if config.TEST.PREDICTIONS == "parquet":
+        pyarrow()

@@ -100,6 +100,15 @@ def gather(value: Any) -> list:
     return values
 
 
+def gather_at_first(value: Any) -> list:
+    """Returns the ``value`` of every process, ordered by rank, at rank 0, and nothing at the others: for large ones."""
+    if world_size() == 1:
+        return [value]
+    values: list = [None] * world_size() if rank() == 0 else []
+    dist.gather_object(value, values or None)
+    return values
+
+
 def broadcast_buffers(module: nn.Module) -> None:
     """Copies rank 0's buffers to every process: batch-norm statistics differ between ranks after a training step."""
     if world_size() > 1:

@@ -239,6 +239,11 @@ def train_one_epoch(
         raise StopRequested(max(distributed.gather(stop.received if stop is not None else 0)))
 
 
+def logits_of(model: nn.Module, images: Tensor, precision: Precision) -> Tensor:
+    """The logits (B, classes), float32, of a model of ``Precision.for_inference`` for images (B, C, H, W)."""
+    return model(images.to(precision.device, non_blocking=True).to(precision.dtype)).float()
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -250,12 +255,13 @@ def evaluate(
     log: Callable[[str], None],
     stop: StopSignals | None = None,
     keep: Predictions | None = None,
+    predict: Callable[[nn.Module, Tensor, Precision], Tensor] = logits_of,
 ) -> dict[str, float]:
     """Computes exact top-1 and top-5 (percent) and cross-entropy over all processes, counting each image once.
 
     Sums and counts are reduced once, at the end, so that ranks may have different numbers of images. ``expected`` is the size of
     the data set; unreadable images are left out and logged. Mixed precision takes a copy of the model with half-precision weights.
-    ``keep`` collects the logits of this process.
+    ``keep`` collects the logits of this process, which ``predict`` computes.
 
     Raises:
         RuntimeError: the number of images differs from the expected one.
@@ -273,7 +279,7 @@ def evaluate(
         if not len(batch.targets):
             continue
         targets = batch.targets.to(device, non_blocking=True)
-        logits = model(batch.images.to(device, non_blocking=True).to(precision.dtype)).float()
+        logits = predict(model, batch.images, precision)
         if keep is not None:
             keep.add(batch.names, batch.targets, logits)
         top = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]

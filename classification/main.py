@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import cast
 
@@ -29,10 +30,12 @@ from yacs.config import CfgNode
 import checkpoint
 import distributed
 import engine
-from config import parse_args
+from class_map import imagenet_outputs, keep_outputs
+from config import default_config, parse_args
 from data import build_loaders
-from data.loader import Loaders
+from data.loader import Loaders, with_transform
 from data.sources import DataError
+from litv2.classes import imagenet_classes
 from litv2.compilation import COMPILE_OPTIONS
 from litv2.errors import UserError, run_program
 from litv2.failures import in_one_line
@@ -47,8 +50,10 @@ from logger import close_log, open_log
 from network import build_model
 from precision import Precision, choose_precision, set_tf32
 from report import PAGE, REPORT, Predictions, write_report
+from robustness import measure_robustness
 from throughput import measure_throughput
 from training import Training, seed_everything
+from views import MeanPrediction, Views, count_views
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -134,10 +139,23 @@ def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: 
             load_weights(model, find_weights(resumed))
         elif not config.MODEL.PRETRAINED:
             raise UserError("--eval needs the weights to evaluate: --resume FILE or --pretrained FILE_OR_NAME")
-        seen = Predictions()
-        result = engine.evaluate(model, loaders.val, precision, expected=loaders.val_size, bad_files=bad_files, log=log.info, keep=seen)
+        if config.DATA.CLASS_MAP:
+            keep_outputs(model, imagenet_outputs(loaders.class_names))
+            log.info(f"of the classifier's 1000 outputs, the {len(loaders.class_names)} of the data's classes are kept")
+        seen, images, predict = Predictions(), loaders.val, engine.logits_of
+        if config.TEST.VIEWS != default_config().TEST.VIEWS:
+            images, predict = with_transform(images, Views(config)), MeanPrediction(config.TEST.VIEWS.FLIP)
+            log.info(f"test-time augmentation: mean probabilities over {count_views(config)} views of each image")
+        start = time.perf_counter()
+        result = engine.evaluate(
+            model, images, precision, expected=loaders.val_size, bad_files=bad_files, log=log.info, keep=seen, predict=predict
+        )
+        robustness = None
+        if config.TEST.CORRUPTIONS:
+            clean, seconds = result["top1"], time.perf_counter() - start
+            robustness = measure_robustness(model, loaders, precision, config, clean=clean, seconds=seconds, log=log.info)
         with Outputs(log.warning).writing(folder / REPORT):
-            write_report(folder / REPORT, seen, loaders, config)
+            write_report(folder / REPORT, seen, loaders, config, robustness)
             log.info(f"classes, confusions, calibration, mistakes and predictions: {folder / REPORT / PAGE}")
         log.info(f"Acc@1 {result['top1']:.3f}  Acc@5 {result['top5']:.3f}  loss {result['loss']:.4f}  images {result['images']}")
         # The release's two lines, for programs that parse its logs.
@@ -183,13 +201,18 @@ def _find_checkpoint(config: CfgNode, folder: Path, log: logging.Logger) -> dict
 
 
 def _check_classes(config: CfgNode, loaders: Loaders, resumed: dict | None) -> int:
-    found = len(loaders.class_names)
+    """Returns the number of the model's classes, which are the data's or, with DATA.CLASS_MAP, ImageNet's."""
+    classes, whose = list(loaders.class_names), "the data"
+    if config.DATA.CLASS_MAP:
+        imagenet_outputs(classes)
+        classes, whose = list(imagenet_classes()), "ImageNet"
+    found = len(classes)
     if config.MODEL.NUM_CLASSES not in (-1, found):
         raise DataError(f"MODEL.NUM_CLASSES={config.MODEL.NUM_CLASSES}, but the training data has {found} classes")
     names = (resumed or {}).get("class_names")
-    if names and list(names) != list(loaders.class_names):
-        raise DataError(f"the classes of the checkpoint ({len(names)}: {', '.join(names[:5])} ...) differ from those of the data "
-                        f"({found}: {', '.join(loaders.class_names[:5])} ...)")  # fmt: skip
+    if names and list(names) != classes:
+        raise DataError(f"the classes of the checkpoint ({len(names)}: {', '.join(names[:5])} ...) differ from those of {whose} "
+                        f"({found}: {', '.join(classes[:5])} ...)")  # fmt: skip
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from yacs.config import CfgNode
 
+from data.transforms import scaled_side
 from litv2 import LITv2
 from litv2.errors import UserError
 
@@ -33,7 +34,12 @@ def build_model(config: CfgNode, num_classes: int) -> LITv2:
     except ValueError as error:
         raise UserError(f"the section MODEL of the configuration is invalid: {error}") from error
     smallest = model.feature_info[-1]["reduction"]
-    for key, side in (("DATA.IMG_SIZE", config.DATA.IMG_SIZE), ("TEST.IMG_SIZE", config.TEST.IMG_SIZE or smallest)):
+    sides = {
+        "DATA.IMG_SIZE": config.DATA.IMG_SIZE,
+        "TEST.IMG_SIZE": config.TEST.IMG_SIZE or smallest,
+        "the side at the smallest of TEST.VIEWS.SCALES": scaled_side(config, min(config.TEST.VIEWS.SCALES)),
+    }
+    for key, side in sides.items():
         if side < smallest:
             raise UserError(f"{key}={side} is too small for this model: each side must be at least {smallest} pixels")
     model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)

@@ -7,10 +7,10 @@ import csv
 import html
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,10 @@ from data.dataset import ImageDataset
 from data.loader import Loaders
 from data.transforms import denormalise
 from litv2.files import atomic_write
+from parquet import write_parquet
+
+if TYPE_CHECKING:
+    from robustness import Robustness
 
 REPORT, PAGE = "report", "report.html"  # the folder within a run's, and the page in it
 TOP = 5
@@ -43,25 +47,39 @@ class Predictions:
         self.targets.append(targets)
         self.logits.append(logits)
 
-    def of_all_processes(self) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """Returns names, targets (N,) and logits (N, classes) in the order of the names, whatever the number of processes."""
+    def of_all_processes(self, gather: Callable[[Any], list] = distributed.gather) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """Returns names, targets (N,) and logits (N, classes) in the order of the names, whatever the number of processes.
+
+        Every process must call it. With ``distributed.gather_at_first`` only rank 0 gets them, and the others nothing.
+        """
         own = (self.names, *(torch.cat(parts).cpu().numpy() if parts else None for parts in (self.targets, self.logits)))
-        parts = [part for part in distributed.gather(own) if part[0]]
+        parts = [part for part in gather(own) if part[0]] or [([], np.empty(0), np.empty(0))]
         names = [name for part in parts for name in part[0]]
         order = sorted(range(len(names)), key=names.__getitem__)
         return [names[i] for i in order], *(np.concatenate([part[i] for part in parts])[order] for i in (1, 2))
 
 
-def write_report(folder: Path, predictions: Predictions, loaders: Loaders, config: CfgNode) -> None:
-    """Writes the report of an evaluation into ``folder``; every process must call it, and rank 0 writes."""
-    found, class_names = predictions.of_all_processes(), loaders.class_names
+def write_report(
+    folder: Path, predictions: Predictions, loaders: Loaders, config: CfgNode, robustness: Robustness | None = None
+) -> None:
+    """Writes the report of an evaluation into ``folder``, with the errors under corruption if they were measured.
+
+    Every process must call it, and rank 0 writes.
+    """
+    found, class_names = predictions.of_all_processes(distributed.gather_at_first), loaders.class_names
     if distributed.rank() != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
     report = Report(*found, class_names)
+    if robustness is not None:
+        report.summary["corruptions"] = robustness.summary()
+        _write_csv(folder / "corruptions.csv", robustness.table())
+        robustness.draw(folder / "corruptions.png")
     with atomic_write(folder / "summary.json") as draft:
         draft.write_text(json.dumps(report.summary, indent=1) + "\n")
     _write_csv(folder / "predictions.csv", report.predictions())
+    if config.TEST.PREDICTIONS == "parquet":
+        write_parquet(folder / "predictions.parquet", report.predictions())
     _write_csv(folder / "classes.csv", report.classes())
     counts = [[name, *row] for name, row in zip(class_names, report.confusion.tolist())]
     _write_csv(folder / "confusion.csv", [["true \\ predicted", *class_names], *counts])
@@ -72,7 +90,7 @@ def write_report(folder: Path, predictions: Predictions, loaders: Loaders, confi
         with atomic_write(folder / name) as draft:
             figure.savefig(draft, format="png", dpi=100)
     with atomic_write(folder / PAGE) as draft:
-        draft.write_text(_page(report, folder, list(pictures)), encoding="utf-8")
+        draft.write_text(_page(report, folder, [*pictures, *(["corruptions.png"] if robustness else [])]), encoding="utf-8")
 
 
 class Report:
@@ -104,11 +122,6 @@ class Report:
 
     def _summary(self) -> dict[str, Any]:
         from scipy.special import softmax
-        from scipy.stats import binomtest
-
-        def interval(hits: int) -> list[float]:
-            low, high = binomtest(hits, len(self.names)).proportion_ci(method="wilson")
-            return [round(100 * float(low), 3), round(100 * float(high), 3)]
 
         top1, top5 = int(self.right.sum()), int((self.order == self.targets[:, None]).any(axis=1).sum())
         present = self.per_class[3] > 0
@@ -120,9 +133,9 @@ class Report:
             images=len(self.names),
             classes=len(self.class_names),
             top1=100 * top1 / len(self.names),
-            top1_interval=interval(top1),
+            top1_interval=wilson_interval(top1, len(self.names)),
             top5=100 * top5 / len(self.names),
-            top5_interval=interval(top5),
+            top5_interval=wilson_interval(top5, len(self.names)),
             balanced_accuracy=100 * float(recall.mean()),
             balanced_accuracy_interval=[round(100 * float(value), 3) for value in np.percentile(balanced.mean(axis=1), [2.5, 97.5])],
             macro_f1=100 * float(self.per_class[2][present].mean()),
@@ -133,10 +146,10 @@ class Report:
         )
 
     def predictions(self) -> Iterable[list]:
-        best = [f"{what}{i + 1}" for i in range(self.order.shape[1]) for what in ("class", "share")]
-        yield ["image", "true", "predicted", "right", "confidence", *best]
+        header = [f"{what}{i + 1}" for i in range(self.order.shape[1]) for what in ("class", "share")]
+        yield ["image", "true", "predicted", "right", "confidence", *header]
         for i, name in enumerate(self.names):
-            best = [value for j in self.order[i] for value in (self.class_names[j], f"{self.probabilities[i, j]:.6f}")]
+            best: list[Any] = [value for j in self.order[i] for value in (self.class_names[j], round(float(self.probabilities[i, j]), 6))]
             yield [name, self.class_names[self.targets[i]], best[0], int(self.right[i]), best[1], *best]
 
     def classes(self) -> Iterable[list]:
@@ -150,6 +163,14 @@ class Report:
         pairs = np.argsort(-errors, axis=None, kind="stable")[:LISTED]
         rows = [(*divmod(int(pair), len(self.class_names)), int(errors.flat[pair])) for pair in pairs]
         return [(self.class_names[a], self.class_names[b], count) for a, b, count in rows if count]
+
+
+def wilson_interval(hits: int, images: int) -> list[float]:
+    """The 95 % interval of an accuracy, in percent."""
+    from scipy.stats import binomtest
+
+    low, high = binomtest(hits, images).proportion_ci(method="wilson")
+    return [round(100 * float(low), 3), round(100 * float(high), 3)]
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
@@ -179,7 +200,7 @@ def _temperature(logits: np.ndarray, targets: np.ndarray) -> float:
 
 def _write_csv(path: Path, rows: Iterable[list]) -> None:
     with atomic_write(path) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
+        csv.writer(file).writerows([f"{value:.6f}" if isinstance(value, float) else value for value in row] for row in rows)
 
 
 def _draw_confusion(report: Report) -> Any:
@@ -267,6 +288,7 @@ def _page(report: Report, folder: Path, pictures: list[str]) -> str:
     classes = list(report.classes())
     worst = sorted(classes[1:], key=lambda row: float(row[3]))
     titles = {"confusion.png": "Confusion matrix", "calibration.png": "Calibration", "mistakes.png": "Most confident mistakes"}
+    titles["corruptions.png"] = "Accuracy on corrupted images"
     parts = [f"<h2>{summary['images']} images of {summary['classes']} classes</h2>", table(["figure", "value", "95 % interval"], figures)]
     parts += ["<h2>Confused most often</h2>", table(["true", "predicted", "images"], report.confused())]
     for name in pictures:

@@ -6,7 +6,7 @@ import re
 
 from .errors import MissingPackage, UserError
 
-__all__ = ["class_names"]
+__all__ = ["class_names", "imagenet_classes"]
 
 
 def class_names(content: dict, classes: int) -> list[str]:
@@ -21,11 +21,16 @@ def class_names(content: dict, classes: int) -> list[str]:
     names = names and [str(name) for name in names]
     if names and not all(re.fullmatch(r"n\d{8}", name) for name in names):
         return names
+    descriptions = imagenet_classes()
+    return [descriptions.get(name, name) for name in map(str, names)] if names else list(descriptions.values())
+
+
+def imagenet_classes() -> dict[str, str]:
+    """Returns the WordNet IDs of ImageNet's 1000 classes, in the order of the classifiers' outputs, and what they mean in words."""
     try:
         from timm.data import ImageNetInfo
     except ImportError as error:
         raise MissingPackage(f"{error}; ImageNet's class names need timm: pip install timm") from error
 
     imagenet = ImageNetInfo()
-    descriptions = {imagenet.index_to_label_name(i): str(imagenet.index_to_description(i)) for i in range(1000)}
-    return [descriptions.get(name, name) for name in map(str, names)] if names else list(map(str, descriptions.values()))
+    return {str(imagenet.index_to_label_name(i)): str(imagenet.index_to_description(i)) for i in range(1000)}

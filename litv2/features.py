@@ -6,6 +6,7 @@ import hashlib
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -13,7 +14,7 @@ from torch import nn
 from .errors import MissingPackage, UserError
 from .files import atomic_write, is_shortage
 
-__all__ = ["Features", "fingerprint", "read_features", "write_features"]
+__all__ = ["Features", "fingerprint", "pyarrow", "read_features", "write_features"]
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,20 @@ def write_features(path: Path, content: Features) -> None:
                 np.savez(file, **vars(content))
 
 
-def _write_parquet(path: Path, content: Features) -> None:
+def pyarrow() -> Any:
+    """Returns the package, with its module parquet; raises MissingPackage without it."""
     try:
-        import pyarrow
-        from pyarrow import parquet
+        import pyarrow.parquet
     except ImportError as error:
-        raise MissingPackage(f"{error}; Parquet needs: pip install 'litv2[parquet]'") from error
+        raise MissingPackage(f"{error}; Parquet needs pyarrow: pip install pyarrow") from error
+    return pyarrow
 
-    rows = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(content.features.reshape(-1)), content.features.shape[1])
+
+def _write_parquet(path: Path, content: Features) -> None:
+    arrow = pyarrow()
+    rows = arrow.FixedSizeListArray.from_arrays(arrow.array(content.features.reshape(-1)), content.features.shape[1])
     columns = {"image": content.images.tolist(), "class": content.classes.tolist(), "features": rows}
-    parquet.write_table(pyarrow.table(columns, metadata={"model": content.model}), path)
+    arrow.parquet.write_table(arrow.table(columns, metadata={"model": content.model}), path)
 
 
 def read_features(path: Path) -> Features:

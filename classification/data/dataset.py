@@ -19,14 +19,14 @@ from .sources import DataError, ListSource
 
 
 class Sample(NamedTuple):
-    image: Tensor | None  # (C, H, W), None if it could not be read
+    image: Tensor | None  # (C, H, W), or a list of views, whatever the transform makes; None if it could not be read
     target: int
     name: str
     unreadable: tuple[str, ...]  # "path: reason" of each file that was skipped
 
 
 class Batch(NamedTuple):
-    images: Tensor  # (B, C, H, W)
+    images: Tensor  # (B, C, H, W); where the transform makes views, a list with (B, views, C, H, W) for each size
     targets: Tensor  # (B,) int64
     names: list[str]
     unreadable: list[str]
@@ -102,8 +102,13 @@ def collate(samples: list[Sample]) -> Batch:
     good = [sample for sample in samples if sample.image is not None]
     images = [sample.image for sample in samples if sample.image is not None]
     return Batch(
-        torch.stack(images) if images else torch.empty(0),
+        _stacked(images) if images else torch.empty(0),
         torch.tensor([sample.target for sample in good], dtype=torch.int64),
         [sample.name for sample in good],
         [report for sample in samples for report in sample.unreadable],
     )
+
+
+def _stacked(images: list[Any]) -> Any:
+    """Stacks the images, or the views of each size."""
+    return torch.stack(images) if isinstance(images[0], Tensor) else [torch.stack(size) for size in zip(*images)]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from yacs.config import CfgNode
 
 import distributed
@@ -76,6 +78,22 @@ def build_loaders(config: CfgNode) -> Loaders:
         steps_per_epoch=sampler.count // sampler.batch_size,
         batch_size=sampler.batch_size,
         sampler=sampler,
+    )
+
+
+def with_transform(loader: DataLoader, transform: Callable) -> DataLoader:
+    """Returns a loader for one pass over the same images of this process, through another transform."""
+    dataset: Any = copy.copy(loader.dataset)
+    dataset.transform = transform
+    return DataLoader(
+        dataset,
+        loader.batch_size,
+        sampler=None if isinstance(dataset, IterableDataset) else loader.sampler,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        generator=torch.Generator(),
     )
 
 

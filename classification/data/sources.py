@@ -68,7 +68,7 @@ def open_sources(config: CfgNode) -> tuple[ListSource, ListSource]:
             raise DataError("DATA.DATASET is digits, which is not read from --data-path; set it to folder for your own images")
         train, val = _digits()
     elif data.DATASET in FOLDERS:
-        train = _folder(config, data.TRAIN_SPLIT)
+        train = _folder(config, data.VAL_SPLIT if data.CLASS_MAP else data.TRAIN_SPLIT)
         val = _folder(config, data.VAL_SPLIT, train.class_names)
     elif data.DATASET in CIFAR:
         train, val = (_cifar(config, training) for training in (True, False))

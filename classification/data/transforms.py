@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from timm.data import create_transform
+from torchvision.transforms import Compose
 from yacs.config import CfgNode
 
 from litv2.errors import UserError
@@ -40,8 +42,19 @@ def build_transform(config: CfgNode, training: bool) -> Callable:
             )
         except AssertionError as error:  # timm's error for an invalid policy
             raise UserError(f"AUG.AUTO_AUGMENT={aug.AUTO_AUGMENT!r} is not a timm policy: {error}") from error
-    size = config.TEST.IMG_SIZE or config.DATA.IMG_SIZE
-    return evaluation_transform(size, config.TEST.CROP, channels, "bicubic" if interpolation == "random" else interpolation)
+    return evaluation_steps(config)
+
+
+def evaluation_steps(config: CfgNode, scale: float = 1.0) -> Compose:
+    """The preprocessing of evaluations, its image side times ``scale``: resize, crop, convert to a tensor, normalise."""
+    side, interpolation = scaled_side(config, scale), config.DATA.INTERPOLATION
+    how = "bicubic" if interpolation == "random" else interpolation
+    return cast(Compose, evaluation_transform(side, config.TEST.CROP, config.MODEL.LIT.IN_CHANS, how))
+
+
+def scaled_side(config: CfgNode, scale: float = 1.0) -> int:
+    """The side of evaluation images in pixels."""
+    return round(scale * (config.TEST.IMG_SIZE or config.DATA.IMG_SIZE))
 
 
 def denormalise(images: torch.Tensor, config: CfgNode) -> torch.Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from ..features import Features, fingerprint, write_features
+from ..features import Features, fingerprint, pyarrow, write_features
 from ..image_list import image_list
 from .images import add_classifier, add_loading, check_target, load_classifier, over_images, report_unreadable
 
@@ -28,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.folder.is_dir():
         raise UserError(f"{args.folder}: expected a folder of images")
     check_target(args.out)
+    if args.out.suffix == ".parquet":
+        pyarrow()  # before hours of work
     paths = image_list([args.folder])
     classifier = load_classifier(args)
     unreadable: list[str] = []

@@ -106,6 +106,33 @@ def test_evaluation(command, images, tmp_path, monkeypatch, capsys):
     assert f" * Acc@1 {right}00 Acc@5 100.000\n" in printed and f"network on the 4 test images: {right}%\n" in printed
 
 
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python main\.py .* --eval (--crops|--corruptions).*"), ids=str)
+def test_views_and_corruptions(command, images, tmp_path, monkeypatch, capsys):
+    """Whatever the view and, here, the corruption: FILE finds class 0 in every image. One kind and one severity of 15 and 5."""
+    torch.save(weights_for(0), tmp_path / "mine.pth")
+    few = ["TEST.SEVERITIES", "[3]", "TEST.CORRUPTIONS", "contrast"] if "--corruptions" in command.words else []
+    run_here(monkeypatch, command, *smaller(command, tmp_path, *few), files=dict(DIR=images, FILE=tmp_path / "mine.pth"))
+    printed = capsys.readouterr().out
+    assert " * Acc@1 75.000 Acc@5 100.000\n" in printed
+    if few:
+        assert "mean top-1 error under corruption 25.00 % (without 25.00 %)" in printed
+    else:
+        assert "mean probabilities over 20 views of each image" in printed
+
+
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python main\.py .* --class-map imagenet .*"), ids=str)
+def test_some_of_imagenets_classes(command, tmp_path, monkeypatch, capsys):
+    """FILE finds a goldfish in every image; the second of the folders has one."""
+    write_images(tmp_path / "imagenet-a", {"n01440764": 3, "n01443537": 1, "n15075141": 1}, size=32)
+    model = LITv2(num_classes=1000, **TINY)
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data.copy_(torch.eye(1000)[1])
+    torch.save(model.state_dict(), tmp_path / "mine.pth")
+    more = smaller(command, tmp_path / "out", "DATA.VAL_SPLIT", "imagenet-a")
+    run_here(monkeypatch, command, *more, files=dict(DIR=tmp_path, FILE=tmp_path / "mine.pth"))
+    assert " * Acc@1 20.000 Acc@5 100.000\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", documented(DOCUMENT, r"python main\.py .* --throughput .*"), ids=str)
 def test_throughput(command, tmp_path, monkeypatch, capsys):
     run_here(monkeypatch, command, *smaller(command, tmp_path))

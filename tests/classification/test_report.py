@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import sys
 
 import matplotlib.image
 import numpy as np
@@ -12,7 +13,9 @@ import pytest
 from scipy.special import log_softmax, softmax
 from sklearn import metrics
 
-from helpers import run_trainer, write_images
+from config import load_config
+from helpers import ROOT, run_trainer, write_images
+from litv2.errors import MissingPackage
 from report import BINS, Report, calibration_error
 
 
@@ -77,7 +80,8 @@ def runs(tmp_path_factory):
     for processes in (2, 3):
         out = root / str(processes)
         best = folders[0] / "latest.pth"
-        run_trainer(*flags, "--output", out, "--resume", best, "--eval", opts="DATA.DATASET folder", processes=processes)
+        opts = "DATA.DATASET folder TEST.PREDICTIONS parquet"
+        run_trainer(*flags, "--output", out, "--resume", best, "--eval", opts=opts, processes=processes)
         folders.append(out / "litv2_digits/default")
     return [folder / "report" for folder in folders]
 
@@ -114,3 +118,20 @@ def test_files_agree(runs):
     assert not re.search(r"""(?:src|href)=["'](?!data:)|https?://""", page)
     for name in pictures:
         assert matplotlib.image.imread(runs[0] / name)[..., :3].std() > 0.03, f"{name} is blank"
+
+
+def test_parquet(runs):
+    """The same table, with numbers as numbers."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert not (runs[0] / "predictions.parquet").exists()  # it was not asked for
+    for report in runs[1:]:
+        found = parquet.read_table(report / "predictions.parquet").to_pylist()
+        assert [type(found[0][name]) for name in ("image", "right", "confidence")] == [str, int, float]
+        as_text = [{name: f"{value:.6f}" if isinstance(value, float) else str(value) for name, value in row.items()} for row in found]
+        assert as_text == rows(report / "predictions.csv")
+
+
+def test_parquet_without_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingPackage, match="TEST.PREDICTIONS=parquet needs pyarrow"):
+        load_config(ROOT / "classification/configs/litv2-digits.yaml", ["TEST.PREDICTIONS", "parquet"])

@@ -79,7 +79,7 @@ def test_wrong_command_lines(capsys, tmp_path):
             main(line.split())
         assert stop.value.code == 2 and message in capsys.readouterr().err
     text = run("--help", cwd=tmp_path).stdout
-    assert all(f"    {name} " in text for name in COMMANDS)
+    assert all(f"    {name}" in text for name in COMMANDS)
 
 
 def test_download(tmp_path, capsys):
