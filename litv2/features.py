@@ -92,7 +92,7 @@ def read_features(path: Path) -> Features:
         if isinstance(error, OSError) and (error.filename is not None or is_shortage(error)):
             raise
         raise UserError(f"{path} cannot be read as features, which `python -m litv2 embed` writes as .npz: {error}") from error
-    content = Features(**{**found, "model": str(found["model"])})
+    content = Features(found["features"], found["images"], found["classes"], str(found["model"]))
     count = content.features.shape[:1]
     if content.features.ndim != 2 or content.features.dtype != np.float32 or not content.features.size:
         what = f"{content.features.dtype} of shape {content.features.shape}"
