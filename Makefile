@@ -55,7 +55,7 @@ LOCK := $(BIN)/python -m uv pip compile --quiet --generate-hashes --upgrade --py
 	--no-header --no-annotate
 locks: .venv/supply
 	mkdir -p locks
-	for name in requirements requirements-export requirements-explain requirements-examples requirements-test requirements-supply; do \
+	for name in requirements requirements-export requirements-explain requirements-examples requirements-track requirements-test requirements-supply; do \
 		$(LOCK) $$name.txt --output-file locks/$$name.txt || exit; done
 	VIRTUAL_ENV=.venv $(LOCK) --no-build-isolation requirements-mm.txt -c requirements.txt --output-file locks/requirements-mm.txt
 
@@ -82,7 +82,7 @@ operators: .venv/ready
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	touch $@
 
-.venv/test: .venv/ready requirements-test.txt requirements-export.txt requirements-explain.txt
+.venv/test: .venv/ready requirements-test.txt requirements-export.txt requirements-explain.txt requirements-track.txt
 	$(PIP) install -r requirements-test.txt
 	touch $@
 

@@ -31,7 +31,8 @@ _C.BASE = []  # YAML files to load first, relative to the file that names them
 _C.DATA = CN()
 _C.DATA.BATCH_SIZE = 128  # images per process and step; --batch-size
 _C.DATA.DATA_PATH = ""  # root of the data set; --data-path
-_C.DATA.DATASET = "digits"  # a name of data/sources.py, e.g. digits, folder, cifar100, or of timm: hfds/NAME, hfids/NAME, wds/, tfds/NAME
+_C.DATA.DATASET = "digits"  # a name of data/sources.py, e.g. digits, folder, csv, cifar100, or of timm: hfds/NAME, hfids/, wds/, tfds/
+_C.DATA.CLASSES = ""  # csv only: file in DATA_PATH with the name of a class per line, in order; "" = those of the training table, sorted
 _C.DATA.TRAIN_SPLIT = "train"  # folder under DATA_PATH, stem of the zip or tar file, or split name of a timm reader
 _C.DATA.VAL_SPLIT = "val"  # the same for validation
 _C.DATA.CLASS_MAP = ""  # imagenet: the folders of VAL_SPLIT are some of ImageNet's 1000 classes, by WordNet ID or number, as in ImageNet-A,
@@ -42,14 +43,16 @@ _C.DATA.ZIP_MODE = False  # read train.zip and val.zip with train_map.txt and va
 _C.DATA.CACHE_MODE = "part"  # zip only: no = read each time, full = keep all in memory, part = this process's share; --cache-mode
 _C.DATA.PIN_MEMORY = True  # page-locked batches for faster copies to CUDA
 _C.DATA.NUM_WORKERS = -1  # loader processes per training process, -1 = one per core, at most 8; --workers
+_C.DATA.SAMPLING = "all"  # all = each image once per epoch, balanced = each class equally often (for zips not with CACHE_MODE part)
 _C.DATA.MAX_BAD_FILES = 10  # unreadable images that are logged and skipped; one more stops the run
 
 _C.MODEL = CN()
 _C.MODEL.NAME = "litv2_small"  # names the output folder
+_C.MODEL.TASK = "single"  # classes of an image: single = one | multi = any number, needs DATA.DATASET csv
 _C.MODEL.NUM_CLASSES = -1  # -1 = from the training data; a number is checked against the data
 _C.MODEL.DROP_RATE = 0.0  # dropout rate of projections and head
 _C.MODEL.DROP_PATH_RATE = 0.2  # stochastic depth of the last block
-_C.MODEL.LABEL_SMOOTHING = 0.1
+_C.MODEL.LABEL_SMOOTHING = 0.1  # share of each target that is spread evenly over the classes; multi: that is 1/2 instead
 _C.MODEL.RESUME = ""  # checkpoint to resume from: weights, optimizer, epoch; --resume
 _C.MODEL.PRETRAINED = ""  # initial weights: a file, a URL or a zoo name; --pretrained
 _C.MODEL.OFFSET_LR_MULTI = 0.01  # factor on the learning rate of DTM's offset convolutions
@@ -72,8 +75,14 @@ _C.TRAIN.BASE_LR = 5e-4  # this and the next two are per 512 images of total bat
 _C.TRAIN.WARMUP_LR = 5e-7
 _C.TRAIN.MIN_LR = 5e-6  # an absolute floor, also for the offset group
 _C.TRAIN.LAYER_DECAY = 1.0  # factor on the learning rate per layer from the head down; 1 = none
+_C.TRAIN.MULTI_LABEL_LOSS = "bce"  # of TASK multi: bce = binary cross-entropy | asymmetric (arXiv 2009.14119)
 _C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0 = no clipping
 _C.TRAIN.ACCUMULATION_STEPS = 1  # batches per optimizer step; --accumulation-steps
+_C.TRAIN.CLASS_WEIGHTS = "none"  # of the images in the loss: none | inverse | effective | auto | a CSV file class,weight; see balance.py
+_C.TRAIN.CLASS_WEIGHTS_BETA = 0.999  # beta of "effective" (arXiv 1901.05555)
+_C.TRAIN.FREEZE = "0"  # parts that keep their weights: the first N stages, or head = all but the head; see freezing.py; --freeze
+_C.TRAIN.UNFREEZE_EVERY = 0  # epochs after which the last frozen stage joins the training, and so on; 0 = never
+_C.TRAIN.PATIENCE = 0  # evaluations in a row without a better top-1, or mAP, that end the run; 0 = off
 _C.TRAIN.USE_CHECKPOINT = False  # recompute activations to save memory; --use-checkpoint
 _C.TRAIN.AUTO_RESUME = True  # resume from latest.pth in the output folder if neither --resume nor --eval is given
 _C.TRAIN.EMA_DECAY = 0.0  # decay of the moving average of the weights, which is evaluated and saved, too; 0 = off; --ema-decay
@@ -105,6 +114,14 @@ _C.AUG.MIXUP_PROB = 1.0  # probability of applying either
 _C.AUG.MIXUP_SWITCH_PROB = 0.5  # probability of cutmix if both are on
 _C.AUG.MIXUP_MODE = "batch"  # batch | pair | elem; with the last two the host waits for CUDA in each step
 
+_C.DISTILL = CN()
+_C.DISTILL.TEACHER = ""  # a trained model to learn from: a checkpoint of this trainer, a zoo name or a timm name; "" = none
+_C.DISTILL.TEACHER_FILE = ""  # weights for the named teacher instead of the published ones
+_C.DISTILL.TEMPERATURE = 4.0  # divides the logits of both before the softmax
+_C.DISTILL.WEIGHT = 0.5  # share of the teacher's answers in the loss, in [0, 1]; the labels have the rest
+_C.DISTILL.FEATURES = 0.0  # weight of the squared difference to the teacher's pooled features; 0 = off
+_C.DISTILL.AMP = "auto"  # the teacher's mixed precision, as AMP
+
 _C.TEST = CN()
 _C.TEST.CROP = True  # resize the short side to 256/224 of the size, then crop the centre; False = resize to the square
 _C.TEST.IMG_SIZE = 0  # side of the evaluation image; 0 = DATA.IMG_SIZE
@@ -124,6 +141,10 @@ _C.DIST_TIMEOUT = 1800  # seconds that a process waits for the others; then it e
 _C.SEED = 0  # --seed
 _C.OUTPUT = "output"  # results go to OUTPUT/MODEL.NAME/TAG; --output
 _C.TAG = "default"  # --tag
+_C.TRACK = CN()
+_C.TRACK.TO = []  # trackers that get the metrics as well: wandb, mlflow, clearml
+_C.TRACK.PROJECT = "litv2"  # the project, in MLflow the experiment
+_C.TRACK.NAME = ""  # of the run; "" = MODEL.NAME/TAG
 _C.EVAL_FREQ = 1  # epochs between evaluations; the last epoch is always evaluated
 _C.SAVE_FREQ = 0  # epochs between checkpoints that are kept; 0 = keep only latest and best
 _C.SAVE_STEPS = 0  # optimizer steps between writes of latest.pth within an epoch; 0 = only at its end
@@ -136,18 +157,23 @@ _CHOICES = {
     "DATA.CLASS_MAP": ("", "imagenet"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
     "DATA.CACHE_MODE": ("no", "full", "part"),
+    "MODEL.TASK": ("single", "multi"),
+    "DATA.SAMPLING": ("all", "balanced"),
     "MODEL.LIT.IN_CHANS": (1, 3),
+    "TRAIN.MULTI_LABEL_LOSS": ("bce", "asymmetric"),
     "TEST.VIEWS.CROPS": (1, 5),
     "TEST.PREDICTIONS": ("csv", "parquet"),
     "AUG.REMODE": ("const", "rand", "pixel"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "AMP": ("auto", "on", "off", "fp16", "bf16"),
+    "DISTILL.AMP": ("auto", "on", "off", "fp16", "bf16"),
     "DEVICE": ("auto", "cpu", "cuda", "mps"),
 }
 _AT_LEAST = {
     "DATA.BATCH_SIZE": 1, "DATA.IMG_SIZE": 32, "DATA.NUM_WORKERS": -1, "DATA.MAX_BAD_FILES": 0, "TRAIN.EPOCHS": 1,
     "TRAIN.WARMUP_EPOCHS": 0, "TRAIN.ACCUMULATION_STEPS": 1, "TRAIN.CLIP_GRAD": 0, "TRAIN.EMA_DECAY": 0,
-    "TRAIN.MAX_NONFINITE": 0, "AUG.MIXUP": 0, "AUG.CUTMIX": 0, "TEST.IMG_SIZE": 0,
+    "TRAIN.MAX_NONFINITE": 0, "TRAIN.UNFREEZE_EVERY": 0, "TRAIN.PATIENCE": 0, "AUG.MIXUP": 0, "AUG.CUTMIX": 0, "TEST.IMG_SIZE": 0,
+    "DISTILL.FEATURES": 0,
     "DIST_TIMEOUT": 1, "PRINT_FREQ": 1, "EVAL_FREQ": 1, "SAVE_FREQ": 0, "SAVE_STEPS": 0,
 }  # fmt: skip
 
@@ -217,6 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     start("--resume", dest="MODEL.RESUME", metavar="FILE", help="resume from this checkpoint (or, with --eval, evaluate it)")
     start("--pretrained", dest="MODEL.PRETRAINED", metavar="FILE", help="start from these weights: file, URL or zoo name (litv2_small)")
     add("--accumulation-steps", dest="TRAIN.ACCUMULATION_STEPS", type=int, metavar="N", help="batches per optimizer step")
+    add("--freeze", dest="TRAIN.FREEZE", metavar="N|head", help="keep the weights of the first N stages, or of all but the head")
     add("--use-checkpoint", dest="TRAIN.USE_CHECKPOINT", action="store_const", const=True, help="recompute activations to save memory")
     add("--ema-decay", dest="TRAIN.EMA_DECAY", type=float, metavar="D", help="decay of the moving average of the weights, e.g. 0.9999")
     add("--amp-opt-level", dest="AMP_OPT_LEVEL", choices=("O0", "O1", "O2"), help="the release's --amp: O0 = off, O1 and O2 = on")
@@ -254,7 +281,7 @@ def _of_file(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[str, st
         raise ConfigError(f"{path}: BASE must be a list of files, got {bases!r}")
     for base in filter(None, bases):  # the release's default is a list of one empty name
         yield from _of_file(path.parent / base, (*above, path))
-    for key, value in _flat(content):
+    for key, value in flat(content):
         yield str(path), key, value
 
 
@@ -265,11 +292,11 @@ def _of_pairs(pairs: list) -> Iterator[tuple[str, str, Any]]:
         yield "the command line", str(key), value
 
 
-def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """{"TRAIN": {"EPOCHS": 3}} -> ("TRAIN.EPOCHS", 3)."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -294,6 +321,8 @@ def _typed(value: Any, default: Any, name: str, source: str) -> Any:
         with suppress(ValueError):
             value = parse(value)
             value = float(value) if isinstance(value, str) else value
+    if isinstance(default, str) and type(value) is int:
+        value = str(value)
     if isinstance(default, float) and type(value) is int:
         with suppress(OverflowError):
             value = float(value)
@@ -319,18 +348,43 @@ def _check(config: CN) -> None:
     for name, least in _AT_LEAST.items():
         if get(name) < least:
             raise ConfigError(f"{name} must be at least {least}, got {get(name)}")
-    for name in ("AUG.REPROB", "AUG.HFLIP", "AUG.MIXUP_PROB", "AUG.MIXUP_SWITCH_PROB", "MODEL.LIT.ALPHA"):
+    for name in ("AUG.REPROB", "AUG.HFLIP", "AUG.MIXUP_PROB", "AUG.MIXUP_SWITCH_PROB", "MODEL.LIT.ALPHA", "DISTILL.WEIGHT"):
         if not 0 <= get(name) <= 1:
             raise ConfigError(f"{name} must lie in [0, 1], got {get(name)}")
-    for name in ("MODEL.LABEL_SMOOTHING", "MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "TRAIN.EMA_DECAY"):
+    for name in ("MODEL.LABEL_SMOOTHING", "MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "TRAIN.EMA_DECAY", "TRAIN.CLASS_WEIGHTS_BETA"):
         if not 0 <= get(name) < 1:
             raise ConfigError(f"{name} must lie in [0, 1), got {get(name)}")
     if config.MODEL.NUM_CLASSES != -1 and config.MODEL.NUM_CLASSES < 1:
         raise ConfigError(f"MODEL.NUM_CLASSES must be -1 (from the data) or at least 1, got {config.MODEL.NUM_CLASSES}")
+    table = config.DATA.DATASET == "csv" and not config.DATA.ZIP_MODE
+    if config.MODEL.TASK == "multi" and not table:
+        raise ConfigError("MODEL.TASK multi needs DATA.DATASET csv, whose tables can give an image several classes")
+    if config.MODEL.TASK == "multi" and (config.TEST.VIEWS != _C.TEST.VIEWS or config.TEST.CORRUPTIONS or config.TEST.PREDICTIONS != "csv"):
+        raise ConfigError("TEST.VIEWS, TEST.CORRUPTIONS and TEST.PREDICTIONS parquet are for MODEL.TASK single only")
+    if config.DATA.CLASSES and not table:
+        raise ConfigError(f"DATA.CLASSES={config.DATA.CLASSES!r} needs DATA.DATASET csv; other data sets name their classes themselves")
+    if config.TRAIN.CLASS_WEIGHTS != "none" and config.DATA.SAMPLING == "balanced":
+        raise ConfigError(f"DATA.SAMPLING=balanced and TRAIN.CLASS_WEIGHTS={config.TRAIN.CLASS_WEIGHTS} would both favour rare classes; "
+                          "use one of them")  # fmt: skip
+    if config.DATA.SAMPLING == "balanced" and config.DATA.ZIP_MODE and config.DATA.CACHE_MODE == "part":
+        raise ConfigError("DATA.SAMPLING=balanced gives each process other images in each epoch; use --cache-mode full or no, not part")
+    stages = [str(number) for number in range(len(config.MODEL.LIT.DEPTHS) + 1)]
+    if config.TRAIN.FREEZE not in (*stages, "head"):
+        raise ConfigError(f"TRAIN.FREEZE must be a number of stages, {', '.join(stages)}, or head, got {config.TRAIN.FREEZE!r}")
+    if config.TRAIN.FREEZE != "0" and not (config.MODEL.PRETRAINED or config.MODEL.RESUME or config.EVAL_MODE or config.THROUGHPUT_MODE):
+        raise ConfigError(f"TRAIN.FREEZE={config.TRAIN.FREEZE} would keep random weights; give the weights by --pretrained")
+    if config.TRAIN.FREEZE == "0" and config.TRAIN.UNFREEZE_EVERY:
+        raise ConfigError(f"TRAIN.UNFREEZE_EVERY={config.TRAIN.UNFREEZE_EVERY} needs something to unfreeze: set TRAIN.FREEZE")
     if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
         raise ConfigError(f"TRAIN.WARMUP_EPOCHS={config.TRAIN.WARMUP_EPOCHS} must be below TRAIN.EPOCHS={config.TRAIN.EPOCHS}")
     if config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS <= 0:
         raise ConfigError(f"TRAIN.LR_SCHEDULER.DECAY_EPOCHS must be above 0, got {config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS}")
+    if config.DISTILL.TEMPERATURE <= 0:
+        raise ConfigError(f"DISTILL.TEMPERATURE must be above 0, got {config.DISTILL.TEMPERATURE}")
+    if config.DISTILL.TEACHER and config.DISTILL.WEIGHT == config.DISTILL.FEATURES == 0:
+        raise ConfigError("DISTILL.WEIGHT=0 and DISTILL.FEATURES=0: nothing would be learnt from DISTILL.TEACHER")
+    if unknown := [name for name in config.TRACK.TO if name not in ("wandb", "mlflow", "clearml")]:
+        raise ConfigError(f"TRACK.TO may contain wandb, mlflow and clearml, got {unknown[0]!r}")
     sides = config.AUG.CUTMIX_MINMAX
     if sides and not (len(sides) == 2 and all(type(side) in (int, float) for side in sides) and 0 < sides[0] < sides[1] <= 1):
         raise ConfigError(f"AUG.CUTMIX_MINMAX must be two increasing numbers in (0, 1], or [], got {sides}")

@@ -16,7 +16,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import distributed
+import multilabel
 from data.dataset import Batch
+from distillation import Distillation, plain_model
 from litv2.errors import UserError
 from litv2.signals import StopRequested, StopSignals
 from litv2.unreadable import BadFiles
@@ -37,8 +39,9 @@ class Progress:
     step: int = 0  # trained batches of the current epoch, always whole accumulation groups
     updates: int = 0  # total optimizer steps, including skipped ones
     nonfinite: int = 0  # steps skipped because of a non-finite loss
-    best: float = 0.0  # best top-1 in percent
+    best: float = 0.0  # best top-1, or mean average precision, in percent
     best_epoch: int = -1
+    since_best: int = 0  # evaluations
 
 
 class Update(NamedTuple):
@@ -78,7 +81,7 @@ class Step:
     average included, follows then. Between steps the weights, the optimizer and ``progress`` belong together only after ``finish``.
     """
 
-    model: nn.Module  # possibly wrapped by distributed.parallel
+    model: nn.Module  # possibly wrapped by distributed.parallel; with a projection, as WithProjection
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
     loss_fn: Callable[[Tensor, Tensor], Tensor]
@@ -87,6 +90,7 @@ class Step:
     ema: ModelEmaV3 | None = None
     clip_grad: float = 0.0  # maximum gradient norm; 0 = no clipping
     max_nonfinite: int = 0  # steps with a non-finite loss that are skipped per run
+    distillation: Distillation | None = None  # its loss contains that of ``loss_fn``
     lag: bool | None = None  # read a step's figures during the next one; None: on CUDA
 
     def __post_init__(self) -> None:
@@ -150,7 +154,7 @@ class Step:
         progress.updates += 1
         progress.step += len(names)
         if self.ema is not None and not figures.bad:
-            self.ema.update(distributed.unwrap(self.model), step=progress.updates)
+            self.ema.update(plain_model(self.model), step=progress.updates)
         return Update(figures.loss, figures.grad_norm, lr, sum(map(len, names)), figures.stop > 0)
 
     def _backward(self, batch: Batch, parts: int, last: bool) -> Tensor:
@@ -162,8 +166,11 @@ class Step:
             images, targets = self.mixup(images, targets)
         with nullcontext() if last else distributed.without_sync(self.model):
             with self.precision.context():
-                logits = self.model(images)
+                outputs = self.model(images)
+            logits, features = outputs if isinstance(outputs, tuple) else (outputs, None)
             loss = self.loss_fn(logits.float(), targets)
+            if self.distillation is not None:
+                loss = self.distillation(loss, images, logits, features)
             self.precision.scaler.scale(loss / parts).backward()
         return loss.detach()
 
@@ -197,10 +204,10 @@ def train_one_epoch(
     """Trains from ``progress.step`` to the end of the epoch, with one optimizer step per ``accumulation`` batches.
 
     The last group of an epoch may be shorter. With ``streaming`` the ranks may have different numbers of batches; the epoch ends
-    on all ranks when the first one runs out. ``on_start`` is called once loading has begun but before any random number is drawn,
-    ``on_update`` once per optimizer step, in order, with its figures and its duration in seconds, data loading included, and
-    ``on_save`` after every ``save_steps`` steps of the run. All steps are finished when it is called, when this function returns and
-    when it raises one of the first two errors below.
+    on all ranks when the first one runs out. ``on_start`` is called once loading has begun and the model is in training mode, but before
+    any random number is drawn, ``on_update`` once per optimizer step, in order, with its figures and its duration in seconds, data loading
+    included, and ``on_save`` after every ``save_steps`` steps of the run. All steps are finished when it is called, when this function
+    returns and when it raises one of the first two errors below.
 
     Raises:
         NonFiniteLoss: as ``Step``.
@@ -210,8 +217,8 @@ def train_one_epoch(
     batches = iter(loader)
     if streaming and distributed.world_size() > 1:
         batches = _agreeing(batches)
-    on_start()
     step.model.train()
+    on_start()
     begun, updates, stopping = progress.step, progress.updates, False  # ``progress`` may be one step behind
     start = time.perf_counter()
 
@@ -256,8 +263,10 @@ def evaluate(
     stop: StopSignals | None = None,
     keep: Predictions | None = None,
     predict: Callable[[nn.Module, Tensor, Precision], Tensor] = logits_of,
-) -> dict[str, float]:
-    """Computes exact top-1 and top-5 (percent) and cross-entropy over all processes, counting each image once.
+    multi_label: bool = False,
+) -> dict[str, Any]:
+    """Computes exact top-1 and top-5 (percent) and cross-entropy over all processes, counting each image once; with ``multi_label`` the
+    figures of ``multilabel.figures`` and ``thresholds`` (classes,), the best ones on these images.
 
     Sums and counts are reduced once, at the end, so that ranks may have different numbers of images. ``expected`` is the size of
     the data set; unreadable images are left out and logged. Mixed precision takes a copy of the model with half-precision weights.
@@ -271,6 +280,7 @@ def evaluate(
     model = precision.for_inference(model).eval()
     rows = []  # of each batch: images that are correct at 1 and at 5, and their loss; read at the end, so that CUDA need not wait
     images = unreadable = 0
+    keep = Predictions() if multi_label and keep is None else keep
     for batch in loader:
         if stop is not None and stop.received:
             raise StopRequested(stop.received)  # nothing is lost: latest.pth was written before the evaluation
@@ -282,8 +292,10 @@ def evaluate(
         logits = predict(model, batch.images, precision)
         if keep is not None:
             keep.add(batch.names, batch.targets, logits)
-        top = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         images += len(targets)
+        if multi_label:
+            continue
+        top = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         rows.append(torch.stack([top[:, 0].sum(), top.any(dim=1).sum(), F.cross_entropy(logits, targets, reduction="sum")]))
     sums = [sum(column) for column in zip(*Reading(torch.stack(rows)).numbers())] if rows else [0.0, 0.0, 0.0]
     count, left_out, top1, top5, loss = distributed.all_sum([images, unreadable, *sums])
@@ -293,6 +305,10 @@ def evaluate(
         raise UserError("evaluation saw no images: the validation set is empty or unreadable")
     if left_out:
         log(f"evaluation leaves out {left_out:.0f} unreadable images of {expected}")
+    if multi_label and keep is not None:
+        _, wanted, found = keep.of_all_processes()
+        thresholds = multilabel.best_thresholds(wanted, multilabel.probabilities(found))
+        return dict(**multilabel.figures(wanted, found), thresholds=thresholds.tolist(), images=int(count))
     return dict(top1=100 * top1 / count, top5=100 * top5 / count, loss=loss / count, images=int(count))
 
 

@@ -35,7 +35,8 @@ from config import default_config, parse_args
 from data import build_loaders
 from data.loader import Loaders, with_transform
 from data.sources import DataError
-from litv2.classes import imagenet_classes
+from heads import keep_shared_classes, names_in
+from litv2.classes import imagenet_classes, task_in
 from litv2.compilation import COMPILE_OPTIONS
 from litv2.errors import UserError, run_program
 from litv2.failures import in_one_line
@@ -49,9 +50,11 @@ from litv2.weights.state_dict import find_weights, load_weights
 from logger import close_log, open_log
 from network import build_model
 from precision import Precision, choose_precision, set_tf32
-from report import PAGE, REPORT, Predictions, write_report
+from report import PAGE, REPORT, Predictions
 from robustness import measure_robustness
+from tasks import task_of
 from throughput import measure_throughput
+from trackers import check_installed
 from training import Training, seed_everything
 from views import MeanPrediction, Views, count_views
 
@@ -117,22 +120,31 @@ def throughput(config: CfgNode, precision: Precision, folder: Path, log: logging
 
 def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: logging.Logger) -> int:
     """Trains, or with EVAL_MODE only evaluates."""
+    if not config.EVAL_MODE:
+        check_installed(config.TRACK.TO)
     # Read the checkpoint first, so that a wrong file is reported before a large data set is opened.
     resumed = _find_checkpoint(config, folder, log)
     loaders = build_loaders(config)
-    num_classes = _check_classes(config, loaders, resumed)
+    if loaders.note:
+        log.info(loaders.note)
+    classes = _check_classes(config, loaders, resumed)
     seed_everything(config.SEED)  # the same weights on every rank
     # Channels-last, the layout of the convolutions' gradients; otherwise DDP would copy them. Names, shapes and values stay the same.
-    model = build_model(config, num_classes).to(precision.device).to(memory_format=torch.channels_last)
+    model = build_model(config, len(classes)).to(precision.device).to(memory_format=torch.channels_last)
     if config.MODEL.PRETRAINED and resumed is not None:
         log.info(f"the weights come from the checkpoint, not from MODEL.PRETRAINED={config.MODEL.PRETRAINED}")
     elif config.MODEL.PRETRAINED:
-        weights = find_weights(read_checkpoint(fetch(config.MODEL.PRETRAINED)))
-        for note in load_weights(model, weights, new_heads=() if config.EVAL_MODE else ("head",)):
+        content = read_checkpoint(fetch(config.MODEL.PRETRAINED))
+        weights = find_weights(content)
+        if config.EVAL_MODE:
+            _check_classes(config, loaders, content)
+        kept = keep_shared_classes(weights, names_in(content), model, classes)
+        notes = load_weights(model, weights, new_heads=() if config.EVAL_MODE else ("head",))
+        for note in [kept, *notes] if kept else notes:
             log.info(f"{config.MODEL.PRETRAINED}: {note}")
     bad_files = BadFiles(config.DATA.MAX_BAD_FILES, log.warning)
     log.info(f"{config.MODEL.NAME}: {sum(p.numel() for p in model.parameters()) / 1e6:.3f} M parameters, "
-             f"{model.flops(config.DATA.IMG_SIZE, config.DATA.IMG_SIZE) / 1e9:.3f} GFLOPs, {num_classes} classes")  # fmt: skip
+             f"{model.flops(config.DATA.IMG_SIZE, config.DATA.IMG_SIZE) / 1e9:.3f} GFLOPs, {len(classes)} classes")  # fmt: skip
 
     if config.EVAL_MODE:
         if resumed is not None:
@@ -142,22 +154,25 @@ def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: 
         if config.DATA.CLASS_MAP:
             keep_outputs(model, imagenet_outputs(loaders.class_names))
             log.info(f"of the classifier's 1000 outputs, the {len(loaders.class_names)} of the data's classes are kept")
-        seen, images, predict = Predictions(), loaders.val, engine.logits_of
+        seen, images, predict, task = Predictions(), loaders.val, engine.logits_of, task_of(config)
         if config.TEST.VIEWS != default_config().TEST.VIEWS:
             images, predict = with_transform(images, Views(config)), MeanPrediction(config.TEST.VIEWS.FLIP)
             log.info(f"test-time augmentation: mean probabilities over {count_views(config)} views of each image")
         start = time.perf_counter()
         result = engine.evaluate(
-            model, images, precision, expected=loaders.val_size, bad_files=bad_files, log=log.info, keep=seen, predict=predict
-        )
+            model, images, precision, expected=loaders.val_size, bad_files=bad_files, log=log.info, keep=seen, predict=predict,
+            multi_label=config.MODEL.TASK == "multi",
+        )  # fmt: skip
         robustness = None
         if config.TEST.CORRUPTIONS:
             clean, seconds = result["top1"], time.perf_counter() - start
             robustness = measure_robustness(model, loaders, precision, config, clean=clean, seconds=seconds, log=log.info)
         with Outputs(log.warning).writing(folder / REPORT):
-            write_report(folder / REPORT, seen, loaders, config, robustness)
-            log.info(f"classes, confusions, calibration, mistakes and predictions: {folder / REPORT / PAGE}")
-        log.info(f"Acc@1 {result['top1']:.3f}  Acc@5 {result['top5']:.3f}  loss {result['loss']:.4f}  images {result['images']}")
+            task.write_report(folder / REPORT, seen, loaders, config, robustness)
+            log.info(f"classes, mistakes, every prediction: {folder / REPORT / PAGE}")
+        log.info(f"{task.line(result)}  loss {result['loss']:.4f}  images {result['images']}")
+        if config.MODEL.TASK == "multi":
+            return 0
         # The release's two lines, for programs that parse its logs.
         log.info(f" * Acc@1 {result['top1']:.3f} Acc@5 {result['top5']:.3f}")
         log.info(f"Accuracy of the network on the {result['images']} test images: {result['top1']:.1f}%")
@@ -200,8 +215,9 @@ def _find_checkpoint(config: CfgNode, folder: Path, log: logging.Logger) -> dict
     return state
 
 
-def _check_classes(config: CfgNode, loaders: Loaders, resumed: dict | None) -> int:
-    """Returns the number of the model's classes, which are the data's or, with DATA.CLASS_MAP, ImageNet's."""
+def _check_classes(config: CfgNode, loaders: Loaders, checkpoint: dict | None) -> list[str]:
+    """Returns the names of the model's classes, which are the data's or, with DATA.CLASS_MAP, ImageNet's. A ``checkpoint`` that is resumed
+    or evaluated must have the same, in this order."""
     classes, whose = list(loaders.class_names), "the data"
     if config.DATA.CLASS_MAP:
         imagenet_outputs(classes)
@@ -209,11 +225,13 @@ def _check_classes(config: CfgNode, loaders: Loaders, resumed: dict | None) -> i
     found = len(classes)
     if config.MODEL.NUM_CLASSES not in (-1, found):
         raise DataError(f"MODEL.NUM_CLASSES={config.MODEL.NUM_CLASSES}, but the training data has {found} classes")
-    names = (resumed or {}).get("class_names")
-    if names and list(names) != classes:
+    if checkpoint is not None and "class_names" in checkpoint and (task := task_in(checkpoint)) != config.MODEL.TASK:
+        raise UserError(f"the checkpoint is of MODEL.TASK {task}, and cannot be used with MODEL.TASK {config.MODEL.TASK}")
+    names = names_in(checkpoint or {})
+    if names is not None and names != classes:
         raise DataError(f"the classes of the checkpoint ({len(names)}: {', '.join(names[:5])} ...) differ from those of {whose} "
                         f"({found}: {', '.join(classes[:5])} ...)")  # fmt: skip
-    return found
+    return classes
 
 
 if __name__ == "__main__":

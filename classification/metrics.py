@@ -1,4 +1,4 @@
-"""Machine-readable metrics of a run: metrics.jsonl and TensorBoard."""
+"""Machine-readable metrics of a run: metrics.jsonl, TensorBoard and the trackers of others."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from yacs.config import CfgNode
+
 from litv2.files import append_whole, atomic_write
 from litv2.outputs import Outputs
+from trackers import Trackers
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -24,21 +27,32 @@ class Metrics:
         self.folder, self.active = folder, active
         self._outputs = Outputs(warn)
         self._tensorboard: SummaryWriter | None = None
+        self._trackers: Trackers | None = None
+
+    def start_trackers(self, config: CfgNode, resumed: bool, log: Callable[[str], object]) -> None:
+        """Starts those of TRACK.TO; raises UserError as ``Trackers`` does."""
+        if self.active and config.TRACK.TO:
+            self._trackers = Trackers(config, self.folder, resumed, self._outputs.warn, log)
 
     def write(self, kind: str, update: int, **values: float | None) -> None:
-        """Writes a row of metrics.jsonl and points in TensorBoard. ``kind`` is train or val, ``update`` counts optimizer steps."""
+        """Writes a row of metrics.jsonl and points in TensorBoard and the trackers.
+
+        ``kind`` is train or val, ``update`` counts optimizer steps.
+        """
         if not self.active:
             return
-        values = {name: value for name, value in values.items() if value is not None}
+        known = {name: value for name, value in values.items() if value is not None}
         with self._outputs.writing(self.folder / METRICS):
-            append_whole(self.folder / METRICS, json.dumps(dict(kind=kind, update=update, **values)) + "\n")
+            append_whole(self.folder / METRICS, json.dumps(dict(kind=kind, update=update, **known)) + "\n")
         with self._outputs.writing(self.folder / TENSORBOARD):
             if self._tensorboard is None:
                 from torch.utils.tensorboard import SummaryWriter  # slow to import
 
                 self._tensorboard = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=update)
-            for name, value in values.items():
+            for name, value in known.items():
                 self._tensorboard.add_scalar(f"{kind}/{name}", value, update)
+        if self._trackers is not None:
+            self._trackers.write({f"{kind}/{name}": value for name, value in known.items()}, update)
 
     def forget_after(self, update: int, epoch: int) -> None:
         """Removes the rows that a run resumed after ``update`` steps and ``epoch`` complete epochs will write again."""
@@ -53,7 +67,11 @@ class Metrics:
             with atomic_write(path) as draft:
                 draft.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
 
-    def close(self) -> None:
+    def close(self, complete: bool = True) -> None:
+        """``complete`` tells the trackers whether the run has reached its end."""
+        if self._trackers is not None:
+            self._trackers.close(complete)
+            self._trackers = None
         if self._tensorboard is not None:
             with self._outputs.writing(self.folder / TENSORBOARD):
                 self._tensorboard.close()

@@ -26,24 +26,25 @@ def optimizer_names() -> list[str]:
     return [name for name in map(str, list_optimizers()) if not get_optimizer_info(name).second_order]
 
 
-def build_optimizer(config: CfgNode, model: LITv2, total_batch: int) -> Optimizer:
+def build_optimizer(config: CfgNode, model: LITv2, total_batch: int, beside: nn.Module | None = None) -> Optimizer:
     """Builds a timm optimizer with parameter groups: with weight decay, without (1-D tensors), and DTM's offset convolutions.
 
     The offset convolutions get a lower learning rate. With TRAIN.LAYER_DECAY below 1 there is such a set of groups per layer, whose
-    ``lr_scale`` is read by timm's scheduler. ``total_batch`` is the number of images per optimizer step over all processes.
+    ``lr_scale`` is read by timm's scheduler. ``total_batch`` is the number of images per optimizer step over all processes. ``beside`` is
+    trained along, as a second head.
 
     Raises:
         UserError: the optimizer does not work on this machine or with these settings.
     """
     train = config.TRAIN
     lr = scaled_lr(train.BASE_LR, total_batch)
-    no_decay = model.no_weight_decay()
+    parameters = [*model.named_parameters(), *(() if beside is None else beside.named_parameters(prefix="head.beside"))]
     head = layer_of("head", model)
     groups: dict[tuple, dict] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         if not parameter.requires_grad:
             continue
-        kind = "no_decay" if name in no_decay else "offset" if "conv_offset" in name else "decay"
+        kind = "no_decay" if parameter.ndim <= 1 else "offset" if "conv_offset" in name else "decay"
         scale = train.LAYER_DECAY ** (head - layer_of(name, model))
         if (kind, scale) not in groups:
             groups[kind, scale] = dict(

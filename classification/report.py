@@ -62,7 +62,7 @@ class Predictions:
 def write_report(
     folder: Path, predictions: Predictions, loaders: Loaders, config: CfgNode, robustness: Robustness | None = None
 ) -> None:
-    """Writes the report of an evaluation into ``folder``, with the errors under corruption if they were measured.
+    """Writes the report of an evaluation with one class per image into ``folder``, with the errors under corruption if they were measured.
 
     Every process must call it, and rank 0 writes.
     """
@@ -73,22 +73,21 @@ def write_report(
     report = Report(*found, class_names)
     if robustness is not None:
         report.summary["corruptions"] = robustness.summary()
-        _write_csv(folder / "corruptions.csv", robustness.table())
+        write_csv(folder / "corruptions.csv", robustness.table())
         robustness.draw(folder / "corruptions.png")
-    with atomic_write(folder / "summary.json") as draft:
-        draft.write_text(json.dumps(report.summary, indent=1) + "\n")
-    _write_csv(folder / "predictions.csv", report.predictions())
+    if loaders.note:
+        report.summary["note"] = loaders.note
+    write_json(folder / "summary.json", report.summary)
+    write_csv(folder / "predictions.csv", report.predictions())
     if config.TEST.PREDICTIONS == "parquet":
         write_parquet(folder / "predictions.parquet", report.predictions())
-    _write_csv(folder / "classes.csv", report.classes())
+    write_csv(folder / "classes.csv", report.classes())
     counts = [[name, *row] for name, row in zip(class_names, report.confusion.tolist())]
-    _write_csv(folder / "confusion.csv", [["true \\ predicted", *class_names], *counts])
+    write_csv(folder / "confusion.csv", [["true \\ predicted", *class_names], *counts])
     pictures = {"confusion.png": _draw_confusion(report), "calibration.png": _draw_calibration(report)}
     if isinstance(loaders.val.dataset, ImageDataset) and len(report.mistakes):  # a streaming reader cannot be indexed
         pictures["mistakes.png"] = _draw_mistakes(report, loaders.val.dataset, config)
-    for name, figure in pictures.items():
-        with atomic_write(folder / name) as draft:
-            figure.savefig(draft, format="png", dpi=100)
+    write_pictures(folder, pictures)
     with atomic_write(folder / PAGE) as draft:
         draft.write_text(_page(report, folder, [*pictures, *(["corruptions.png"] if robustness else [])]), encoding="utf-8")
 
@@ -198,7 +197,19 @@ def _temperature(logits: np.ndarray, targets: np.ndarray) -> float:
     return math.exp(found.x)
 
 
-def _write_csv(path: Path, rows: Iterable[list]) -> None:
+def write_json(path: Path, content: dict) -> None:
+    with atomic_write(path) as draft:
+        draft.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def write_pictures(folder: Path, pictures: dict[str, Any]) -> None:
+    """Writes figures of matplotlib by the names of their files."""
+    for name, figure in pictures.items():
+        with atomic_write(folder / name) as draft:
+            figure.savefig(draft, format="png", dpi=100)
+
+
+def write_csv(path: Path, rows: Iterable[list]) -> None:
     with atomic_write(path) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([f"{value:.6f}" if isinstance(value, float) else value for value in row] for row in rows)
 
@@ -244,33 +255,37 @@ def _draw_calibration(report: Report) -> Any:
     return figure
 
 
-def _draw_mistakes(report: Report, images: ImageDataset, config: CfgNode, columns: int = 5) -> Any:
+def _draw_mistakes(report: Report, images: ImageDataset, config: CfgNode) -> Any:
+    names = report.class_names
+    captions = {
+        report.names[i]: f"{names[report.predicted[i]]}  {report.confidence[i]:.0%}\ntrue: {names[report.targets[i]]}"
+        for i in report.mistakes
+    }
+    return draw_images(captions, images, config)
+
+
+def draw_images(captions: dict[str, str], images: ImageDataset, config: CfgNode, columns: int = 5) -> Any:
+    """Draws the first images of ``captions`` (by name), as the model sees them, with their captions."""
     from matplotlib.figure import Figure
 
     index = {images.source.filename(i): i for i in range(len(images))}
-    chosen = [i for i in report.mistakes if report.names[i] in index][:LISTED]
+    chosen = [name for name in captions if name in index][:LISTED]
     rows = max(1, -(-len(chosen) // columns))
     figure = Figure(figsize=(2.4 * columns, 2.9 * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.axis("off")
-    for axis, i in zip(axes, chosen):
-        image = images[index[report.names[i]]].image
+    for axis, name in zip(axes, chosen):
+        image = images[index[name]].image
         if image is not None:
             axis.imshow(denormalise(image[None], config)[0].permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
-        guess, true = report.class_names[report.predicted[i]], report.class_names[report.targets[i]]
-        axis.set_title(f"{guess}  {report.confidence[i]:.0%}\ntrue: {true}", fontsize=8, color="tab:red")
+        axis.set_title(captions[name], fontsize=8, color="tab:red")
     return figure
 
 
 def _page(report: Report, folder: Path, pictures: list[str]) -> str:
     """One file that opens without a network."""
     summary = report.summary
-
-    def table(header: list[str], rows: Iterable[Iterable]) -> str:
-        cells = [header, *([str(value) for value in row] for row in rows)]
-        lines = ["".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) for row, tag in zip(cells, ["th", *["td"] * len(cells)])]
-        return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
     def percent(name: str) -> list[str]:
         low, high = summary[f"{name}_interval"]
@@ -290,10 +305,28 @@ def _page(report: Report, folder: Path, pictures: list[str]) -> str:
     titles = {"confusion.png": "Confusion matrix", "calibration.png": "Calibration", "mistakes.png": "Most confident mistakes"}
     titles["corruptions.png"] = "Accuracy on corrupted images"
     parts = [f"<h2>{summary['images']} images of {summary['classes']} classes</h2>", table(["figure", "value", "95 % interval"], figures)]
+    parts += [f"<p>{html.escape(summary['note'])}</p>"] if "note" in summary else []
     parts += ["<h2>Confused most often</h2>", table(["true", "predicted", "images"], report.confused())]
-    for name in pictures:
-        data = base64.b64encode((folder / name).read_bytes()).decode()
-        parts.append(f'<h2>{titles[name]}</h2><img alt="{titles[name]}" src="data:image/png;base64,{data}">')
+    parts += show_pictures(folder, {name: titles[name] for name in pictures})
     parts += ["<h2>Classes, the worst first</h2>", table(classes[0], worst)]
+    return page(parts)
+
+
+def table(header: list[str], rows: Iterable[Iterable]) -> str:
+    cells = [header, *([str(value) for value in row] for row in rows)]
+    lines = ["".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) for row, tag in zip(cells, ["th", *["td"] * len(cells)])]
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def show_pictures(folder: Path, titles: dict[str, str]) -> list[str]:
+    """Returns a part of the page for each picture in the folder, by the name of its file."""
+    parts = []
+    for name, title in titles.items():
+        data = base64.b64encode((folder / name).read_bytes()).decode()
+        parts.append(f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{data}">')
+    return parts
+
+
+def page(parts: list[str]) -> str:
     style = "body{font-family:sans-serif;margin:2em auto;max-width:70em}td,th{padding:.2em .8em;text-align:left}img{max-width:100%}"
     return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Evaluation</title><style>{style}</style>{"".join(parts)}</html>\n'

@@ -15,7 +15,6 @@ import numpy as np
 import PIL
 import timm
 import torch
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import nn
 from tqdm import tqdm
@@ -24,10 +23,13 @@ from yacs.config import CfgNode
 import checkpoint
 import distributed
 import engine
+from balance import build_weighted_loss
 from config import to_dict
 from data import build_mixup
 from data.dataset import ImageDataset, StreamingDataset
 from data.loader import Loaders
+from distillation import build_distillation
+from freezing import Freezing
 from litv2 import LITv2
 from litv2.errors import UserError
 from litv2.outputs import Outputs
@@ -40,7 +42,8 @@ from metrics import Metrics, read_metrics
 from optim import build_optimizer, build_scheduler
 from plots import plot_curves, plot_predictions
 from precision import Precision
-from report import PAGE, REPORT, Predictions, write_report
+from report import PAGE, REPORT, Predictions
+from tasks import build_loss, task_of
 
 
 class Training:
@@ -59,25 +62,41 @@ class Training:
     ):
         self.config, self.folder, self.log, self.loaders = config, folder, log, loaders
         self.model, self.bad_files, self.stop = model, bad_files, stop
+        self.task = task_of(config)
+        self.thresholds: list[float] | None = None  # of the classes of a multi-label model, fitted by the last evaluation
         self.metrics = Metrics(folder, active=distributed.rank() == 0, warn=log.warning)
         self.progress = engine.Progress()
         self.seen: Predictions | None = None  # of the last evaluation
+        self.complete = False
         self.accumulation = config.TRAIN.ACCUMULATION_STEPS
         self.total_batch = loaders.batch_size * distributed.world_size() * self.accumulation
         self.updates_per_epoch = -(-loaders.steps_per_epoch // self.accumulation)
 
-        optimizer = build_optimizer(config, model, self.total_batch)
+        self.freezing = Freezing(config, model)
+        if not config.TRAIN.UNFREEZE_EVERY:  # what is never trained has no place in the optimizer
+            self.freezing.apply(epoch=0)
+        distillation = build_distillation(config, model, loaders.class_names, precision.device, log.info)
+        student = model if distillation is None else distillation.student(model)
+        self.projection = None if distillation is None else distillation.projection
+        optimizer = build_optimizer(config, model, self.total_batch, self.projection)
         scheduler = build_scheduler(config, optimizer, self.updates_per_epoch, self.total_batch)
         ema = ModelEmaV3(model, decay=config.TRAIN.EMA_DECAY, use_warmup=True) if config.TRAIN.EMA_DECAY else None
-        mixup = build_mixup(config, model.num_classes)
+        mixup = build_mixup(config, model.num_classes, loaders.vectors)
+        if config.TRAIN.CLASS_WEIGHTS == "none":
+            loss = build_loss(config, mixup is not None, loaders.vectors)
+        else:
+            loss = build_weighted_loss(config, loaders, log.info).to(precision.device)
         # A different seed per rank, so that dropout, mixup and drop path differ between processes.
         seed_everything(config.SEED + 1000 + distributed.rank())
         self._random_states: list[dict] | None = None
 
+        self.freezing.apply(epoch=0)
+        if self.freezing.frozen:
+            log.info(str(self.freezing))
         self.step = engine.Step(
-            distributed.parallel(model, precision.device, config.COMPILE),
-            optimizer, scheduler, _loss(config, soft_targets=mixup is not None), precision, mixup, ema,
-            clip_grad=config.TRAIN.CLIP_GRAD, max_nonfinite=config.TRAIN.MAX_NONFINITE,
+            distributed.parallel(student, precision.device, config.COMPILE),
+            optimizer, scheduler, loss, precision, mixup, ema,
+            clip_grad=config.TRAIN.CLIP_GRAD, max_nonfinite=config.TRAIN.MAX_NONFINITE, distillation=distillation,
         )  # fmt: skip
 
     @property
@@ -89,26 +108,29 @@ class Training:
         config, progress, steps = self.config, self.progress, self.loaders.steps_per_epoch
         if progress.epoch >= config.TRAIN.EPOCHS:
             self.log.info(f"all {config.TRAIN.EPOCHS} epochs are already done; use another --tag to start a new run")
-        else:
+        elif not self._out_of_patience():
             self.log.info(f"{config.TRAIN.EPOCHS} epochs of {steps} steps, {self.updates_per_epoch} updates each; "
                           f"total batch {self.total_batch}")  # fmt: skip
+            self.metrics.start_trackers(config, resumed=progress.updates > 0, log=self.log.info)
         start, done_before = time.perf_counter(), progress.epoch
-        while progress.epoch < config.TRAIN.EPOCHS:
+        while progress.epoch < config.TRAIN.EPOCHS and not self._out_of_patience():
             self._train_epoch()
             done = progress.epoch + 1
             result, better = None, False
             if done % config.EVAL_FREQ == 0 or done == config.TRAIN.EPOCHS:
                 self._save_latest()  # before the evaluation, which may be interrupted; saved again with its result
-                if done == config.TRAIN.EPOCHS:
-                    self.seen = Predictions()
+                last = done == config.TRAIN.EPOCHS or 0 < config.TRAIN.PATIENCE <= progress.since_best + 1
+                self.seen = Predictions() if last else None
                 result = self._evaluate()
-                better = result["top1"] > progress.best or progress.best_epoch < 0
+                self.thresholds = result.pop("thresholds", None)
+                better = result[self.task.best] > progress.best or progress.best_epoch < 0
                 if better:
-                    progress.best, progress.best_epoch = result["top1"], progress.epoch
+                    progress.best, progress.best_epoch = result[self.task.best], progress.epoch
+                progress.since_best = 0 if better else progress.since_best + 1
             progress.epoch, progress.step = done, 0
             if result is not None:
                 per_epoch = (time.perf_counter() - start) / (done - done_before)
-                self.log.info(f"epoch {done}/{config.TRAIN.EPOCHS}  Acc@1 {result['top1']:.3f}  Acc@5 {result['top5']:.3f}  "
+                self.log.info(f"epoch {done}/{config.TRAIN.EPOCHS}  {self.task.line(result)}  "
                               f"val loss {result['loss']:.4f}  best {progress.best:.3f}  {per_epoch:.1f} s/epoch, "
                               f"{_clock(per_epoch * (config.TRAIN.EPOCHS - done))} left")  # fmt: skip
                 self.metrics.write("val", progress.updates, epoch=done, **result)
@@ -118,13 +140,24 @@ class Training:
                     checkpoint.save(self.folder / checkpoint.BEST, state)
                 if config.SAVE_FREQ and done % config.SAVE_FREQ == 0:
                     checkpoint.save(self.folder / f"epoch-{done:04d}.pth", state)
+        if progress.epoch < config.TRAIN.EPOCHS:
+            self.log.info(f"stopped after epoch {progress.epoch} of {config.TRAIN.EPOCHS}: none of the last {progress.since_best} "
+                          f"evaluations was better than that of epoch {progress.best_epoch + 1}; a TRAIN.PATIENCE above "
+                          f"{config.TRAIN.PATIENCE}, or 0, would go on")  # fmt: skip
         self._finish()
 
+    def _out_of_patience(self) -> bool:
+        return 0 < self.config.TRAIN.PATIENCE <= self.progress.since_best
+
     def close(self) -> None:
-        self.metrics.close()
+        self.metrics.close(self.complete)
 
     def _train_epoch(self) -> None:
         config, progress, steps = self.config, self.progress, self.loaders.steps_per_epoch
+        if self.freezing.apply(progress.epoch):
+            self.log.info(str(self.freezing))
+            # DDP exchanges the gradients of the parameters that needed one when it was made.
+            self.step.model = distributed.parallel(distributed.unwrap(self.step.model), self.step.precision.device, config.COMPILE)
         sampler = self.loaders.sampler
         if sampler is not None:
             sampler.epoch, sampler.skip = progress.epoch, progress.step * sampler.batch_size
@@ -161,7 +194,7 @@ class Training:
             engine.train_one_epoch(
                 step, self.loaders.train, steps, progress, accumulation=self.accumulation, streaming=sampler is None,
                 save_steps=config.SAVE_STEPS, bad_files=self.bad_files, stop=self.stop,
-                on_start=self._restore_random_state, on_update=on_update, on_save=self._save_latest,
+                on_start=self._start_epoch, on_update=on_update, on_save=self._save_latest,
             )  # fmt: skip
         except (engine.NonFiniteLoss, StopRequested):
             self._save_latest()
@@ -175,20 +208,22 @@ class Training:
         return engine.evaluate(
             self.evaluated_model, self.loaders.val, self.step.precision,
             expected=self.loaders.val_size, bad_files=self.bad_files, log=self.log.info, stop=self.stop, keep=self.seen,
+            multi_label=self.config.MODEL.TASK == "multi",
         )  # fmt: skip
 
     def _finish(self) -> None:
         """Draws the pictures, writes the report and logs the summary."""
+        self.complete = True
         progress = self.progress
         outputs = Outputs(self.log.warning)
         if self.seen is not None:  # else the run had been finished before
             with outputs.writing(self.folder / REPORT):
-                write_report(self.folder / REPORT, self.seen, self.loaders, self.config)
+                self.task.write_report(self.folder / REPORT, self.seen, self.loaders, self.config)
         if distributed.rank() == 0:
             curves, predictions = self.folder / "curves.png", self.folder / "predictions.png"
             metrics = read_metrics(self.folder)
             with outputs.writing(curves):
-                plot_curves(metrics, self.updates_per_epoch, curves)
+                plot_curves(metrics, self.updates_per_epoch, curves, {key: label for key, (_, label) in self.task.figures.items()})
             if self.loaders.sampler is not None:  # a streaming reader cannot be indexed
                 images = cast(ImageDataset, self.loaders.val.dataset)
                 with outputs.writing(predictions):
@@ -198,10 +233,10 @@ class Training:
             if last is not None:  # it could be written
                 rows += [
                     ("images", f"{last['images']} of validation, {len(self.loaders.class_names)} classes"),
-                    ("final Acc@1", f"{last['top1']:.3f} %  (Acc@5 {last['top5']:.3f} %, loss {last['loss']:.4f})"),
+                    ("final figures", f"{self.task.line(last)} %, loss {last['loss']:.4f}"),
                 ]
             rows += [
-                ("best Acc@1", f"{progress.best:.3f} %  after epoch {progress.best_epoch + 1}"),
+                (f"best {self.task.best_name}", f"{progress.best:.3f} %  after epoch {progress.best_epoch + 1}"),
                 ("curves", curves),
                 ("predictions", predictions),
                 ("report", self.folder / REPORT / PAGE),
@@ -217,6 +252,7 @@ class Training:
         state = dict(
             model=self.model.state_dict(),
             ema=None if step.ema is None else step.ema.module.state_dict(),
+            projection=None if self.projection is None else self.projection.state_dict(),
             optimizer=step.optimizer.state_dict(),
             scheduler=step.scheduler.state_dict(),
             scaler=step.precision.scaler.state_dict(),
@@ -232,6 +268,7 @@ class Training:
             random_states=states,
             config=to_dict(self.config),
             class_names=list(self.loaders.class_names),
+            thresholds=self.thresholds,
             versions=dict(python=sys.version.split()[0], torch=str(torch.__version__), timm=timm.__version__, pillow=PIL.__version__),
         )
         if distributed.rank() == 0:
@@ -254,16 +291,27 @@ class Training:
             load_weights(step.ema.module, state["ema"] or state["model"])
             if state["ema"] is None:
                 self.log.info("the checkpoint has no moving average; starting it from the weights")
-        before = state["config"]["TRAIN"]["OPTIMIZER"]["NAME"]
-        if before != self.config.TRAIN.OPTIMIZER.NAME:
-            raise UserError(f"the checkpoint was trained with TRAIN.OPTIMIZER.NAME={before} and cannot be resumed with "
-                            f"{self.config.TRAIN.OPTIMIZER.NAME}; use --pretrained FILE to load only its weights")  # fmt: skip
+        trained, train = state["config"]["TRAIN"], self.config.TRAIN
+        for key, before, wanted in (
+            ("OPTIMIZER.NAME", trained["OPTIMIZER"]["NAME"], train.OPTIMIZER.NAME),
+            ("FREEZE", trained.get("FREEZE", "0"), train.FREEZE),
+            ("UNFREEZE_EVERY", trained.get("UNFREEZE_EVERY", 0), train.UNFREEZE_EVERY),
+        ):
+            if before != wanted:
+                raise UserError(f"the checkpoint was trained with TRAIN.{key}={before} and cannot be resumed with {wanted}; "
+                                "use --pretrained FILE to load only its weights")  # fmt: skip
+        if (self.projection is None) != (state.get("projection") is None):
+            raise UserError("a run with DISTILL.FEATURES above 0 cannot be resumed without, nor one without them with; "
+                            "use --pretrained FILE to load only its weights")  # fmt: skip
+        if self.projection is not None:
+            load_weights(self.projection, state["projection"])
         step.optimizer.load_state_dict(state["optimizer"])
         if state["scheduler"] != step.scheduler.state_dict():  # a pure function of the step, so there is nothing to restore
             self.log.info("the learning-rate schedule differs from the checkpoint's; continuing with that of the configuration")
         if state["scaler"]:
             step.precision.scaler.load_state_dict(state["scaler"])
         self.progress = engine.Progress(**state["progress"])
+        self.thresholds = state.get("thresholds")
         self._random_states = state["random_states"]
         then, now = state["sampler"], dict(batch_size=self.loaders.batch_size, world_size=distributed.world_size())
         if self.progress.step and any(then[key] != now[key] for key in now):
@@ -274,18 +322,11 @@ class Training:
         self.metrics.forget_after(self.progress.updates, self.progress.epoch)
         self.log.info(f"resumed at epoch {self.progress.epoch}, step {self.progress.step}, update {self.progress.updates}")
 
-    def _restore_random_state(self) -> None:
+    def _start_epoch(self) -> None:
+        self.freezing.set_modes()
         if self._random_states is not None:
             checkpoint.restore_random_state(self._random_states, self.log.warning)
             self._random_states = None
-
-
-def _loss(config: CfgNode, soft_targets: bool) -> nn.Module:
-    if soft_targets:  # from mixup, already smoothed
-        return SoftTargetCrossEntropy()
-    if config.MODEL.LABEL_SMOOTHING > 0:
-        return LabelSmoothingCrossEntropy(config.MODEL.LABEL_SMOOTHING)
-    return nn.CrossEntropyLoss()
 
 
 def seed_everything(seed: int) -> None:

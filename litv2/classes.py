@@ -1,4 +1,4 @@
-"""The names of a classifier's classes."""
+"""The classes of a classifier: their names, and whether an image has one of them or any number."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from .errors import MissingPackage, UserError
 
-__all__ = ["class_names", "imagenet_classes"]
+__all__ = ["class_names", "imagenet_classes", "task_in", "thresholds"]
 
 
 def class_names(content: dict, classes: int) -> list[str]:
@@ -34,3 +34,33 @@ def imagenet_classes() -> dict[str, str]:
 
     imagenet = ImageNetInfo()
     return {str(imagenet.index_to_label_name(i)): str(imagenet.index_to_description(i)) for i in range(1000)}
+
+
+def task_in(content: dict) -> str:
+    """Returns MODEL.TASK of the trainer's checkpoint: "single", an image has one class, or "multi", it has any number of them.
+
+    Raises:
+        UserError: it is neither.
+    """
+    config = content.get("config")
+    model = config.get("MODEL") if isinstance(config, dict) else None
+    task = model.get("TASK", "single") if isinstance(model, dict) else "single"
+    if task not in ("single", "multi"):
+        raise UserError(f"the checkpoint's MODEL.TASK must be single or multi, got {task!r}")
+    return task
+
+
+def thresholds(content: dict, classes: int) -> list[float] | None:
+    """Returns from which score on a class counts as found, if an image may have several: the checkpoint's, else 1/2. Otherwise None.
+
+    Raises:
+        UserError: the checkpoint's are not ``classes`` numbers in [0, 1].
+    """
+    if task_in(content) == "single":
+        return None
+    found = content.get("thresholds")
+    if found is None:
+        return [0.5] * classes
+    if not isinstance(found, list) or len(found) != classes or not all(type(value) is float and 0 <= value <= 1 for value in found):
+        raise UserError(f"the checkpoint's thresholds must be {classes} numbers in [0, 1], got {found!r}")
+    return found

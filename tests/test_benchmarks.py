@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from command_helpers import run
+from command_helpers import run, run_here
 from document_helpers import Command, commands, documented
 from gpu_helpers import DEVICES
-from helpers import ROOT, normal, tiny_model, write_images
+from helpers import FAST, ROOT, normal, tiny_model, write_images
+from litv2 import LITv2
 
 sys.path.append(str(ROOT / "benchmarks"))
 import harness  # noqa: E402
@@ -25,6 +26,7 @@ import models  # noqa: E402
 import peak  # noqa: E402
 
 DOCUMENT = "benchmarks/README.md"
+TEACHER = dict(patch_size=2, embed_dim=32, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
 
 
 def measured(command: Command, folder: Path, flags: str = "", plot: bool = True) -> dict:
@@ -166,6 +168,45 @@ def test_kills_of_the_trainers_of_others(command, tmp_path):
 @pytest.mark.parametrize("command", documented(DOCUMENT, r"python benchmarks/dense\.py .*"), ids=str)
 def test_detectors(command, tmp_path):
     check_dense(measured(command, tmp_path, "--shape 64 96 --rounds 1 --warm-up 0", plot=False))
+
+
+RECALLS = {  # of a frequent and a rare class, in percent
+    "plain-0": (50, 0), "plain-1": (60, 10), "weights-0": (50, 20), "weights-1": (60, 10), "sampling-0": (50, 40), "sampling-1": (60, 51),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python benchmarks/imbalance\.py .*"), ids=str)
+def test_imbalance(command, tmp_path, monkeypatch):
+    """One run is really trained; then known recalls take the place of what was found."""
+    from main import main
+
+    start = subprocess.run
+
+    def train(words: list[str], **options):
+        if "--tag" not in words:  # of the harness
+            return start(words, **options)
+        run = words[words.index("--tag") + 1]
+        report = tmp_path / f"results-runs/runs/{run}/report"
+        if run == "sampling-0":
+            assert main(words[2:]) == 0 and (report / "classes.csv").is_file()
+        report.mkdir(parents=True, exist_ok=True)
+        lines = ["class,recall", *(f"{name},{recall / 100}" for name, recall in zip("ab", RECALLS[run], strict=True))]
+        (report / "classes.csv").write_text("\n".join(lines))
+        return SimpleNamespace(returncode=0)
+
+    write_images(tmp_path / "images/train", {"a": 20, "b": 20}, size=32)
+    write_images(tmp_path / "images/val", {"a": 2, "b": 2}, size=32)
+    monkeypatch.setattr(subprocess, "run", train)
+    opts = [*FAST, *"DATA.IMG_SIZE 32 TEST.IMG_SIZE 32 DATA.NUM_WORKERS 0".split()]
+    flags = ["--seeds", 0, 1, "--out", tmp_path / "results", "--opts", *opts]
+    run_here(monkeypatch, command, *flags, files=dict(DIR=tmp_path / "images"))
+    rows = {row["way"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    assert [row["balanced_accuracy"] for row in rows.values()] == [30, 35, 50.25] and rows["sampling"]["rare"] == 45.5
+    # Differences 10 and 0, 20 and 20.5; Student's t with one degree of freedom: 12.706.
+    assert (rows["weights"]["over_plain_interval"], rows["weights"]["verdict"]) == ("-58.53 to 68.53", "undecided")
+    assert (rows["sampling"]["over_plain_interval"], rows["sampling"]["verdict"]) == ("17.07 to 23.43", "better")
+    thinned = sorted(path.relative_to(tmp_path / "results-runs/data").as_posix() for path in tmp_path.glob("results-runs/data/*/b/*"))
+    assert thinned == ["train/b/0.png", "train/b/1.png", "val/b/0.png", "val/b/1.png"]
 
 
 @pytest.mark.extra
@@ -354,3 +395,31 @@ def test_every_benchmark_is_run():
     imported |= {"gpu_stages.py", "gpu_predictions.py"}
     shown = {command.words[1].removeprefix("benchmarks/") for command in commands() if command.document == DOCUMENT}
     assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} == shown | imported
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python benchmarks/distillation\.py DIR --teacher .*"), ids=str)
+def test_distillation(command, tmp_path):
+    """A run that is finished counts, one that is not is trained, with its teacher; the interval is that of four differences."""
+    names = [f"n{i:08d}" for i in range(10)]
+    torch.save(dict(model=LITv2(num_classes=10, **TEACHER).state_dict(), class_names=names), tmp_path / "teacher.pth")
+    for part in ("train", "val"):
+        write_images(tmp_path / "data" / part, dict.fromkeys(names, 4), size=32)
+    runs = tmp_path / "results_runs/student"
+    for seed, pair in enumerate([(50.0, 51.0), (50.0, 53.0), (52.0, 54.0), (49.0, None)]):
+        for name, top1 in zip(("alone", "taught"), pair):
+            folder = runs / f"{name}-seed{seed}-epochs1"
+            folder.mkdir(parents=True)
+            if top1 is not None:
+                (folder / "metrics.jsonl").write_text(json.dumps(dict(kind="val", update=1, epoch=1, top1=top1)) + "\n")
+    files = dict(DIR=tmp_path / "data")
+    done = run(command, "--teacher", tmp_path / "teacher.pth", "--seeds", 4, "--epochs", 1, "--out", tmp_path / "results", files=files)
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["difference"] for row in rows][:3] == [1, 3, 2] and rows[3]["alone_top1"] == 49
+    log = (runs / "taught-seed3-epochs1/log_rank0.txt").read_text()
+    assert "teacher.pth: 1." in log and re.search(rf"final Acc@1  {rows[3]['taught_top1']:.1f}", log)
+    values = np.array([row["difference"] for row in rows])
+    half = 3.182446 * values.std(ddof=1) / 2  # Student's 97.5 % quantile at three degrees of freedom
+    low, high = values.mean() - half, values.mean() + half
+    word = "the teacher helps" if low > 0 else "the teacher harms" if high < 0 else "undecided"
+    assert f"difference {values.mean():+.1f} ({low:+.1f} to {high:+.1f}): {word}\n" in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import runpy
@@ -18,6 +19,7 @@ from hilo import HiLo
 DOCUMENT = "examples/README.md"
 EXAMPLES = {  # with the modules that they need
     "timm_train.py": ["timm"],
+    "optuna_search.py": ["timm", "optuna", "yacs", "sklearn"],
     "torchvision_detector.py": ["timm", "torchvision"],
     "timm_backbone.py": ["timm", "mmcv", "mmdet", "mmseg"],
     "transformers_backbone.py": ["timm", "transformers"],
@@ -70,6 +72,16 @@ def test_timm_train():
     losses = numbers(run("timm_train.py"))
     assert len(losses) == 3 and losses[0] == pytest.approx(math.log(10), abs=0.2), "ten classes, not yet told apart"
     assert losses[2] < 0.5 * losses[0]
+
+
+@pytest.mark.extra
+def test_optuna_search(tmp_path):
+    """The best trial has the top-1 of its report."""
+    require("optuna_search.py")
+    command = Command(DOCUMENT, ROOT, f"python examples/optuna_search.py {tmp_path}")
+    printed = command_helpers.run(command).stdout
+    found = [json.loads((tmp_path / f"litv2_digits/trial{i}/report/summary.json").read_text())["top1"] for i in (0, 1)]
+    assert f"best of 2 trials: top-1 {max(found):.1f} % with {{'TRAIN.BASE_LR': " in printed
 
 
 @pytest.mark.extra

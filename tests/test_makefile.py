@@ -74,7 +74,7 @@ CALLS = {
         "-m pytest -m not extra " + " ".join(f"--ignore=tests/{name}" for name in ("detection", "segmentation", "litv2/test_backbone.py")),
     ],
 }
-LOCKED = ("requirements", *(f"requirements-{name}" for name in ("export", "explain", "examples", "test", "supply", "mm")))
+LOCKED = ("requirements", *(f"requirements-{name}" for name in ("export", "explain", "examples", "track", "test", "supply", "mm")))
 CALLS |= {
     "make sanitize": ["-m venv .venv", "-m tests.sanitizers"],
     "make locks": ["-m venv .venv"],  # and those of test_locks

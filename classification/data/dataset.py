@@ -15,19 +15,19 @@ from torch.utils.data import Dataset, IterableDataset
 from litv2.files import is_shortage
 from litv2.preprocess import decode
 
-from .sources import DataError, ListSource
+from .sources import DataError, ListSource, Target
 
 
 class Sample(NamedTuple):
     image: Tensor | None  # (C, H, W), or a list of views, whatever the transform makes; None if it could not be read
-    target: int
+    target: Target
     name: str
     unreadable: tuple[str, ...]  # "path: reason" of each file that was skipped
 
 
 class Batch(NamedTuple):
     images: Tensor  # (B, C, H, W); where the transform makes views, a list with (B, views, C, H, W) for each size
-    targets: Tensor  # (B,) int64
+    targets: Tensor  # (B,) int64, or (B, classes) float32
     names: list[str]
     unreadable: list[str]
 
@@ -101,9 +101,10 @@ def seeded(seed: int | None) -> Iterator[None]:
 def collate(samples: list[Sample]) -> Batch:
     good = [sample for sample in samples if sample.image is not None]
     images = [sample.image for sample in samples if sample.image is not None]
+    vectors = [sample.target for sample in good if isinstance(sample.target, np.ndarray)]
     return Batch(
         _stacked(images) if images else torch.empty(0),
-        torch.tensor([sample.target for sample in good], dtype=torch.int64),
+        torch.from_numpy(np.stack(vectors)) if vectors else torch.tensor([sample.target for sample in good], dtype=torch.int64),
         [sample.name for sample in good],
         [report for sample in samples for report in sample.unreadable],
     )

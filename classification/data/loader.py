@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 from yacs.config import CfgNode
@@ -18,7 +19,7 @@ from litv2.errors import MissingPackage
 from litv2.failures import start_worker
 
 from .dataset import ImageDataset, StreamingDataset, collate
-from .sampler import EvalSampler, TrainSampler
+from .sampler import BalancedSampler, EvalSampler, TrainSampler
 from .sources import STREAMING, DataError, open_sources
 from .transforms import build_transform
 
@@ -32,6 +33,9 @@ class Loaders:
     steps_per_epoch: int  # batches of this process
     batch_size: int  # training batch size per process
     sampler: TrainSampler | None  # None for a streaming reader, which orders its images itself
+    class_counts: list[int] | None  # training images of each class over all processes; None for a streaming reader, or several classes
+    vectors: bool = False  # training targets are (B, classes) instead of (B,)
+    note: str = ""  # of the validation images, for the log and the report
 
 
 def build_loaders(config: CfgNode) -> Loaders:
@@ -52,6 +56,8 @@ def build_loaders(config: CfgNode) -> Loaders:
     transforms = build_transform(config, training=True), build_transform(config, training=False)
 
     if data.DATASET.startswith(STREAMING):
+        if data.SAMPLING != "all":
+            raise DataError(f"DATA.SAMPLING={data.SAMPLING} needs the class of each image; {data.DATASET} orders its images itself")
         train, val = (_stream(config, training, transform, workers) for training, transform in zip((True, False), transforms))
         return Loaders(
             train=DataLoader(train, data.BATCH_SIZE, drop_last=True, generator=torch.Generator(), **common),
@@ -61,11 +67,19 @@ def build_loaders(config: CfgNode) -> Loaders:
             steps_per_epoch=max(1, len(train) // (world_size * data.BATCH_SIZE)),
             batch_size=data.BATCH_SIZE,
             sampler=None,
+            class_counts=None,
         )
 
     train_source, val_source = open_sources(config)
-    fixed_share = data.ZIP_MODE and data.CACHE_MODE == "part"
-    sampler = TrainSampler(len(train_source), data.BATCH_SIZE, rank, world_size, config.SEED, fixed_share)
+    targets: list[Any] = [target for _, target in train_source.samples]
+    vectors = isinstance(targets[0], np.ndarray)
+    if vectors and (data.SAMPLING != "all" or config.TRAIN.CLASS_WEIGHTS != "none"):
+        raise DataError("DATA.SAMPLING and TRAIN.CLASS_WEIGHTS need one class per image, and the training table has several or shares")
+    if data.SAMPLING == "balanced":
+        sampler: TrainSampler = BalancedSampler(targets, data.BATCH_SIZE, rank, world_size, config.SEED)
+    else:
+        fixed_share = data.ZIP_MODE and data.CACHE_MODE == "part"
+        sampler = TrainSampler(len(targets), data.BATCH_SIZE, rank, world_size, config.SEED, fixed_share)
     shares = EvalSampler(len(val_source), rank, world_size)
     train_set = ImageDataset(train_source, transforms[0], mode)
     val_set = ImageDataset(val_source, transforms[1], mode)
@@ -78,6 +92,9 @@ def build_loaders(config: CfgNode) -> Loaders:
         steps_per_epoch=sampler.count // sampler.batch_size,
         batch_size=sampler.batch_size,
         sampler=sampler,
+        class_counts=None if vectors else torch.bincount(torch.tensor(targets), minlength=len(train_source.class_names)).tolist(),
+        vectors=vectors,
+        note=val_source.note,
     )
 
 

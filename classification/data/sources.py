@@ -1,8 +1,9 @@
-"""Image sources. A source is a sequence of (encoded file or PIL image, class number) with names for both.
+"""Image sources. A source is a sequence of (encoded file or PIL image, target) with names for both.
 
-The pipeline uses only ``source[i]``, ``len(source)``, ``source.filename(i)`` and ``source.class_names``. Sources can be pickled: on
-macOS and Windows, where processes are not forked, each loader worker gets a copy. timm's streaming readers (WebDataset, streamed
-Hugging Face data sets, TFDS) have no indices; ``loader.py`` reads them directly.
+A target is the number of a class, or a vector (classes,) float32 with a number in [0, 1] for each. The pipeline uses only ``source[i]``,
+``len(source)``, ``source.filename(i)`` and the attributes of ``ListSource``. Sources can be pickled: on macOS and Windows, where
+processes are not forked, each loader worker gets a copy. timm's streaming readers (WebDataset, streamed Hugging Face data sets, TFDS)
+have no indices; ``loader.py`` reads them directly.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ from yacs.config import CfgNode
 import distributed
 from litv2.errors import UserError
 
+from .table import read_class_names, read_table
+
 STREAMING = ("wds/", "hfids/", "tfds/")
 FOLDERS = ("folder", "imagenet", "imagenet100")  # DATA_PATH/SPLIT/CLASS/IMAGE, by any of these names
 LARGEST_CLASS = 100_000  # number of a class in a listing: each has an output of the network
 LARGEST_FILE = 1 << 28  # bytes of an encoded image in an archive, which may expand a small file to any size
 CIFAR = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "cifar": "CIFAR100"}  # torchvision's classes
+Target = int | np.ndarray
 
 
 class DataError(UserError):
@@ -36,17 +40,17 @@ class DataError(UserError):
 
 
 class ListSource:
-    """A list of named samples and a function that reads them."""
+    """A list of named samples and a function that reads them. ``note`` is what the log says of them."""
 
-    def __init__(self, samples: Sequence[tuple[str, int]], class_names: list[str], read: Callable):
+    def __init__(self, samples: Sequence[tuple[str, Target]], class_names: list[str], read: Callable, note: str = ""):
         if not samples:
             raise DataError("the data set has no images")
-        self.samples, self.class_names, self._read = samples, class_names, read
+        self.samples, self.class_names, self._read, self.note = samples, class_names, read, note
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[BinaryIO | Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[BinaryIO | Image.Image, Target]:
         name, target = self.samples[index]
         return self._read(name), target
 
@@ -70,6 +74,8 @@ def open_sources(config: CfgNode) -> tuple[ListSource, ListSource]:
     elif data.DATASET in FOLDERS:
         train = _folder(config, data.VAL_SPLIT if data.CLASS_MAP else data.TRAIN_SPLIT)
         val = _folder(config, data.VAL_SPLIT, train.class_names)
+    elif data.DATASET == "csv":
+        return _tables(config)
     elif data.DATASET in CIFAR:
         train, val = (_cifar(config, training) for training in (True, False))
     elif data.DATASET == "tar":
@@ -79,7 +85,7 @@ def open_sources(config: CfgNode) -> tuple[ListSource, ListSource]:
         train, val = (_hugging_face(config, split) for split in (data.TRAIN_SPLIT, data.VAL_SPLIT))
     else:
         raise DataError(
-            f"DATA.DATASET={data.DATASET!r} is unknown; use digits, tar, {', '.join(FOLDERS)}, {', '.join(CIFAR)}, "
+            f"DATA.DATASET={data.DATASET!r} is unknown; use digits, csv, tar, {', '.join(FOLDERS)}, {', '.join(CIFAR)}, "
             f"or a timm reader: hfds/, {', '.join(STREAMING)}"
         )
     if max(target for _, target in val.samples) >= len(train.class_names):
@@ -120,6 +126,26 @@ def _number_classes(found: list[str], class_names: list[str] | None, where: Path
     if unknown:
         raise DataError(f"{where} has {len(unknown)} classes that are missing from training: {', '.join(unknown[:20])}")
     return {name: number for number, name in enumerate(class_names or found)}
+
+
+def _tables(config: CfgNode) -> tuple[ListSource, ListSource]:
+    """Opens DATA_PATH/split.csv. For evaluations an image of the task "single" has the class with the largest of its numbers."""
+    root = _data_path(config)
+    train, val = (read_table(root / f"{split}.csv") for split in (config.DATA.TRAIN_SPLIT, config.DATA.VAL_SPLIT))
+    names = read_class_names(root / config.DATA.CLASSES) if config.DATA.CLASSES else train.class_names
+    if not names:
+        raise DataError(f"{train.path}: no image has a class")
+    note = ""
+    if config.MODEL.TASK == "multi":
+        targets = [train.of_several_classes(names, certain=False), val.of_several_classes(names, certain=True)]
+    else:
+        targets = [train.of_one_class(names), val.of_one_class(names)]
+        if targets[1].ndim == 2:
+            note = f"{val.path} has a number for each class: the evaluation takes the class with the largest one as the true one"
+            targets[1] = targets[1].argmax(axis=1)
+    rows = [values.tolist() if values.ndim == 1 else list(values) for values in targets]
+    read = partial(_file_in, root)
+    return ListSource([*zip(train.images, rows[0])], names, read), ListSource([*zip(val.images, rows[1])], names, read, note)
 
 
 def _cifar(config: CfgNode, training: bool) -> ListSource:
@@ -167,6 +193,10 @@ def _hugging_face(config: CfgNode, split: str) -> ListSource:
     class_names = [name for name, _ in sorted(reader.class_to_idx.items(), key=lambda item: item[1])]
     samples = [(f"{split}-{i}", target) for i, target in enumerate(reader.iter_targets())]
     return ListSource(samples, class_names, partial(_reader_row, reader))
+
+
+def _file_in(root: Path, name: str) -> BinaryIO:
+    return open(root / name, "rb")
 
 
 def _array_row(pixels: np.ndarray, name: str) -> Image.Image:

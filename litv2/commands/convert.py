@@ -15,7 +15,7 @@ from ..weights.reading import read_checkpoint
 from ..weights.state_dict import find_weights
 from . import read, which_weights
 
-KEPT = ("class_names", "epoch", "max_accuracy", "config")  # entries that are kept along with the weights
+KEPT = ("class_names", "thresholds", "epoch", "max_accuracy", "config")  # entries that are kept along with the weights
 # Keys of the trainer's configuration that hold paths of the machine that it ran on, which are nobody else's business.
 PATHS = (("DATA", "DATA_PATH"), ("MODEL", "RESUME"), ("MODEL", "PRETRAINED"), ("OUTPUT",), ("BASE",))
 LARGEST_ENTRY = 1 << 20  # characters; an entry of a hostile file may expand without end when it is written

@@ -1,4 +1,5 @@
-"""python -m litv2 predict FOLDER --checkpoint FILE: the most likely classes of images, printed and drawn, or as a table."""
+"""python -m litv2 predict FOLDER --checkpoint FILE: the most likely classes of images, or of a multi-label classifier those
+that it finds, printed and drawn, or as a table."""
 
 from __future__ import annotations
 
@@ -53,12 +54,14 @@ def run(args: argparse.Namespace) -> int:
         if args.json is not None:
             writers.append(files.enter_context(_json(args.json)))
         tables_alone = bool(writers) and args.out is None
-        if not tables_alone:
-            writers.append(_pictures(args.out or Path("predictions")))
+        draw = None if tables_alone else _pictures(args.out or Path("predictions"))
         for path, confidence in over_images(paths, classifier, classifier.confidences, args, unreadable, progress=tables_alone):
-            best = [(classifier.names[i], confidence[i].item()) for i in confidence.argsort(descending=True)[:top].tolist()]
+            order = confidence.argsort(descending=True).tolist()
+            shown = order[:top] if classifier.thresholds is None else classifier.found(confidence)
             for write in writers:
-                write(path, best)
+                write(path, [(classifier.names[i], confidence[i].item()) for i in order[:top]])
+            if draw is not None:
+                draw(path, [(classifier.names[i], confidence[i].item()) for i in shown])
     for table in filter(None, (args.csv, args.json)):
         print(f"{len(paths) - len(unreadable)} images -> {table}")
     return report_unreadable(unreadable, len(paths))
@@ -96,6 +99,8 @@ def _pictures(folder: Path) -> Write:
         print(printable(f"{path} -> {target}"))
         for name, share in best:
             print(printable(f"  {share:7.2%}  {name}"))
+        if not best:
+            print("  no class reaches its threshold")
 
     return write
 

@@ -34,9 +34,12 @@ def write_site(subject: Classifier, out: Path) -> None:
     the report of its comparison, and ``model.json`` with what the page has to know of the model.
 
     Raises:
-        UserError: the sources of the page or the runtime are not there, the images have neither 1 nor 3 channels, or ``export`` fails.
+        UserError: an image may have several classes, the sources of the page or the runtime are not there, the images have neither 1 nor
+            3 channels, or ``export`` fails.
         MissingPackage: a package is missing; the message names it.
     """
+    if subject.thresholds is not None:
+        raise UserError("site: the page is for images of one class, and this classifier is for images of any number of classes")
     for file in page_files():
         if not file.is_file():
             raise UserError(f"site: {file} is not there; in a checkout, `make site CHECKPOINT=FILE` fetches what the page needs")

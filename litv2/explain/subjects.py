@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..classes import class_names
+from ..classes import class_names, thresholds
 from ..errors import UserError
 from ..factory import load_model
 from ..model import LITv2
@@ -21,6 +21,7 @@ from ..preprocess import decode, evaluation_box, evaluation_transform
 
 __all__ = ["Classifier", "Subject", "View"]
 
+TOP = 5  # classes that are shown of an image which has one
 SHOWN = 1024  # pixels a side of a picture at most
 
 
@@ -116,6 +117,8 @@ class Classifier(Subject):
 
     Attributes:
         transform: that preprocessing, RGB image -> tensor (C, size, size).
+        thresholds: confidence from which on a class counts as found, for classifiers of images with any number of classes; None for
+            those of images with one class.
     """
 
     task = "classification"
@@ -124,6 +127,7 @@ class Classifier(Subject):
         loaded = load_model(source, name)
         self.model, self.network, self.notes = loaded.model.eval(), loaded.model, loaded.notes
         self.names = class_names(loaded.content, loaded.model.num_classes)
+        self.thresholds = thresholds(loaded.content, loaded.model.num_classes)
         self.size, self.crop = loaded.image_size if img_size is None else img_size, loaded.crop
         smallest = self.network.feature_info[-1]["reduction"]
         if self.size < smallest:
@@ -158,8 +162,16 @@ class Classifier(Subject):
         return self.network.forward_head(self.network.forward_features(images.to(self.device)), pre_logits=True).float().cpu()
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Returns the confidences of logits (..., classes)."""
-        return logits.softmax(dim=-1)
+        """Returns the confidences of logits (..., classes): shares of one, or if an image has any number of classes, each by itself."""
+        return logits.softmax(dim=-1) if self.thresholds is None else logits.sigmoid()
+
+    def found(self, confidence: Tensor) -> list[int]:
+        """Returns the numbers of the classes to show of an image, the most confident first: the five most likely, or if an image has any
+        number of classes, those whose ``confidence`` (classes,) is at least their threshold."""
+        order = confidence.argsort(descending=True).tolist()
+        if self.thresholds is None:
+            return order[:TOP]
+        return [i for i in order if confidence[i] >= self.thresholds[i]]
 
     def scored(self, view: View) -> tuple[nn.Module, Callable[[Any], Tensor], str]:
         confidence, number = self.predict(view).max(dim=0)

@@ -25,6 +25,7 @@ from mmengine.visualization import LocalVisBackend, Visualizer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from ..coco import read_annotations
 from ..errors import UserError, listed
 from ..failures import start_worker
 from ..files import append_whole, atomic_write, remove_drafts
@@ -32,7 +33,7 @@ from ..outputs import LogFile, Outputs
 from ..weights.download import fetch
 from ..weights.reading import read_checkpoint
 from ..weights.state_dict import load_weights
-from .annotations import check_annotations, read_annotations
+from .annotations import check_annotations
 from .exact_loops import ExactEpochLoop, ExactIterLoop, with_named_files
 from .numpy_pickles import NUMPY_CLASSES
 

@@ -104,6 +104,12 @@ def test_text_and_whole_numbers_are_read_as_the_keys_type():
     assert type(config.TRAIN.CLIP_GRAD) is float and config.MODEL.LIT.DEPTHS == [1, 1, 1, 1]
 
 
+def test_a_number_as_text(tmp_path):
+    (tmp_path / "a.yaml").write_text("TAG: 7\nTRAIN: {FREEZE: 2}\nMODEL: {PRETRAINED: P}")
+    config = load_config(tmp_path / "a.yaml")
+    assert (config.TAG, config.TRAIN.FREEZE) == ("7", "2")
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -121,6 +127,11 @@ def test_text_and_whole_numbers_are_read_as_the_keys_type():
         (["--opts", "TRAIN.WARMUP_EPOCHS", "300"], "WARMUP_EPOCHS=300 must be below"),
         (["--batch-size", "0"], "DATA.BATCH_SIZE must be at least 1"),
         (["--resume", "a", "--pretrained", "b"], "--pretrained: not allowed with argument --resume"),
+        (["--freeze", "5", "--pretrained", "P"], "TRAIN.FREEZE must be a number of stages, 0, 1, 2, 3, 4, or head, got '5'"),
+        (["--freeze", "head"], "TRAIN.FREEZE=head would keep random weights; give the weights by --pretrained"),
+        (["--opts", "TRAIN.UNFREEZE_EVERY", "2"], "TRAIN.UNFREEZE_EVERY=2 needs something to unfreeze"),
+        (["--opts", "DATA.SAMPLING", "balanced", "TRAIN.CLASS_WEIGHTS", "auto"], "both favour rare classes"),
+        (["--zip", "--opts", "DATA.SAMPLING", "balanced"], "DATA.SAMPLING=balanced .* use --cache-mode full or no"),
         (["--cfg", "nowhere.yaml"], "no configuration file nowhere.yaml"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -10,10 +11,12 @@ import pytest
 import torch
 import yaml
 
+from coco_to_csv import main as coco_to_csv
 from command_helpers import free_port, put_download, run, run_here
 from document_helpers import Command, documented
 from helpers import FAST, write_images
 from litv2 import LITv2
+from litv2.errors import UserError
 
 DOCUMENT = "classification/README.md"
 TINY = dict(patch_size=2, embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))  # of FAST
@@ -76,6 +79,26 @@ def test_fine_tuning(command, images, tmp_path, monkeypatch):
     assert "head is newly initialised: it has 7 outputs in the file, but 2 in this model" in log
 
 
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python main\.py .* --freeze head --opts .*"), ids=str)
+def test_own_data(command, images, tmp_path, monkeypatch):
+    model = LITv2(num_classes=2, **TINY)
+    torch.save(dict(model=model.state_dict(), class_names=["b", "c"]), tmp_path / "mine.pth")
+    run_here(monkeypatch, command, *smaller(command, tmp_path), files=dict(DIR=images, FILE=tmp_path / "mine.pth"))
+    state, log = finished(tmp_path)
+    assert "1 of 2 classes keep their rows of the head; new: a" in log and "frozen: all but the head" in log
+    assert torch.equal(state["model"]["norm.weight"], model.norm.weight) and state["config"]["TRAIN"]["UNFREEZE_EVERY"] == 5
+    assert not torch.equal(state["model"]["head.weight"], model.head.weight)
+
+
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python main\.py .* --opts DISTILL\.TEACHER FILE .*"), ids=str)
+def test_teacher(command, images, tmp_path, monkeypatch):
+    """Of twice the width."""
+    torch.save(dict(model=LITv2(num_classes=2, **{**TINY, "embed_dim": 32}).state_dict()), tmp_path / "teacher.pth")
+    run_here(monkeypatch, command, *smaller(command, tmp_path), files=dict(DIR=images, FILE=tmp_path / "teacher.pth"))
+    _, log = finished(tmp_path)
+    assert f"teacher {tmp_path / 'teacher.pth'}: 1." in log
+
+
 @pytest.mark.extra
 @pytest.mark.parametrize("command", documented(DOCUMENT, r"torchrun --nproc-per-node=2 main\.py .* --amp bf16 --ema-decay .*"), ids=str)
 def test_two_processes_in_mixed_precision(command, images, tmp_path):
@@ -104,6 +127,76 @@ def test_evaluation(command, images, tmp_path, monkeypatch, capsys):
     right = "75.0" if "FILE" in command.words else "25.0"
     printed = capsys.readouterr().out
     assert f" * Acc@1 {right}00 Acc@5 100.000\n" in printed and f"network on the 4 test images: {right}%\n" in printed
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory) -> Path:
+    """Two splits of three images: an owl and two cats, a cat, and none; the category dog has no object."""
+    root = tmp_path_factory.mktemp("coco")
+    (root / "annotations").mkdir()
+    categories = [dict(id=i, name=name, supercategory="animal") for i, name in ((3, "owl"), (1, "cat"), (7, "dog"))]
+    boxes = [dict(image_id=10, category_id=category) for category in (3, 1, 1)] + [dict(image_id=11, category_id=1)]
+    files = [dict(id=10 + i, file_name=f"a/{i}.png") for i in range(3)]
+    for split in ("train", "val"):
+        write_images(root / f"{split}2017", {"a": 3}, size=32)
+        content = dict(images=files, annotations=boxes, categories=categories)
+        (root / f"annotations/instances_{split}2017.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python coco_to_csv\.py .*"), ids=str)
+def test_tables_of_coco(command, coco, monkeypatch, capsys):
+    files = {word: str(coco) + word.removeprefix("DIR") for word in command.words if word.startswith("DIR/")}
+    run_here(monkeypatch, command, files=files)
+    split = "train" if "DIR/train.csv" in command.words else "val"
+    table = (coco / f"{split}.csv").read_text().splitlines()
+    rows = [f"{split}2017/a/{i}.png,{cells}" for i, cells in enumerate(("1,0,1", "1,0,0", "0,0,0"))]
+    assert table == ["image,cat,dog,owl", *rows] and "3 images, 3 classes, 1.00 per image" in capsys.readouterr().out
+    run_here(monkeypatch, command, "--supercategories", "--out", coco / "groups.csv", files=files)
+    assert (coco / "groups.csv").read_text().splitlines()[::2] == ["image,animal", f"{split}2017/a/1.png,1"]
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("[]", "is not a COCO annotation file"),
+        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "is not a COCO file of instances: KeyError 'file_name'"),
+        ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "labels"}]}', "category labels, which is the name"),
+    ],
+)
+def test_wrong_annotations(content, words, tmp_path):
+    (tmp_path / "wrong.json").write_text(content)
+    with pytest.raises(UserError, match=words):
+        coco_to_csv([str(tmp_path / "wrong.json"), "--images", str(tmp_path / "train"), "--out", str(tmp_path / "train.csv")])
+    with pytest.raises(UserError, match="must lie below"):
+        coco_to_csv([str(tmp_path / "wrong.json"), "--images", str(tmp_path), "--out", str(tmp_path / "train/train.csv")])
+
+
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python main\.py .* --pretrained \S+ --opts .* MODEL\.TASK multi"), ids=str)
+def test_several_classes_per_image(command, coco, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    put_download(tmp_path, "litv2_s.pth", weights_for(1))
+    for split in ("train", "val"):
+        (coco / f"{split}.csv").write_text(f"image,labels\n{split}2017/a/0.png,cat|dog\n{split}2017/a/1.png,\n")
+    run_here(monkeypatch, command, *smaller(command, tmp_path), files=dict(DIR=coco))
+    assert re.search(r"best mAP  \d+\.\d+ %", capsys.readouterr().out)
+    summary = json.loads((tmp_path / "litv2_small/default/report/summary.json").read_text())
+    assert (summary["images"], summary["classes"], summary["classes_per_image"]) == (2, 2, 1)
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python main\.py .* MODEL\.TASK multi AUG\.SCALE .*"), ids=str)
+def test_canvases(command, tmp_path, monkeypatch, capsys):
+    """After the command that makes them, and on the first images of each table."""
+    (preparation,) = documented(DOCUMENT, r"python digits_to_csv\.py DIR")
+    run_here(monkeypatch, preparation, files=dict(DIR=tmp_path))
+    for split, count in (("train", 1200), ("val", 400)):
+        lines = (tmp_path / f"{split}.csv").read_text().splitlines()
+        shown = [set(filter(None, row["labels"].split("|"))) for row in csv.DictReader(lines)]
+        assert len(shown) == count and {len(digits) for digits in shown} == {0, 1, 2, 3, 4} and set().union(*shown) == set("0123456789")
+        (tmp_path / f"{split}.csv").write_text("\n".join(lines[:101]) + "\n")
+    run_here(monkeypatch, command, *smaller(command, tmp_path, "DATA.BATCH_SIZE", "20"), files=dict(DIR=tmp_path))
+    assert "100 of validation, 10 classes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", documented(DOCUMENT, r"python main\.py .* --eval (--crops|--corruptions).*"), ids=str)

@@ -1,0 +1,87 @@
+"""What a teacher adds to a small student: the trainer with and without DISTILL.TEACHER, on the same seeds.
+
+    python benchmarks/distillation.py DIR --teacher examples/litv2_imagenette.safetensors      # DIR/train/CLASS/IMAGE, DIR/val/CLASS/IMAGE
+
+Both runs of a seed have the same initial weights, order of images, augmentation and mixup: a teacher draws no random numbers. The student
+has the recipe of examples/litv2_imagenette.safetensors at half the width, a quarter of the parameters, and images of 48 pixels. A run that
+was stopped is resumed by the same command, and a finished one is not repeated. The interval is Student's, of the mean of the differences
+between the runs of a seed; if it contains 0, the comparison is undecided.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean
+
+from scipy import stats
+
+from harness import COLOURS, ROOT, figure, parser, positive, publish, say
+from litv2.errors import UserError, run_program
+
+# Of the trainer, which the harness makes importable.
+# isort: split
+from metrics import read_metrics
+
+TRAINER = ROOT / "classification/main.py"
+RECIPE = ROOT / "classification/configs/litv2-imagenette.yaml"
+STUDENT = "MODEL.NAME student MODEL.LIT.EMBED_DIM 16 DATA.IMG_SIZE 48 TEST.IMG_SIZE 64".split()
+
+
+def main() -> None:
+    flags = parser(__doc__, "distillation", threads=False)
+    flags.add_argument("data_path", type=Path, metavar="DIR")
+    flags.add_argument("--teacher", required=True, metavar="FILE", help="DISTILL.TEACHER")
+    flags.add_argument("--seeds", type=positive, default=3, metavar="N", help="at least 2 (default: 3)")
+    flags.add_argument("--epochs", type=positive, default=8)
+    flags.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="of the trainer, for all runs")
+    args = flags.parse_args()
+    if args.seeds < 2:
+        raise UserError("--seeds 1: an interval needs at least 2")
+    settings = ["TRAIN.EPOCHS", str(args.epochs), "TRAIN.WARMUP_EPOCHS", str(args.epochs // 10), "EVAL_FREQ", str(args.epochs), *args.opts]
+    rows = []
+    for seed in range(args.seeds):
+        alone, taught = (
+            accuracy(args.out.with_name(f"{args.out.name}_runs"), f"{name}-seed{seed}-epochs{args.epochs}", seed, args.data_path, more)
+            for name, more in (("alone", settings), ("taught", [*settings, "DISTILL.TEACHER", args.teacher]))
+        )
+        rows.append(dict(seed=seed, alone_top1=round(alone, 2), taught_top1=round(taught, 2), difference=round(taught - alone, 2)))
+        say(f"seed {seed}: {alone:.2f} % alone, {taught:.2f} % with the teacher")
+    publish(rows, args.out, verdict(rows), plot, teacher=args.teacher, epochs=args.epochs, opts=args.opts)
+
+
+def accuracy(output: Path, tag: str, seed: int, data_path: Path, opts: list[str]) -> float:
+    """Trains, or goes on training, and returns the top-1 of the last epoch in percent."""
+    flags = ["--data-path", str(data_path), "--output", str(output), "--tag", tag, "--seed", str(seed), "--workers", "0"]
+    folder = output / "student" / tag
+    if not evaluations(folder):  # there is one, at the end
+        done = subprocess.run([sys.executable, str(TRAINER), "--cfg", str(RECIPE), *flags, "--opts", *STUDENT, *opts], stdout=sys.stderr)
+        if done.returncode:  # it has said why
+            sys.exit(done.returncode)
+    return evaluations(folder)[-1]
+
+
+def evaluations(folder: Path) -> list[float]:
+    return [row["top1"] for row in read_metrics(folder) if row["kind"] == "val"]
+
+
+def verdict(rows: list[dict]) -> str:
+    alone, taught, difference = ([row[name] for row in rows] for name in ("alone_top1", "taught_top1", "difference"))
+    low, high = stats.ttest_1samp(difference, 0).confidence_interval(0.95)
+    decided = "the teacher helps" if low > 0 else "the teacher harms" if high < 0 else "undecided"
+    return (
+        f"top-1 of a student over {len(rows)} seeds: {fmean(alone):.1f} % alone, {fmean(taught):.1f} % with a teacher, "
+        f"difference {fmean(difference):+.1f} ({low:+.1f} to {high:+.1f}): {decided}"
+    )
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    with figure(path, size=(5, 3)) as axes:
+        for row in rows:
+            axes.plot([0, 1], [row["alone_top1"], row["taught_top1"]], "o-", color=COLOURS["ours"])
+        axes.set(xticks=[0, 1], xticklabels=["labels alone", "with a teacher"], xlim=(-0.3, 1.3), ylabel="top-1 (%)")
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

@@ -1,0 +1,141 @@
+"""The figures of an evaluation where an image has any number of classes. Classes that no image has are left out of means over classes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from litv2.errors import UserError
+
+SAMPLES = 1000  # from which an interval is computed,
+PARTS = 20  # one part after the other, to save memory
+
+
+def figures(targets: np.ndarray, logits: np.ndarray) -> dict[str, float]:
+    """Mean average precision and F1 in percent, and the binary cross-entropy, mean over images and classes.
+
+    Args:
+        targets: (N, classes), 0 or 1.
+        logits: (N, classes).
+
+    Raises:
+        UserError: no image has a class, or a logit is not finite.
+    """
+    from sklearn.metrics import average_precision_score, f1_score
+
+    present = targets.any(axis=0)
+    if not present.any():
+        raise UserError("no validation image that can be read has a class: there is nothing to measure")
+    if not np.isfinite(logits).all():
+        raise UserError("the outputs of the model for validation images are not finite numbers")
+    predicted = logits >= 0
+    return dict(
+        map=100 * float(average_precision_score(targets[:, present], logits[:, present], average="macro")),
+        f1_macro=100 * float(f1_score(targets[:, present], predicted[:, present], average="macro", zero_division=0)),
+        f1_micro=100 * float(f1_score(targets, predicted, average="micro", zero_division=0)),
+        loss=float((np.logaddexp(0, logits, dtype=np.float64) - targets * logits).mean()),
+    )
+
+
+def best_thresholds(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Returns the threshold (classes,) that gives each class the largest F1 on these images; 1/2 for a class that no image has.
+
+    It lies half-way between the lowest score that it accepts and the next one below, so that rounding does not matter. Of several that
+    are equally good it is the highest.
+
+    Args:
+        targets: (N, classes), 0 or 1.
+        scores: (N, classes), in [0, 1].
+    """
+    found = np.full(targets.shape[1], 0.5)
+    for i in np.flatnonzero(targets.any(axis=0)):
+        order, ends = _ranking(scores[:, i])
+        hits = np.cumsum(targets[order, i])[ends]
+        f1 = 2 * hits / (ends + 1 + hits[-1])  # 2 TP / (predicted + true)
+        levels = np.append(scores[order, i][ends].astype(np.float64), 0)
+        best = int(f1.argmax())
+        found[i] = (levels[best] + levels[best + 1]) / 2
+    return found
+
+
+def map_interval(targets: np.ndarray, logits: np.ndarray) -> list[float]:
+    """Returns the ends of the 95 % interval of the mean average precision in percent, of a bootstrap over images.
+
+    An image that is drawn twice raises the precision of its classes, so the samples are too good in the mean, for few images by far
+    more than the interval's width. They are shifted so that their mean is the measured value. A class that a sample does not have is
+    left out of its mean.
+    """
+    count = len(targets)
+    rng, all_of_them = np.random.default_rng(0), np.ones((1, count))
+    measured = _mean([average_precision(target, score, all_of_them) for target, score in zip(targets.T, logits.T)])
+    samples = []
+    for part in np.array_split(np.arange(SAMPLES), PARTS):
+        weights = rng.multinomial(count, np.full(count, 1 / count), size=len(part))
+        samples.append(_mean([average_precision(target, score, weights) for target, score in zip(targets.T, logits.T)]))
+    means = np.concatenate(samples)
+    return _interval(means - means.mean() + measured)
+
+
+def chance_interval(targets: np.ndarray, logits: np.ndarray) -> list[float]:
+    """Returns between which values in percent the mean average precision of 95 % of the random orders of the images lies.
+
+    The scores of an image stay together, as the classes of an image do.
+    """
+    count = len(targets)
+    rng, all_of_them = np.random.default_rng(0), np.ones((1, count))
+    samples = []
+    for part in np.array_split(np.arange(SAMPLES), PARTS):
+        orders = rng.permuted(np.tile(np.arange(count), (len(part), 1)), axis=1)
+        samples.append(_mean([average_precision(target[orders], score, all_of_them) for target, score in zip(targets.T, logits.T)]))
+    return _interval(np.concatenate(samples))
+
+
+def average_precision(target: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Returns the average precision (B,) of a class, as scikit-learn defines it, for B targets or B weightings of the images.
+
+    Args:
+        target: (N,) or (B, N), 0 or 1.
+        score: (N,).
+        weights: (B, N) or (1, N), how often each image counts.
+
+    Returns:
+        NaN where no image with a weight has the class.
+    """
+    order, ends = _ranking(score)
+    seen = np.cumsum(weights[:, order], axis=1)[:, ends]
+    hits = np.cumsum(weights[:, order] * target[..., order], axis=1)[:, ends]
+    with np.errstate(invalid="ignore"):
+        return (np.diff(hits, axis=1, prepend=0) * hits / np.maximum(seen, 1)).sum(axis=1) / hits[:, -1]
+
+
+def chance(targets: np.ndarray) -> np.ndarray:
+    """Returns the average precision (classes,) that images in random order have in the mean (Bestgen, PBML 103, 2015).
+
+    It is above the share of images that have the class, and far above it for a class of few images.
+    """
+    count, positives = len(targets), targets.sum(axis=0, dtype=np.float64)
+    first = (1 / np.arange(1, count + 1)).mean()  # the average precision of one image that has the class, alone
+    return first + (positives - 1) / max(count - 1, 1) * (1 - first)
+
+
+def _mean(precisions: list[np.ndarray]) -> np.ndarray:
+    """Returns the mean (B,) over classes, without those that are NaN."""
+    values = np.stack(precisions)
+    known = ~np.isnan(values)
+    return np.where(known, values, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+
+
+def _interval(means: np.ndarray) -> list[float]:
+    """Returns the middle 95 % in percent; a shifted bootstrap may reach beyond 0 and 100."""
+    return [round(100 * float(value), 3) for value in np.percentile(means, [2.5, 97.5]).clip(0, 1)]
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    from scipy.special import expit
+
+    return expit(logits.astype(np.float64))
+
+
+def _ranking(score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the order of the images, the highest score first, and the last place of each score in it."""
+    order = np.argsort(-score, kind="stable")
+    return order, np.flatnonzero(np.append(np.diff(score[order]) != 0, True))
