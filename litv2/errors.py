@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 
-__all__ = ["MissingPackage", "UserError", "listed", "run_program"]
+__all__ = ["MissingPackage", "UserError", "listed", "printable", "run_program"]
 
 
 LONGEST_MESSAGE = 2000  # characters
@@ -28,8 +28,12 @@ class UserError(ValueError):
     """
 
     def __str__(self) -> str:
-        text = _shortened(super().__str__())
-        return _shortened("".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in text))
+        return _shortened(printable(_shortened(super().__str__())))
+
+
+def printable(text: object) -> str:
+    """Returns the text with control characters, and bytes that are no text, as ``\\x1b``."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in str(text))
 
 
 def _shortened(text: str) -> str:

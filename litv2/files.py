@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .errors import UserError
+
 __all__ = ["append_whole", "atomic_write", "free_stem", "is_lack_of_handles", "is_shortage", "one_process", "remove_drafts"]
 
 
@@ -28,6 +30,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         with open(draft, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
+    except UserError:  # it says what went wrong, whatever error of the system it comes of
+        raise
     except Exception as error:
         if (failure := _failed_write(error, draft)) is None:
             raise

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from .errors import MissingPackage, UserError
+from .files import is_shortage
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,14 +21,12 @@ __all__ = [
     "evaluation_box",
     "evaluation_size",
     "evaluation_transform",
-    "image_files",
     "normalisation",
     "read_image",
     "resized_side",
 ]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for RGB in [0, 1]
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # that are decoded; for some others Pillow starts programs
 PIXELS = 89_478_485  # of an image at most, where Pillow only warns: a file of 1 KiB may take 12 bytes for each
 LARGEST_SIDE = 2048  # of images that a checkpoint may ask for: a file must not choose how much memory a prediction takes
@@ -78,6 +77,7 @@ def read_image(path: Path, mode: str = "RGB", upright: bool = False) -> Image.Im
 
     Raises:
         UserError: it is missing, or damaged, or no image.
+        MemoryError, OSError: the machine lacks memory or file handles.
     """
     try:
         with open(path, "rb") as file:
@@ -87,23 +87,10 @@ def read_image(path: Path, mode: str = "RGB", upright: bool = False) -> Image.Im
 
             return decode(ImageOps.exif_transpose(_opened(file)), mode)
     except Exception as error:  # for damaged files, decoders raise all kinds of exceptions
+        if is_shortage(error):
+            raise
         reason = getattr(error, "strerror", None) or re.sub(r" <.*>", "", str(error))  # PIL names the object that it read from
         raise UserError(f"{path} cannot be read as an image: {reason}") from error
-
-
-def image_files(paths: Sequence[Path]) -> list[Path]:
-    """Returns the paths, with the images in a folder and its subfolders, in alphabetical order, in its place.
-
-    Raises:
-        UserError: a folder contains no images.
-    """
-    files = []
-    for path in paths:
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-        if not found:
-            raise UserError(f"{path}: no images ({', '.join(SUFFIXES)}) in this folder")
-        files += found
-    return files
 
 
 def evaluation_size(config: dict | None, release: Release | None = None) -> tuple[int, bool] | None:

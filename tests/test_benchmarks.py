@@ -17,7 +17,7 @@ import torch
 from command_helpers import run, run_here
 from document_helpers import Command, commands, documented, documents
 from gpu_helpers import DEVICES
-from helpers import FAST, ROOT, normal, write_images
+from helpers import FAST, ROOT, normal, tiny_model, write_images
 from litv2 import LITv2
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -94,6 +94,18 @@ def test_training(command, tmp_path):
 
 
 @pytest.mark.extra
+@pytest.mark.extra
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python benchmarks/predict\.py .*"), ids=str)
+def test_predict(command, tmp_path):
+    images = write_images(tmp_path / "images", {"a": 2, "b": 1})
+    torch.save(dict(model=tiny_model().state_dict(), config=dict(DATA=dict(IMG_SIZE=32))), tmp_path / "tiny.pth")
+    flags = ["--images", "3", "40", "--batch-size", "8", "--out", tmp_path / "results"]
+    done = run(command, *flags, files={"FILE": tmp_path / "tiny.pth", "DIR": images})
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["images"] for row in rows] == [3, 40] and all(row["peak_MiB"] > 100 for row in rows)
+    assert re.search(r"images/s: predict [\d.-]+, reading [\d.]+, model [\d.]+\n", done.stdout)
+
+
 @pytest.mark.parametrize("command", documented(DOCUMENT, r"python benchmarks/loader\.py .*"), ids=str)
 def test_loader(command, tmp_path):
     rows = measured(command, tmp_path, "--images 8 --batch-size 4 --img-size 64 --rounds 1 --threads 1")["rows"]

@@ -22,6 +22,7 @@ ROOMS = [
     ["litv2.layers"],
     ["litv2.model"],
     ["litv2.preprocess", "litv2.inference", "litv2.weights"],
+    ["litv2.image_list", "litv2.image_batches", "litv2.features", "litv2.probes"],
     ["litv2.factory"],
     ["litv2.data_check", "litv2.comparison"],
     ["litv2.timm_bridge", "litv2.openmmlab"],

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..errors import MissingPackage, UserError
 from ..files import atomic_write, free_stem
-from ..preprocess import image_files, read_image
+from ..image_list import image_list
+from ..preprocess import read_image
 from . import print_notes, print_table
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         raise MissingPackage(f"{error}; explain needs: pip install 'litv2[explain]'") from error
     subject = load_subject(args.checkpoint, args.model, args.config, args.img_size, args.device)
     print_notes(subject.notes)
-    paths, unreadable = image_files(args.images), set[Path]()
+    paths, unreadable = image_list(args.images), set[Path]()
     args.out.mkdir(parents=True, exist_ok=True)
     if "spectrum" in args.what:
         _spectrum(subject, _views(subject, paths, unreadable), args.out)

@@ -1,64 +1,111 @@
-"""python -m litv2 predict IMAGE... --checkpoint FILE: prints and draws the five most likely classes of each image, or of a multi-label
-classifier those that it finds."""
+"""python -m litv2 predict FOLDER --checkpoint FILE: the most likely classes of images, or of a multi-label classifier those
+that it finds, printed and drawn, or as a table."""
 
 from __future__ import annotations
 
 import argparse
-import sys
+import csv
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from ..errors import UserError
-from ..explain.subjects import Classifier
+from ..errors import UserError, printable
 from ..files import atomic_write, free_stem
+from ..image_list import image_list
 from ..preprocess import read_image
-from . import print_notes
+from .images import add_classifier, add_loading, check_target, load_classifier, over_images, report_unreadable, shortened
 
 if TYPE_CHECKING:
     from PIL import Image
 
+Best = list[tuple[str, float]]  # classes and their shares, the most likely first
+Write = Callable[[Path, Best], None]
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path)
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="weights: a file, a URL or a zoo name")
-    parser.add_argument("--model", metavar="NAME", help="model name in the zoo; default: inferred from the shapes of the weights")
-    parser.add_argument("--img-size", type=int, metavar="N", help="image side in pixels; default: the checkpoint's, else 224")
     parser.add_argument(
-        "--out", default=Path("predictions"), type=Path, metavar="DIR", help="folder for the annotated pictures; default: predictions"
+        "images", nargs="+", metavar="IMAGE", help="images, folders, patterns in quotes, or - for paths on the standard input, one per line"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_classifier(parser)
+    add_loading(parser)
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="classes per image; default: %(default)s")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a table with the columns image, class1, share1, class2, ...")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write JSON lines: a JSON object per image")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for the annotated pictures; default: predictions, and none with --csv or --json"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    subject = Classifier(args.checkpoint, args.model, args.img_size)
-    print_notes(subject.notes)
-    subject.to(args.device)
-    args.out.mkdir(parents=True, exist_ok=True)
-    failed = False
+    if args.top < 1:
+        raise UserError(f"--top {args.top}: expected at least 1")
+    for target in (args.csv, args.json):
+        check_target(target)
+    paths = image_list(args.images)
+    classifier = load_classifier(args)
+    top = min(args.top, len(classifier.names))
+    unreadable: list[str] = []
+    with ExitStack() as files:
+        writers = []
+        if args.csv is not None:
+            writers.append(files.enter_context(_csv(args.csv, top)))
+        if args.json is not None:
+            writers.append(files.enter_context(_json(args.json)))
+        tables_alone = bool(writers) and args.out is None
+        draw = None if tables_alone else _pictures(args.out or Path("predictions"))
+        for path, confidence in over_images(paths, classifier, classifier.confidences, args, unreadable, progress=tables_alone):
+            order = confidence.argsort(descending=True).tolist()
+            shown = order[:top] if classifier.thresholds is None else classifier.found(confidence)
+            for write in writers:
+                write(path, [(classifier.names[i], confidence[i].item()) for i in order[:top]])
+            if draw is not None:
+                draw(path, [(classifier.names[i], confidence[i].item()) for i in shown])
+    for table in filter(None, (args.csv, args.json)):
+        print(f"{len(paths) - len(unreadable)} images -> {table}")
+    return report_unreadable(unreadable, len(paths))
+
+
+@contextmanager
+def _csv(target: Path, top: int) -> Iterator[Write]:
+    # Names of files that are no text are written as the bytes that they are.
+    with atomic_write(target) as draft, open(draft, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        table = csv.writer(file)
+        table.writerow(["image", *(f"{what}{i + 1}" for i in range(top) for what in ("class", "share"))])
+        yield lambda path, best: table.writerow([path, *(value for name, share in best for value in (name, f"{share:.6f}"))])
+
+
+@contextmanager
+def _json(target: Path) -> Iterator[Write]:
+    with atomic_write(target) as draft, open(draft, "w", encoding="utf-8") as file:
+
+        def write(path: Path, best: Best) -> None:
+            classes = [{"class": name, "share": round(share, 6)} for name, share in best]
+            file.write(json.dumps({"image": str(path), "classes": classes}) + "\n")
+
+        yield write
+
+
+def _pictures(folder: Path) -> Write:
+    """Prints the classes and draws a picture of each image."""
+    folder.mkdir(parents=True, exist_ok=True)
     used: set[str] = set()
-    for path in args.images:
-        try:
-            image = read_image(path)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            failed = True
-            continue
-        confidence = subject.predict(subject.view(image))
-        best = [(subject.names[i], confidence[i].item()) for i in subject.found(confidence)]
-        target = args.out / f"{free_stem(path.stem, used)}.png"
+
+    def write(path: Path, best: Best) -> None:
+        target = folder / f"{free_stem(path.stem, used)}.png"
         with atomic_write(target) as draft:
-            _annotated(image, best).save(draft, format="PNG")
-        print(f"{path} -> {target}")
+            _annotated(read_image(path), best).save(draft, format="PNG")
+        print(printable(f"{path} -> {target}"))
         for name, share in best:
-            print(f"  {share:7.2%}  {name}")
+            print(printable(f"  {share:7.2%}  {name}"))
         if not best:
             print("  no class reaches its threshold")
-    return int(failed)
+
+    return write
 
 
-def _annotated(image: Image.Image, best: list[tuple[str, float]]) -> Image.Image:
+def _annotated(image: Image.Image, best: Best) -> Image.Image:
     """Draws the image and, to its right, a bar per class with its name and confidence."""
     from PIL import Image, ImageDraw, ImageFont
 
@@ -73,17 +120,8 @@ def _annotated(image: Image.Image, best: list[tuple[str, float]]) -> Image.Image
     for i, (name, share) in enumerate(best):
         y, figure = top + row * i, f"{share:.1%}"
         figure_width = draw.textlength(figure, font=font)
-        draw.text((left, y), _shortened(name, lambda text: draw.textlength(text, font=font), width - figure_width - 12), "black", font)
+        draw.text((left, y), shortened(name, lambda text: draw.textlength(text, font=font), width - figure_width - 12), "black", font)
         draw.text((left + width - figure_width, y), figure, "black", font)
         draw.rectangle((left, y + 28, left + width, y + 40), fill="#e6e6e6")
         draw.rectangle((left, y + 28, left + max(1, round(width * share)), y + 40), fill="#2a7de1" if i == 0 else "#8fb8ec")
     return canvas
-
-
-def _shortened(text: str, length, room: float) -> str:
-    text = " ".join(text.split())
-    if length(text) <= room:
-        return text
-    while text and length(text + "...") > room:
-        text = text[:-1]
-    return text.rstrip(" ,") + "..."

@@ -116,6 +116,7 @@ class Classifier(Subject):
     """A classifier, with the preprocessing of its evaluation.
 
     Attributes:
+        transform: that preprocessing, RGB image -> tensor (C, size, size).
         thresholds: confidence from which on a class counts as found, for classifiers of images with any number of classes; None for
             those of images with one class.
     """
@@ -132,17 +133,33 @@ class Classifier(Subject):
         if self.size < smallest:
             raise UserError(f"an image size of {self.size} pixels is too small: this model needs at least {smallest}; set --img-size")
         self.transform = evaluation_transform(self.size, self.crop, self.network.in_chans)
+        if self.network.in_chans != 3:
+            from torchvision.transforms import Compose, Grayscale
+
+            self.transform = Compose([Grayscale(), self.transform])
 
     def view(self, image: Image.Image) -> View:
         picture = decode(image, "RGB")
-        tensor = self.transform(picture if self.network.in_chans == 3 else picture.convert("L"))[None]
         box = evaluation_box(picture.width, picture.height, self.size, self.crop)
-        return View(tensor.to(self.network.patch_embed.proj.weight.device), picture, box, (self.size, self.size))
+        return View(self.transform(picture)[None].to(self.device), picture, box, (self.size, self.size))
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.patch_embed.proj.weight.device
 
     def predict(self, view: View) -> Tensor:
         """Returns the confidence in each class, (classes,)."""
-        with torch.inference_mode():
-            return self.probabilities(self.model(view.tensor).float())[0].cpu()
+        return self.confidences(view.tensor)[0]
+
+    @torch.inference_mode()
+    def confidences(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) that ``transform`` has prepared -> the confidence in each class, (B, classes), on the CPU."""
+        return self.probabilities(self.model(images.to(self.device)).float()).cpu()
+
+    @torch.inference_mode()
+    def features(self, images: Tensor) -> Tensor:
+        """The same images -> the pooled features that the head takes, (B, num_features), on the CPU."""
+        return self.network.forward_head(self.network.forward_features(images.to(self.device)), pre_logits=True).float().cpu()
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Returns the confidences of logits (..., classes): shares of one, or if an image has any number of classes, each by itself."""

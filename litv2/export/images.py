@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import MissingPackage
-from ..preprocess import MEAN, STD, image_files, read_image
+from ..image_list import image_list
+from ..preprocess import MEAN, STD, read_image
 
 
 def photographs() -> Path | None:
@@ -35,7 +36,7 @@ def read_images(folder: str | Path, size: tuple[int, int], count: int, shift: fl
         from PIL import Image, ImageOps
     except ImportError as error:
         raise MissingPackage(f"{error}; reading images needs Pillow: pip install pillow") from error
-    paths = image_files([Path(folder)])
+    paths = image_list([Path(folder)])
     H, W = size
     images = []
     step = -(-len(paths) // count)

@@ -255,6 +255,20 @@ def _classifiers(folder: Path):
     return [_saved(whole)], mutated, read
 
 
+def _features(folder: Path):
+    """Features of images: three arrays and the fingerprint of the model, in a zip."""
+    from litv2.features import Features, read_features, write_features
+
+    content = Features(np.ones((3, 4), np.float32), np.array(["a/0.png", "a/1.png", "é.png"]), np.array(["a", "a", ""]), "0123456789abcdef")
+    write_features(folder / "good.npz", content)
+
+    def read(path: Path):
+        found = read_features(path)
+        assert len(found.features) == len(found.images) == len(found.classes)
+
+    return [(folder / "good.npz").read_bytes()], in_zip(lambda name: damaged), read
+
+
 # Data sets
 
 
@@ -460,6 +474,7 @@ READERS = {
     "checkpoint, mmengine": Reader(20, 16, "input.pth", _checkpoint(_mmengine, in_zip(_inside), mmengine=True)),
     "checkpoint, safetensors": Reader(100, 16, "input.safetensors", _checkpoint(_safetensors, in_safetensors)),
     "classifier's content": Reader(5, 64, "input.pth", _classifiers),
+    "features": Reader(20, 16, "input.npz", _features),
     "zip data set": Reader(30, IMAGE, "train.zip", _zips),
     "its listing": Reader(20, 16, "train_map.txt", _listings),
     "tar data set": Reader(15, IMAGE, "train.tar", _tars),

@@ -79,7 +79,7 @@ def test_wrong_command_lines(capsys, tmp_path):
             main(line.split())
         assert stop.value.code == 2 and message in capsys.readouterr().err
     text = run("--help", cwd=tmp_path).stdout
-    assert all(f"    {name} " in text for name in COMMANDS)
+    assert all(f"    {name}" in text for name in COMMANDS)
 
 
 def test_download(tmp_path, capsys):
@@ -255,11 +255,14 @@ def test_predict(ours, tmp_path):
     images = write_images(tmp_path / "images", {"a": 2, "b": 2}, size=90)
     (images / "a/bad.jpg").write_text("no image")
     Image.fromarray(np.zeros((30, 500), np.uint8)).save(images / "b/wide grey.png")
-    paths = [*sorted(images.glob("a/*")), *sorted(images.glob("b/*")), images / "missing.png", images]
+    paths = [*sorted(images.glob("a/*")), *sorted(images.glob("b/*"))]
     done = run("predict", *paths, "--checkpoint", ours, "--out", "drawn", cwd=tmp_path, check=False)
     assert done.returncode == 1
     errors = done.stderr.splitlines()
-    assert len(errors) == 3 and all(line.startswith("error: ") and "cannot be read as an image" in line for line in errors)
+    assert errors == [
+        f"error: {images}/a/bad.jpg cannot be read as an image: cannot identify image file",
+        "1 of 6 images cannot be read and are left out",
+    ]
     lines = done.stdout.splitlines()
     assert len(lines) == 5 * 6
     model = tiny_model().eval()  # the moving average

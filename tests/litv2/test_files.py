@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from helpers import ROOT
+from litv2.errors import UserError
 from litv2.files import atomic_write, one_process, remove_drafts
 
 
@@ -87,3 +89,13 @@ for _ in range(50):
     assert [process.wait(timeout=120) for process in both] == [0, 0]
     with one_process(path):
         assert path.read_text() == "100"
+
+
+def test_a_user_error_says_all_by_itself(tmp_path):
+    """Also one that comes of an error of the system, such as a connection to a worker that has died: that is no failed write."""
+    with pytest.raises(UserError, match="why"), atomic_write(tmp_path / "a"):
+        try:
+            raise ConnectionResetError(errno.ECONNRESET, "reset")
+        except OSError as error:
+            raise UserError("why") from error
+    assert list(tmp_path.iterdir()) == []
