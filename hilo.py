@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """HiLo attention, the layer of LITv2 ("Fast Vision Transformers with HiLo Attention", NeurIPS 2022, arXiv 2205.13213).
 
 One layer, two kinds of heads over the same map of tokens:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Entry points for torch.hub, from a checkout (``source="local"``) or from GitHub:
 
     torch.hub.load(FOLDER, "litv2_small", source="local", pretrained=True)

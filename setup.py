@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """pyproject.toml says everything. Only with LITV2_BUILD=1 are the compiled extensions put into the wheel, which then fits one torch:
 
     LITV2_BUILD=1 pip wheel --no-deps --no-build-isolation .

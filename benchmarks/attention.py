@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """HiLo against thirteen other attention layers, and HiLo's own choices, measured in interleaved runs.
 
     python benchmarks/attention.py --threads 2                         # the paper's table: 14 x 14 tokens, dim 768, 12 heads, batch 64

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fourteen attention layers of the paper's single-layer benchmark, behind one interface.
 
 ``layer(x, H, W)`` maps x (B, H * W, dim), in row-major order, to the same shape; ``layer.flops(H, W)`` returns the multiply-adds for one

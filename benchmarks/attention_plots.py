@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plots for attention.py, from the rows of its table: columns MODE_ms, MODE_p10, MODE_images_per_s and MODE_MiB for each mode."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How well `python -m litv2 check-data` tells copies from other pictures and wrong labels from right ones, and how fast it reads.
 
     python benchmarks/check_data.py DIR --checkpoint FILE

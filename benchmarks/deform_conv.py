@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Backends of the deformable convolution at the three shapes of LITv2-S, and their share of the model's time.
 
     python benchmarks/deform_conv.py --batch-size 16 --threads 2

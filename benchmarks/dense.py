@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compares speed and memory of a detector or segmenter with LITv2 and with another backbone, in interleaved runs.
 
     python benchmarks/dense.py detection/configs/litv2/retinanet_litv2_s_fpn_1x_coco.py --synthetic

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a teacher adds to a small student: the trainer with and without DISTILL.TEACHER, on the same seeds.
 
     python benchmarks/distillation.py DIR --teacher examples/litv2_imagenette.safetensors      # DIR/train/CLASS/IMAGE, DIR/val/CLASS/IMAGE

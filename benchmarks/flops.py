@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compares the published multiply-adds of every model of the release with ours and with those of a third counter.
 
     python benchmarks/flops.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Everything that is worth knowing about LITv2 on a GPU, in one command of under ten minutes on an H100 with 16 cores.
 
     python benchmarks/gpu.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What LITv2 and its rivals were expected to take on a GPU before any of it was timed: estimates, to be compared with gpu.py's figures."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The stages of gpu.py that no other benchmark has, each as a process of its own: python benchmarks/gpu_stages.py STAGE --out STEM.
 
 A stage writes STEM.json whenever it has new rows, so that one that is stopped keeps what it has.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shared code of the benchmarks: timing that is robust on a noisy machine (functions run in turns; medians and ratios are compared),
 peak memory, the record of the machine, and the JSON, CSV, plot and Markdown table that each benchmark writes. Importing this file makes
 this checkout importable, installed or not, including the trainer's modules in classification/."""

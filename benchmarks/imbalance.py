@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What class weights and class-balanced sampling do for a data set whose classes differ tenfold in size.
 
     python benchmarks/imbalance.py --data-path DIR

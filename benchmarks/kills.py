@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the trainers of others keep when they are killed, beside ours (``python -m tests.faults --only "kill -9"``).
 
     python benchmarks/kills.py --kills 20

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measures the benefit of channels-last tokens: LITv2 against the same model with channels-first copies.
 
     python benchmarks/layout.py --batch-size 8 --threads 2

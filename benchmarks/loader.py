@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measures the trainer's input pipeline in images/s by number of workers, compared with what a training step consumes.
 
     python benchmarks/loader.py --workers 0 1 2

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compares LITv2-S, M and B with models of similar accuracy, in all available runtimes, measured in one interleaved run.
 
     python benchmarks/models.py --quick  # seven models in float32, under five minutes on two cores that nobody else uses

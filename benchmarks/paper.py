@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prints tables and figures of the paper: what it states beside what is counted here.
 
     python benchmarks/paper.py                            # all of them

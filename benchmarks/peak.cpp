@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the processor's multiply-add instructions give when nothing is in their way: loops over registers, without memory.
 // peak.py compiles this file, and takes of the loops of a dtype that the processor can run the fastest.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rate that the processor's own multiply-add instructions can reach, as what the models' speed is a share of.
 
 A library's matrix product is no such measure: one that is slow on a processor makes every model look good there. The loops are in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pointing game (arXiv 1608.00507): whether the maximum of a class activation map lies on what the map is of.
 
     python benchmarks/pointing.py ANNOTATIONS.json FOLDER --checkpoint FILE                  # a classifier

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measures `python -m litv2 predict FOLDER --csv` in images/s, beside the model alone and the reading of images alone, and its memory.
 
     python benchmarks/predict.py --checkpoint FILE --data-path DIR --images 500 2000

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The least time that a GPU needs for a model, operator by operator: the longer of its bytes over bandwidth and its operations over peak.
 
     python benchmarks/roofline.py                                    # batch 64 in float16, on five GPUs by their data sheets

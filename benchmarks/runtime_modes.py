@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ways in which one model runs on one batch: torch's, ours, and other runtimes.
 
 Each is a function of a ``Case`` that returns what is timed. Whatever it raises is the reason why this model does not have it.

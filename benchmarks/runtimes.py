@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measures LITv2 in the runtimes that it exports to, in interleaved runs on the CPU: latency, and the errors of the exports.
 
     python benchmarks/runtimes.py --batch-sizes 1 8 --threads 2

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compares a training step of LITv2-S with Swin-T and ConvNeXt-T, in interleaved runs: time and peak memory.
 
     python benchmarks/training.py --threads 2

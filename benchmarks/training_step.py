@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The trainer's own step (``classification/engine.py``) on a random batch, for the benchmarks that time it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Class weights: how much an image counts in the loss, by its class."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The state of a run on disk: written atomically, from plain tensors and builtins only, resumed bit for bit."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Evaluation of an ImageNet classifier on data sets with some of its 1000 classes, such as ImageNet-A, -R and -V2."""
 
 from __future__ import annotations

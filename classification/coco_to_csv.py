@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes the table of a multi-label data set from COCO annotations: which categories have an object in each image. From this folder:
 
     python coco_to_csv.py DIR/annotations/instances_train2017.json --images DIR/train2017 --out DIR/train.csv

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Configuration of the classification trainer: every key with its default, and the command line that overrides it.
 
 The YAML file given by --cfg overrides the defaults, flags override the file, and --opts KEY VALUE overrides everything. Flags

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exports a trained classifier to ONNX, for TensorRT and other runtimes. From this folder, as in the public release:
 
     python convert_onnx.py --cfg configs/litv2-small.yaml --resume FILE       # ./litv2_small.onnx, for batches of 64 images

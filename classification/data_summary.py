@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the training data are, in a few lines of the log: from the list of images alone, none of which is read."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes a small multi-label data set, which needs no download: canvases of 2 x 2 places, each with one of scikit-learn's handwritten
 digits or none, and as labels the digits that a canvas shows. The digits of validation are others than those of training. From this folder:
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Knowledge distillation: the model also learns what a trained one, the teacher, answers to the same images.
 
 The loss is (1 - WEIGHT) x that of the labels + WEIGHT x T^2 x KL(teacher || student), of the softmax at temperature T (Hinton et al. 2015,

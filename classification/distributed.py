@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Single- and multi-process runs: set-up from torchrun's environment, the few collectives that the trainer needs, and its DDP."""
 
 from __future__ import annotations

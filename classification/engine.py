@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loops: one optimizer step, one training epoch, and an exact evaluation."""
 
 from __future__ import annotations

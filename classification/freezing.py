@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Frozen stages: parts of the network that keep their weights, for the whole run or until their turn to be trained."""
 
 from __future__ import annotations

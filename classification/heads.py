@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A head for other classes, with what the old one knows of those that the two share."""
 
 from __future__ import annotations

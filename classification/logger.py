@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The log of a run in the release's format: lines on rank 0's terminal, and log_rank{N}.txt of every process.
 
     [2022-06-16 12:00:00 litv2_small] (main.py 190): INFO Train: [0/300][10/1251] eta 0:07:02 ...

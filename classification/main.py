@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains, evaluates and times LITv2 on images. From this folder:
 
     python main.py --cfg configs/litv2-digits.yaml                                  # built-in data set, a few minutes on a CPU

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Machine-readable metrics of a run: metrics.jsonl, TensorBoard and the trackers of others."""
 
 from __future__ import annotations

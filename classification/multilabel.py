@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The figures of an evaluation where an image has any number of classes. Classes that no image has are left out of means over classes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The report of an evaluation where an image has any number of classes, in the same folder and form as that of ``report``."""
 
 from __future__ import annotations

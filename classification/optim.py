@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """timm's optimizers and learning-rate schedules for the recipe's parameter groups (see the paper's appendix; values in ``configs``)."""
 
 from __future__ import annotations

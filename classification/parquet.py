@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables as Apache Parquet, by pyarrow, which is an optional package."""
 
 from __future__ import annotations

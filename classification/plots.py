@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plots at the end of a run: its curves, and predictions on validation images."""
 
 from __future__ import annotations

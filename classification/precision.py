@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mixed precision: autocast and, for float16, a gradient scaler in training; half-precision weights in inference; TF32."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers of a device, read without stopping it."""
 
 from __future__ import annotations

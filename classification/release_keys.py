@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Differences between the public release's YAML files and flags and this trainer's, so that the release's load unchanged.
 
 An obsolete key is accepted, with a note, at the value that describes what this trainer does anyway, and is an error at any other. All

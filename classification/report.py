@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an evaluation found, in a folder: figures with intervals, classes, confusions, calibration, mistakes and every prediction."""
 
 from __future__ import annotations

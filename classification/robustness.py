@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The errors of a classifier on corrupted images: of each kind and severity, in a table, a picture and two means."""
 
 from __future__ import annotations

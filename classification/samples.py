@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The picture of what a network is trained on: a few images as evaluation sees them, and as the augmentation changes them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What depends on MODEL.TASK, whether an image has one class or any number: the figures of an evaluation, its report, the loss."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measures the throughput of a model by the paper's protocol."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights & Biases, MLflow and ClearML as further places for the metrics of a run; TRACK in the configuration names them.
 
 Each client is told where its server is, or that there is none, in its own way: by its environment variables or its login.

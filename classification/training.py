@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training run: its state between steps, its checkpoints, and the work after each epoch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Test-time augmentation: a classifier's mean probabilities over several views of each image.
 
 The views are crops, at several sizes of the image, and their mirror images. Probabilities are averaged, not logits, as in AlexNet (its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws the detections of a model in an image. From detection/:
 
     python demo.py IMAGE --checkpoint retinanet_litv2_s_fpn_1x_coco.pth --out PICTURE.png

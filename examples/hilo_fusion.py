@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """HiLo as cross attention between two images of a scene: trains a fusion of a visible and an infrared image, both random."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Blocks like Restormer's (arXiv 2111.09881) with HiLo on maps of 256 x 256: trains a denoiser on random images.
 
 Restormer attends across channels, as 65536 positions are too many. Here Lo-Fi heads see a map of 16 x 16, Hi-Fi heads windows of 8 x 8.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """HiLo in the encoder of Hugging Face's RT-DETR: trains a small one on random images. In one from ``from_pretrained``, the same
 replacement keeps all other weights; the new attention is then fine-tuned."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """HiLo at the bottom of a U-Net, from where every cell sees the whole image: trains a segmenter on noisy images of squares."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """HiLo in a YOLO of Ultralytics, by a line of its YAML: trains the smallest YOLO11 on random images. A YAML of your own goes into
 ``ultralytics.YOLO`` likewise; keep the block in a module then, since Ultralytics' checkpoints refer to it.
 Ultralytics is licensed under the AGPL-3.0; whether its terms suit you is for you to decide."""

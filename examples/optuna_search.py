@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Searches two settings of the trainer with Optuna: a trial is a run of the trainer, judged by the report that it writes."""
 
 import json

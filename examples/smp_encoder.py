@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LITv2 as the encoder of a segmenter of segmentation-models-pytorch: trains an FPN on random images."""
 
 import segmentation_models_pytorch as smp

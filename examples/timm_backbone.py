@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TIMMBackbone with LITv2 in a detector of mmdet and a segmenter of mmseg: one training step each, on random images."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains LITv2 with timm's components, as in timm's train.py, on random images, so that it runs anywhere in seconds."""
 
 import timm

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torchvision's RetinaNet on top of LITv2's pyramid: one training step and one prediction on a random image."""
 
 import timm

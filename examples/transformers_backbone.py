@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LITv2 as the backbone of Hugging Face's RT-DETR and Mask2Former: trains small ones on random images. Hugging Face warns that it knows
 Mask2Former with Swin only.
 

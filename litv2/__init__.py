@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LITv2, "Fast Vision Transformers with HiLo Attention" (NeurIPS 2022): one model for every task."""
 
 from mm_modules import __version__

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m litv2 COMMAND: the model zoo, checkpoints, predictions and exports. ``python -m litv2 COMMAND --help`` shows the options."""
 
 from __future__ import annotations

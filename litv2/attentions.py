@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Other attention in the place of HiLo: the layers of the paper's table 4, and that of the predecessor LIT.
 
 Each maps the tokens (B, H * W, dim) of an H x W map to the same shape, for any H and W, and counts its multiply-adds as HiLo does, padded

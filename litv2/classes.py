@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The classes of a classifier: their names, and whether an image has one of them or any number."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """COCO's annotation files."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ``torch.compile`` should be told about models of LITv2: ``torch.compile(model, options=litv2.COMPILE_OPTIONS)``."""
 
 from __future__ import annotations

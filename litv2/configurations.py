@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The configurations of detection/ and segmentation/, found without OpenMMLab's packages."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The picture of a training's curves, as classification, detection and segmentation write it at the end."""
 
 from __future__ import annotations

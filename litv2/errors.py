@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The error policy of every program in this repository.
 
 * A user error (a wrong flag, file, value or package) raises :class:`UserError`: one line on stderr, exit status 2.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Creates models by name, with their weights, and loads the model of a checkpoint.
 
     model = create_model("litv2_small", pretrained=True)           # the published weights, downloaded once

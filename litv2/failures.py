@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What can go wrong on the machine during a training, in one line: memory or file handles that run out, processes that die or hang."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of features: what a model makes of images before its head, with the images' paths and classes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Atomic writes, and files that several processes share."""
 
 from __future__ import annotations

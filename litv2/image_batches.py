@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches of the images in files that can be read, prepared by worker processes, in the order of the files."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From what a user gives, images, folders, patterns or a list on the standard input, to the paths of the images."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layers of LITv2, in data-flow order: PatchEmbed -> [Block ...] -> DeformableTokenMerging -> ...
 
 Tokens are channels-last maps (B, H, W, C) throughout. Convolutions get a permuted view, which is (B, C, H, W) in the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LIT, the predecessor of LITv2: "Less is More: Pay Less Attention in Vision Transformers" (arXiv 2105.14217).
 
 Its blocks are those of LITv2 with a feed-forward network without convolution, and with plain self-attention with learned relative

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LITv2 (arXiv 2205.13213): one class for the classifier and the backbone of detectors and segmenters."""
 
 from __future__ import annotations

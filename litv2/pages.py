@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pages of results: one HTML file each, which opens without a network."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """YAML as configurations have it: small, and of plain values."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Evaluation preprocessing: the trainer's, shared by every program."""
 
 from __future__ import annotations

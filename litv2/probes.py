@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How good features are without training the model: nearest neighbours and linear classifiers, by scikit-learn."""
 
 from __future__ import annotations

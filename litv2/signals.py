@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Turns Ctrl-C and SIGTERM into requests that the loops check between steps, when everything can be saved."""
 
 from __future__ import annotations

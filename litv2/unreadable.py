@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images that cannot be read: a run reports and skips them, up to a limit."""
 
 from __future__ import annotations

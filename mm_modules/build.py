@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiles the extensions: the common part of ``python -m litv2 build`` and the three ``setup.py``.
 
 The extensions are built against the torch of this environment. The CUDA kernels, if an extension has any, are included if that torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Operators with several backends: one function per operator, one file per backend, and this file, which selects the backend.
 
     conv = Operator("conv", [fast, reference])     # in order of preference; the last one supports everything

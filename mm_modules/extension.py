@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds and loads the compiled extensions: ``problem = load("mm_modules.DCN._C")``.
 
 An extension is a library ``_C`` that registers torch operators when it is loaded. It is either in the folder of its package (an

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The state of torch that the choice of a backend depends on.
 
 This is the one file on the model's path that uses private names of torch: a new release of torch is checked here.

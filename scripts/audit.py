@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Looks for known vulnerabilities of the locked packages: python scripts/audit.py LOCK...
 
 pip-audit asks PyPI; where that has no data, as a mirror of it may not, it would report success without having looked at anything.

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Builds mmcv's operators for the installed torch and installs them: scripts/build_mmcv.sh [PYTHON]
 #
 # For machines without a prebuilt wheel (detection/README.md). Building takes about a quarter of an hour on two cores, so the wheel is

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Runs the steps of the Dockerfile without Docker, in a folder that takes the place of its WORKDIR.
 
     scripts/run_dockerfile.py FOLDER [NAME=VALUE of an ARG ...]

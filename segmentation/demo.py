@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws the segmentation of an image by a model. From segmentation/:
 
     python demo.py IMAGE --checkpoint litv2_s_fpn_r50_512x512_80k_ade20k.pth --out PICTURE.png

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pages in a real browser: headless Chromium through Playwright, and a server of static files. Tests skip where there is no browser."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the commands that documents show: from the folder that the document says, with a test's own files for FILE and DIR, and with flags
 that make the work small appended: a parser takes the last."""
 

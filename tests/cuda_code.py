@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The code that ``torch.compile`` generates for a CUDA device, on a machine without one.
 
 Dynamo and AOTAutograd trace the module on fake tensors, Inductor generates code for a device that is described to it, and the code is

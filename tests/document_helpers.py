@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The documents of the repository, every tracked ``*.md`` file, as tests read them: their blocks of code, commands, links and tables."""
 
 from __future__ import annotations
@@ -38,12 +39,17 @@ class Command:
         return words
 
 
+def project_files(pattern: str) -> list[str]:
+    """Paths from the root of the project's files, those of a new one before it is committed too."""
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", pattern]
+    paths = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [path for path in sorted(paths) if (ROOT / path).is_file()]
+
+
 @cache
 def documents() -> dict[str, str]:
-    """Text by path from the root; of a new document before it is committed too."""
-    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"]
-    paths = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    return {path: (ROOT / path).read_text(encoding="utf-8") for path in sorted(paths) if (ROOT / path).is_file()}
+    """Text by path from the root."""
+    return {path: (ROOT / path).read_text(encoding="utf-8") for path in project_files("*.md")}
 
 
 def blocks(document: str, language: str) -> list[str]:

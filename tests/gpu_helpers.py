@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """For tests on CUDA devices: they carry the marker ``gpu``, and are skipped on a machine without one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What several tests need: the golden numbers, the rule that fills parameters, tiny models and runs of the trainer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """HiLo one sample, window, head and query at a time: slow and obvious, written from the docstrings of hilo.py."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of detection and segmentation share: tiny models, small generated data sets, and the tools as a user starts them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of the native operators share; where these are not in use the tests that import this skip, saying why."""
 
 from __future__ import annotations

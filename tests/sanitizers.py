@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The native operators under GCC's AddressSanitizer and UndefinedBehaviorSanitizer: python -m tests.sanitizers [PYTEST ARGUMENT...]
 
 Builds the extensions with the checks into an entry of the cache of their own (the CPU's code alone), and runs the tests of the operators

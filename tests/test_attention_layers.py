@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layers that HiLo is compared with are what their papers say, at the published size and cost."""
 
 from __future__ import annotations

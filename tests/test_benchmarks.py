@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark commands run and compare what they say they compare."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Dockerfile, its runner, the conda environment and the workflow: what can be said of them without Docker, conda and GitHub.
 
 ``scripts/run_dockerfile.py FOLDER`` runs the steps of the real Dockerfile, in as long as they take.

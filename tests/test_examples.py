@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each example runs as it is from the root, on a CPU, and is short."""
 
 from __future__ import annotations

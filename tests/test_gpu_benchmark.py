@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``benchmarks/gpu.py``: every stage runs here with tiny sizes; what fails or takes too long is recorded, and the rest runs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """HiLo's options under what torch puts around a layer: compilation, exports, autocast, checkpointing, DDP, counting."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """HiLo's options, all together against a slow reference, and one by one against the properties that they promise."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.hub on this checkout, from another folder and in a process of its own."""
 
 from __future__ import annotations

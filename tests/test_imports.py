@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every module imports, alone, and the modules of the library import each other without a circle, from the rooms below."""
 
 from __future__ import annotations

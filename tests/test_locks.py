@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """locks/: what each requirements file leads to, with hashes."""
 
 from __future__ import annotations

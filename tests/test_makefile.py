@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the Makefile runs, in which order, and what it does when the native operators cannot be compiled. python only notes its words."""
 
 from __future__ import annotations

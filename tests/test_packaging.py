@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The wheel: what is in it, and that it works where there is no checkout, native operators included."""
 
 from __future__ import annotations

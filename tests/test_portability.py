@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What Windows or macOS lack is not needed at import nor in a normal run. Each run is a process of its own, with those parts hidden."""
 
 from __future__ import annotations

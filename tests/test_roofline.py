@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bounds of roofline.py: bytes and operations by hand, for what a model is made of, and of whole models."""
 
 from __future__ import annotations

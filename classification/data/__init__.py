@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Input pipeline: sources of images -> decoded, augmented samples -> batches."""
 
 from .loader import build_loaders

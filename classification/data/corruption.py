@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The corruptions of ImageNet-C (Hendrycks and Dietterich, arXiv 1903.12261), 15 kinds of 5 severities, by the package imagecorruptions."""
 
 from __future__ import annotations

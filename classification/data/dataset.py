@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Samples: decodes any kind of image, augments it with its own random seed, and reports files that cannot be read."""
 
 from __future__ import annotations

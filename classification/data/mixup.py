@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """timm's mixup and cutmix, for batches of any size."""
 
 from __future__ import annotations

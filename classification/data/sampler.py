@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Samplers: which images a process sees, in which order and with which seeds is a function of seed, epoch and position."""
 
 from __future__ import annotations

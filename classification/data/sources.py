@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Image sources. A source is a sequence of (encoded file or PIL image, target) with names for both.
 
 A target is the number of a class, or a vector (classes,) float32 with a number in [0, 1] for each. The pipeline uses only ``source[i]``,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data sets as tables: train.csv and val.csv name the images, and for each its classes or a number per class.
 
 The first line names the columns. ``image`` is a path relative to the folder of the tables. Then there is either a column ``labels`` with

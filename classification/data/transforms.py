@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training augmentation and evaluation preprocessing with timm."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measures the images per second of a detector. From detection/:
 
     python tools/benchmark.py configs/litv2/retinanet_litv2_s_fpn_1x_coco.py --checkpoint CHECKPOINT

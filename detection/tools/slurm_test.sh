@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # [GPUS=8 GPUS_PER_NODE=8 CPUS_PER_TASK=5 SRUN_ARGS=...] slurm_test.sh PARTITION JOB CONFIG CHECKPOINT [FLAGS OF test.py]
 GPUS=${GPUS:-8} PER_NODE=${GPUS_PER_NODE:-8}
 srun -p "$1" --job-name="$2" --gres="gpu:$PER_NODE" --ntasks="$GPUS" --ntasks-per-node="$PER_NODE" \

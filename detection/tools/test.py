@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Evaluates a detector. From detection/:
 
     python tools/test.py configs/litv2/retinanet_litv2_s_fpn_1x_coco.py CHECKPOINT --eval bbox

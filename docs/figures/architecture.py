@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws LITv2-S: image, patch embedding, four stages with deformable token merging in between, head; below, the blocks of the stages."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small SVG canvas: shapes in the colours of a theme. Text stays text, so files are small and browsers use their own font."""
 
 from __future__ import annotations

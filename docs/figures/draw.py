@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws the figures of the documents, each for light and dark pages, into the folder of this file:
 
     python docs/figures/draw.py

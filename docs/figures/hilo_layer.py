@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws HiLo: the token map, heads that attend inside windows, heads that attend to the pooled map, and their concatenation."""
 
 from __future__ import annotations

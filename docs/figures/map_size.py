@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plots how long attention layers take, relative to windows, against the side of the map, from the table of `benchmarks/attention.py` in
 docs/hilo.md."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plots the published accuracy against the measured speed, from the two tables of `benchmarks/models.py` in docs/speed.md."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A worker that loads the model and classifies images one after the other, so that the page stays responsive meanwhile.
 
 import * as ort from "./ort.wasm.bundle.min.js";

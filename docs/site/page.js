@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The page: takes an image, has the worker classify it, and shows the classes and the spectra.
 
 const MEGABYTES = 20, MEGAPIXELS = 60, SIDE = 16384; // a canvas is at most this wide

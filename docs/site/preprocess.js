@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The evaluation's preprocessing (litv2/preprocess.py) of a decoded image: bicubic resize with antialiasing as Pillow computes it, to the
 // bit, and the crop of the centre. A canvas scales in a way of its own, which changes the logits.
 

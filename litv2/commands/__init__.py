@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands of ``python -m litv2``, one per file, and what they share."""
 
 from __future__ import annotations

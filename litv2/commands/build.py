@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m litv2 build: compiles the extensions into the user's cache folder, from a checkout or an installed wheel."""
 
 from __future__ import annotations

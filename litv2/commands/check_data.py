@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m litv2 check-data DIR: finds unreadable images, duplicates, leaks between the splits and suspicious labels before training."""
 
 from __future__ import annotations

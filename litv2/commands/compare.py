@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m litv2 compare RUN RUN...: figures, settings, curves and classes of trainings, and whether they differ by more than chance."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m litv2 convert IN OUT: writes the weights of a checkpoint as .pth or .safetensors."""
 
 from __future__ import annotations

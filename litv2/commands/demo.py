@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m litv2 demo: a page on this machine where a person tries a model and looks inside it."""
 
 from __future__ import annotations

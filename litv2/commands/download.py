@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m litv2 download NAME...: downloads files of the model zoo into torch.hub's folder."""
 
 from __future__ import annotations

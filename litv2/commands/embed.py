@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m litv2 embed FOLDER --checkpoint FILE --out FEATURES.npz: the features of images before the head."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m litv2 env: describes this machine, which backend computes each operator on it, and why the others do not."""
 
 from __future__ import annotations

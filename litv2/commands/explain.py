@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m litv2 explain IMAGE... --checkpoint FILE: pictures and arrays of what a model does inside."""
 
 from __future__ import annotations

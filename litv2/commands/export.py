@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m litv2 export MODEL --format FORMAT: exports a model to another runtime and checks its outputs against the model's."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the commands that run a classifier on many images share: their flags, the loop over the images, and how the run ends."""
 
 from __future__ import annotations

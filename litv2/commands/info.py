@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m litv2 info FILE: describes a checkpoint from its content alone."""
 
 from __future__ import annotations

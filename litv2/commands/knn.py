@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m litv2 knn TRAIN.npz VAL.npz: how often the nearest images in TRAIN know the class of an image in VAL."""
 
 from __future__ import annotations

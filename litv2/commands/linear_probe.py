@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m litv2 linear-probe TRAIN.npz VAL.npz: the accuracy in VAL of a linear classifier that is fitted to the features in TRAIN."""
 
 from __future__ import annotations

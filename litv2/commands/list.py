@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m litv2 list: prints the model zoo as a table."""
 
 from __future__ import annotations

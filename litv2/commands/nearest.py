@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m litv2 nearest FEATURES.npz IMAGE --checkpoint FILE: the images with the most similar features, listed and drawn."""
 
 from __future__ import annotations

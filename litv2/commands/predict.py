@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m litv2 predict FOLDER --checkpoint FILE: the most likely classes of images, or of a multi-label classifier those
 that it finds, printed and drawn, or as a table."""
 

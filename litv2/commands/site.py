@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m litv2 site --checkpoint FILE: writes a page that classifies images in the browser, without a server of its own."""
 
 from __future__ import annotations

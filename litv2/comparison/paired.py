@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two classifiers on the same images: an exact test of their difference and its interval."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run of the classification trainer as its folder describes it: settings, metrics and the report of its last evaluation."""
 
 from __future__ import annotations

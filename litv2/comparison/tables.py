@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tables of a comparison, each a heading and rows, and its curves."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Groups of images that are the same picture: equal pixels, or perceptual hashes that differ in few bits."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a check found, as numbers, as rows of tables and as JSON."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Labels that a model's features contradict: the images nearest to an image are of another class."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The images of a data set, as the classification trainer finds them: ROOT/SPLIT/CLASS/IMAGE, or ROOT/CLASS/IMAGE."""
 
 from __future__ import annotations

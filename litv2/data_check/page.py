@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page of a check: counts, and pictures of what was found."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads each image of a listing once, in worker processes: its size and mode, its fingerprints, and if wanted a model's input."""
 
 from __future__ import annotations

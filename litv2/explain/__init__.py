@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Looks inside a LITv2: frequencies, attention, sampling points and class activation maps.
 
     from litv2.explain import attention, offsets, spectrum

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Class activation maps, by the package grad-cam: which parts of an image speak for a class, a box or a region."""
 
 from __future__ import annotations

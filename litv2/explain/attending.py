@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a position attends to: in each block, and rolled out over the whole network."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Detectors and segmenters as subjects, with the preprocessing of their configurations; this needs mmdet or mmseg."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of what the functions of this package return, as figures of matplotlib. Axes are in pixels of the image as the model sees it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The frequencies in the outputs of Hi-Fi and Lo-Fi: figure 5 of the paper, and the share of energy in the upper half."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loads what is to be explained, whatever its task."""
 
 from __future__ import annotations

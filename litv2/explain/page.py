@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A page on this machine where a person tries a model and looks inside it, made with Gradio."""
 
 from __future__ import annotations

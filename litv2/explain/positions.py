@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Positions in an image and the cells of maps that they lie in."""
 
 from __future__ import annotations

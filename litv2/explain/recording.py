@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Watches a LITv2 at work: its attention layers and token mergings, in the order in which they run."""
 
 from __future__ import annotations

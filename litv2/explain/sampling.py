@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where deformable token merging samples: from a cell of a coarse map through one, two and three mergings down to pixels."""
 
 from __future__ import annotations

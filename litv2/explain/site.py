@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A page that runs a classifier in the browser: the likeliest classes of an image, and the spectra of Hi-Fi and Lo-Fi in each block."""
 
 from __future__ import annotations

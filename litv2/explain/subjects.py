@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is explained: a classifier, detector or segmenter with its weights, and images as it sees them."""
 
 from __future__ import annotations

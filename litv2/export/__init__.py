@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exports LITv2 to other runtimes and compares the outputs of every file with the model's.
 
 from litv2 import create_model

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds detectors and segmenters for export from their configurations; tracing them needs mmdet or mmseg.
 
 The exported graphs take images as the configuration's data preprocessor returns them: normalised RGB.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ExecuTorch programs (.pte) for phones and small devices, with XNNPACK on the CPU. Sizes are fixed: memory is planned ahead of time."""
 
 from __future__ import annotations

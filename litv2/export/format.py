@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the exporter needs to know about a format; each format's module defines one of these."""
 
 from __future__ import annotations

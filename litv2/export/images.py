@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real images, prepared as in the paper's evaluation, for calibration and for the comparison of exports."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The two networks of a LITv2 that can be exported: the classifier and the feature pyramid."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ONNX graphs, with the deformable convolution as one node or made of operators that every runtime has."""
 
 from __future__ import annotations

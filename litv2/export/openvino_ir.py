@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """OpenVINO's intermediate representation (.xml and .bin), converted from the ONNX graph of standard operators."""
 
 from __future__ import annotations

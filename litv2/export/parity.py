@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compares the outputs of an export with the model's, on random and on real images, and reports the errors."""
 
 from __future__ import annotations

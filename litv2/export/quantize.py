@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Static int8 of an ONNX graph: QuantizeLinear and DequantizeLinear nodes, with ranges from real images.
 
 Linear layers and convolutions are quantized, weights per channel, everything symmetrically as TensorRT requires. Attention with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The settings of an export and the network that is exported."""
 
 from __future__ import annotations

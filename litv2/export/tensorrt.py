@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Export for TensorRT: the ONNX graph of standard operators, a trtexec script that builds the engine, and a calibration cache.
 
 TensorRT itself needs a GPU and is not run here: the graph is checked against its list of supported operators and compared with

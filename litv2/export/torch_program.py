@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.export programs (.pt2) for torch itself, AOTInductor and ExecuTorch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A module in code that ``torch.compile`` generates for inference, with the options that suit the device."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A module as a CUDA graph: its kernels are recorded once and then launched together, without Python between them."""
 
 from __future__ import annotations

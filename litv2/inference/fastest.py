@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fastest inference in one line: ``fast = litv2.optimize(model, images)``.
 
 Several forms of the model are built, checked against it on the example, and timed; the fastest is returned.

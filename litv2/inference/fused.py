@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The inference form of LITv2: the same outputs from fewer operations. Exports and ``torch.compile`` start from it.
 
 These are folded, each exactly up to rounding:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LITv2 for inference on the CPU, built from native operators that keep their weights packed."""
 
 from __future__ import annotations

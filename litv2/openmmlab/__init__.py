@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LITv2 in mmdet and mmseg: the backbone, and the commands of detection/ and segmentation/.
 
 Importing this package without OpenMMLab's raises :class:`litv2.errors.MissingPackage`, an ImportError.

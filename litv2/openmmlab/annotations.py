@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks a COCO file before its masks reach pycocotools, whose C code would crash on coordinates far outside of the image."""
 
 from __future__ import annotations

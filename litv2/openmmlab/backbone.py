@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LITv2 as the backbone of OpenMMLab's detectors and segmenters.
 
 Importing this file registers it under the name LITv2 in mmengine's root registry, where mmdet, mmseg and OpenMMLab's other

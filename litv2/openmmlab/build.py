@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds detectors and segmenters for programs that run them without mmengine's Runner."""
 
 from __future__ import annotations

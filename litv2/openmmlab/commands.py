@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands of detection/ and segmentation/, thin layers over mmengine's Runner: train, test, get_flops, benchmark and demo."""
 
 from __future__ import annotations

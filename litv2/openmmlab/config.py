@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loads configurations of detection and segmentation, applies command-line options and adapts them to the machine."""
 
 from __future__ import annotations

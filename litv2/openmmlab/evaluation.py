@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Applies the flags of tools/test.py to a configuration."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """mmengine's training loops, with a resume that is exact to the bit, a stop at a loss that is not finite, and one at a signal.
 
 What is random in an iteration, in the model and in the augmentation of each image, is seeded by the run's seed, the process and the

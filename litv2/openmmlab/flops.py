@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counts the multiply-adds of a detector or segmenter, as in the published tables and in full."""
 
 from __future__ import annotations

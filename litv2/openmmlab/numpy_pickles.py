@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """numpy's arrays in mmengine's checkpoints. What numpy itself rebuilds them with takes any state, and a damaged one ends the process."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The only place that knows the keys of the public release's configurations, which the release inherited from Swin Transformer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plots the curves at the end of a detection or segmentation training."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A strict version of mmengine's Runner for the tools of detection and segmentation.
 
 * Checkpoints are read without running their code and loaded strictly.

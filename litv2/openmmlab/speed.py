@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measures the images per second of a detector or segmenter, one image at a time, by the release's protocol."""
 
 from __future__ import annotations

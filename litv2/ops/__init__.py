@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The operators of the network that have more than one backend: a folder per operator, a file per backend.
 
 * ``depthwise_gelu``: the depthwise convolution of the feed-forward network with its GELU;

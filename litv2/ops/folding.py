@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Folds weights into each other for inference: the same outputs, up to rounding, from fewer operations.
 
 Modules of the model are accessed by their attributes only, so that nothing here imports it.

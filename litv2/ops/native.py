@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loads the native CPU operators (csrc/) if they are built, and registers them with torch.
 
 ``LITV2_NATIVE=0`` disables them; torch's own operators then compute the same up to rounding. As there, the last bits may depend on the

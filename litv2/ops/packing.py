@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Converts plain modules to the arguments of the native operators that replace them. ``dtype`` is that of the matrix products."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Padding to whole patches, in eager mode and in traced graphs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds the native CPU operators, litv2.ops._C; see ``mm_modules/build.py`` for the requirements.
 
     python setup.py build_ext --inplace

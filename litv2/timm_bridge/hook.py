@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Registers the models with timm as soon as timm is imported, before or after litv2.
 
 timm takes seconds to import and offers no entry point for models of other packages. An import hook therefore waits for timm: it

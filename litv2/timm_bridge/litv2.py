@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The classifiers of the zoo as timm models. ``import litv2`` registers them (see hook.py); timm is needed only here.
 
     model = timm.create_model("litv2_small", pretrained=True, num_classes=10)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Infers the architecture of a state dict from its shapes and the checkpoint's configuration."""
 
 from __future__ import annotations

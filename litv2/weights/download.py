@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Downloads checkpoints from the zoo or the web into torch.hub's folder: once each, resumable, and verified from then on.
 
 ``litv2.lock.json`` in that folder records the size and SHA-256 of each URL's file when it first arrives, by download or by hand.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Detects the format of a checkpoint file and validates it before torch reads it.
 
 The entries of a torch.save zip archive must be uncompressed, unique and within the file. Its pickles are checked by

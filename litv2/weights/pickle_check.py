@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks a pickle before torch reads it, so that a hostile one is rejected at once.
 
 ``torch.load(weights_only=True)`` runs no code from the file, but a small file can make it run forever or allocate all memory.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads untrusted checkpoint files without running their code."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model zoo: every file of the public release as data, with the figures of the paper and the release.
 
 ``python -m litv2 list`` prints the table.

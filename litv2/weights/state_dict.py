@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds the weights in a checkpoint of any known format and loads them strictly, with a readable report."""
 
 from __future__ import annotations

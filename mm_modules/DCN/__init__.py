@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Deformable convolution: the function, its modules (including the one of LITv2's token merging) and its backends."""
 
 from .deform_conv import deform_conv2d

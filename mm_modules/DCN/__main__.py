@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m mm_modules.DCN: lists which backends of the deformable convolution work on this machine and how fast they are."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Deformable convolution by the C++/CUDA extension, if it is built (``setup.py``): the fastest backend.
 
 The extension registers the operators ``litv2::deform_conv2d`` and its backward with their kernels and autocast rules; shape

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Deformable convolution v1 and v2 (arXiv 1703.06211, 1811.11168): one function, several backends.
 
 It computes the same as ``torchvision.ops.deform_conv2d``.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Modules on top of ``deform_conv2d``: offsets given by the caller or predicted, with a mask (v2) or without.
 
 The names and the state-dict keys (``weight``, ``bias``, ``conv_offset`` and ``conv_offset_mask``) are those of the public release's

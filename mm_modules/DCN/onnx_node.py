@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Deformable convolution as one node of an ONNX graph: ``DeformConv`` of opset 19. It computes nothing here."""
 
 from __future__ import annotations

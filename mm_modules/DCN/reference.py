@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Deformable convolution in plain PyTorch: one bilinear gather into columns and one matrix product.
 
 It is exact and differentiable, works for every dtype and device, and can be compiled and exported.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds the compiled backend of the deformable convolution, mm_modules.DCN._C; see ``mm_modules/build.py`` for the requirements.
 
     python setup.py build_ext --inplace      for use in this tree

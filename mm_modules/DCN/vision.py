@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Deformable convolution with torchvision's operator, made safe against NaN and infinite offsets."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measures the images per second of a segmenter. From segmentation/:
 
     python tools/benchmark.py configs/litv2/litv2_s_fpn_r50_512x512_80k_ade20k.py --checkpoint CHECKPOINT

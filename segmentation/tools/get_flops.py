@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counts multiply-adds and parameters. From segmentation/:
 
     python tools/get_flops.py configs/litv2/*.py

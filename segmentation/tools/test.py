@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Evaluates a segmenter. From segmentation/:
 
     python tools/test.py configs/litv2/litv2_s_fpn_r50_512x512_80k_ade20k.py CHECKPOINT --eval mIoU

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains a segmenter. From segmentation/:
 
     python tools/train.py configs/litv2/litv2_s_fpn_r50_512x512_80k_ade20k.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Classes of unequal size: their weights in the loss, and drawing them equally often."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A classifier of ImageNet's 1000 classes on folders of some of them: its logits, restricted by hand."""
 
 from __future__ import annotations

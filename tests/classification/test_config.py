@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: what the release's users type, what overrides what, and what is refused."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sources, damaged files, odd images, samplers and mixup."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Learning from a teacher: the loss, what the teacher is given and kept from, how it is found, and runs that are resumed."""
 
 from __future__ import annotations

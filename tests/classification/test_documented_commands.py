@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands of the trainer's document, run with a smaller model, a shorter schedule and small images, which --opts append."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loops on small models whose right answers are computed by hand."""
 
 from __future__ import annotations

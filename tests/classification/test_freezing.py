@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Frozen stages, stopping early, and the head of other classes; killed and resumed with all of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The log's form, its colours and its files."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole runs of the trainer in this process: train, resume, evaluate, fine-tune, and every kind of bad start."""
 
 from __future__ import annotations

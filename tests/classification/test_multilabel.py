@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images of any number of classes: scikit-learn's figures, the losses of the papers, and a run from its table to ``predict``."""
 
 from __future__ import annotations

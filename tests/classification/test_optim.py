@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optimizer groups, learning rates and twenty training steps against the golden numbers."""
 
 from __future__ import annotations

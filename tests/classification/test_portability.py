@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run where Unix's own modules and functions are missing, as on Windows; that sources can be pickled is in test_data.py."""
 
 from __future__ import annotations

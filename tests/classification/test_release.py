@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What users of the public release type and keep: its commands, its YAML files, its keys."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The report of an evaluation: scikit-learn's numbers, and the same for any number of processes."""
 
 from __future__ import annotations

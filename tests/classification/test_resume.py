@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Killed and resumed runs end in the very bits of the run that was never stopped; shards and batch counts may be uneven."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The corruptions of ImageNet-C, and the errors under them: published figures, formulas and loops over one image at a time."""
 
 from __future__ import annotations

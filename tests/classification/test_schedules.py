@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """timm's optimizers and schedules behind the configuration's names; AdamW and cosine are in test_optim.py."""
 
 from __future__ import annotations

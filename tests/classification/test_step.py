@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training step that the host does not wait for: what it computes, what it reads and when, and what is left when a step is bad."""
 
 from __future__ import annotations

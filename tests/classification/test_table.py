@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data sets as tables: what they mean, and one line for each thing that may be wrong."""
 
 from __future__ import annotations

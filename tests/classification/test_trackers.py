@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trackers of metrics: what they get, what happens when one fails, and that a resumed run goes on in the same one."""
 
 from __future__ import annotations

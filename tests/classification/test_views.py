@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Test-time augmentation, against a loop over the views of one image at a time."""
 
 from __future__ import annotations

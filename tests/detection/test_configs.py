@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The twelve detection configurations: what they build, not what they say, against the paper's recipe and tables."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Segmenters whole, one-stage detectors up to their raw heads, two-stage detectors' backbones: exported and run in onnxruntime."""
 
 from __future__ import annotations

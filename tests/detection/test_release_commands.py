@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The flags of tools/test.py that users of the release know, on a tiny detector and six generated images."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each command that a document shows has the one test that runs it: the test gets it by ``documented``, and the sources of the tests say
 which that is. conda and docker are not run, as their tests say."""
 

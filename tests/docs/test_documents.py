@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the documents say is true: Python sessions are run, links lead somewhere, figures that the code has too are the same."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pictures of the documents are what docs/figures/draw.py draws from the tables and the model of today."""
 
 from __future__ import annotations

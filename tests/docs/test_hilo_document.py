@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/hilo.md: the tests that it offers pass for HiLo, and see maps that are scrambled."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Class activation maps: the package on this network, against the maps' definitions."""
 
 from __future__ import annotations

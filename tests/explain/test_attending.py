@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention of a position: rows of the layers' weights, and the rollout against products of whole matrices."""
 
 from __future__ import annotations

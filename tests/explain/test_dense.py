@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Detectors and segmenters as subjects: views, predictions, and scores that a class activation map is made of."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m litv2 explain as the document shows it, of the classifier that comes with the repository."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Spectra of Hi-Fi and Lo-Fi, against planted waves and numpy."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """examples/tour.ipynb runs from its first cell to its last, and the pictures that it is committed with are those of its cells."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page of ``python -m litv2 demo``: what it shows, and in a real browser."""
 
 from __future__ import annotations

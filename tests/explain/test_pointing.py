@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pointing game's count, of planted maps."""
 
 from __future__ import annotations

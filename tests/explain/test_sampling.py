@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where token merging samples: planted offsets, and the deformable convolution itself."""
 
 from __future__ import annotations

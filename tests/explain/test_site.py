@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The graph of the page against torch, in onnxruntime; test_site_in_browser.py runs it in a browser."""
 
 from __future__ import annotations

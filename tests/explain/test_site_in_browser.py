@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page in headless Chromium: its numbers are torch's, and it says what is wrong with a file."""
 
 from __future__ import annotations

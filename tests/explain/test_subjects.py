@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images as a classifier sees them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults by the thousand: trainings that are killed, run out of disk, lose a process ..., and are resumed. From the repository's root:
 
     python -m tests.faults --times 20 --json output/faults.json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What can go wrong in a training, made to happen for real: by the kernel where it can be had without rights."""
 
 from __future__ import annotations

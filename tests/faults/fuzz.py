@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fuzzes every reader of untrusted files: python -m tests.faults.fuzz --inputs N [--seed S] [--only READER] [--json FILE] [--keep DIR]
 
 Valid files are damaged (``fuzz_mutation.py``) and given to the library's functions (``fuzz_readers.py``), each reader in a process of its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Damages valid files: bit flips, splices, repeated blocks, extreme numbers; and changes within a file's structure, after which its
 checksums and lengths still hold, so that the damage reaches what lies behind them.
 

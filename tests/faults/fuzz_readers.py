@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The readers of untrusted files: small valid files of each, how these are damaged, and the library's function that reads them.
 
 A reader returns a value or raises ``UserError``; anything else is a finding. Its memory is bounded by twice the size of the file and a

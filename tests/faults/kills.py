@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``kill -9`` of a run at random moments, some of them while a checkpoint is written, until it is finished."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Long runs, whose memory and file handles stay what they are: python -m tests.faults.long [--steps N] [--passes N] [--only WHAT...]
 
 Each trainer is run as a user runs it, with a tiny model, for N steps; each native form of a model computes N small images, in a process

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A mount namespace of this process and its children: small disks that are really full, and that nobody else sees."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training in processes of its own, which can be watched, frozen and killed.
 
 Most runs are forked from this process, which has imported everything already and has started no thread: the command's own main function is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The three tasks as the campaign trains them: a tiny model and a generated data set, the user's own command, and what its run leaves."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The campaign of faults, reduced: each fault once in the cheapest task, and killed runs of two processes in the others."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fuzzers, shortened, and what they have found."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The long runs, shortened."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One trial: a run meets a fault, has to end well or to go on, and is resumed; the end must be that of a run which nothing disturbs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A LITv2 whose attention is not the paper's HiLo gives its own numbers in every form: the fast paths step aside."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Other attention in the place of HiLo: each layer against another library's or a loop, and the models of all of them in every form."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The backbone of detectors and segmenters: golden feature maps, freezing, and weights from every kind of file."""
 
 from __future__ import annotations

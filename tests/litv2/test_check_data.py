@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m litv2 check-data: what is planted is found, and nothing in data where nothing is wrong."""
 
 from __future__ import annotations

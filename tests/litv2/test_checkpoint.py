@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reading checkpoints of all formats safely and loading them strictly."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m litv2 compare: McNemar's test by hand, and tables that follow from what the trainer's report writes."""
 
 from __future__ import annotations

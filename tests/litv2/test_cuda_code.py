@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is launched on a CUDA device, read from generated code and traces without one: ceilings that may be lowered, not raised."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The forms of ``litv2.optimize`` on a CUDA device; without one, what they say of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m litv2 as the documents show it, with random weights for a checkpoint and where a download would put the published ones."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Downloads against a real server on this machine: resumed, verified, recorded."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m litv2 env``: what is printed is what the dispatcher does."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The error policy: who sees one line, who a traceback, and which status the program ends with."""
 
 from __future__ import annotations

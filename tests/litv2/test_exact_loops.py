@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training of detectors and segmenters: a run that is killed and resumed ends bit for bit like one that is not."""
 
 from __future__ import annotations

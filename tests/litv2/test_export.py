@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exports, run in their runtimes: the numbers are the model's, and a graph whose numbers are not is refused.
 
 The models have the golden fill: every parameter, offsets included, is large, so that a wrong graph cannot hide.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What goes wrong on the machine is said in one line, which names the processes that do not answer; a bug keeps its traceback."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files appear whole or not at all, and one process at a time has a shared one."""
 
 from __future__ import annotations

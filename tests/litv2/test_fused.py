@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The inference form gives the model's numbers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Predictions and features of many images, and what is made of features, against the model and scikit-learn called directly."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model against the golden numbers and the published tables, and the properties that users rely on."""
 
 from __future__ import annotations

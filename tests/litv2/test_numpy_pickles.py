@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """numpy's arrays and numbers in mmengine's checkpoints: read as they were saved, or refused, whatever the file says."""
 
 from __future__ import annotations

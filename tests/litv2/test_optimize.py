@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every form gives the model's numbers, what does not is refused, and the choice is told."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run writes beside its checkpoints does not stop it: it says so once and goes on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hostile and damaged checkpoints: each is refused at once, and none of its code runs."""
 
 from __future__ import annotations

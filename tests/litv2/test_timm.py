@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The registered models have the properties that timm's own test-suite checks of its models, and serve its training tools."""
 
 from __future__ import annotations

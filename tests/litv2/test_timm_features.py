@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pyramid as timm gives it: features_only, forward_intermediates and pruning, with the contract of timm's hierarchical models."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Registration with timm whatever is imported first, in processes of their own."""
 
 from __future__ import annotations

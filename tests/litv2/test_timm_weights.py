@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights through timm: pretrained=True and files of every format, adapted by timm, strictly and without running their code."""
 
 from __future__ import annotations

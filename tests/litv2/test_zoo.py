@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model zoo: its table against what is published, and models by name."""
 
 from __future__ import annotations

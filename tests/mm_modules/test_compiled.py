@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The compiled backend as an operator: registrations, precision, chunks, threads, devices. Its numbers are tested with the
 other backends' in test_deform_conv.py."""
 

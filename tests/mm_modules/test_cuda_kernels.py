@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels compiled for every architecture, and what the compiler made of them; needs nvcc, and no GPU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The arithmetic of the CUDA kernels, threads.h, run on the CPU: every thread of a launch in turn (threads.cpp), against plain PyTorch.
 
 What only a GPU can show (the launches, the order of atomic additions, the shuffles of a warp) is left to the tests marked ``gpu``.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every backend of the deformable convolution against a slow loop, torchvision and the promises of the docstring."""
 
 from __future__ import annotations

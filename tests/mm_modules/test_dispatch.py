@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The choice among the backends of an operator: its order, its reasons, and how it is forced."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where compiled extensions are looked for, and what is said where they are absent or do not fit, each in a process of its own."""
 
 from __future__ import annotations

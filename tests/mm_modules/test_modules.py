@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The modules over ``deform_conv2d``: parameters, torchvision's operator on the same values, and the start of training."""
 
 from __future__ import annotations

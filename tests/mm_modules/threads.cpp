@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The threads of the CUDA kernels one after the other on the CPU, for test_cuda_threads.py.
 
 #include <c10/util/Half.h>

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training and inference in bfloat16 where torch emulates it: as exact as torch's own, as small in memory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The operator ``block``: which backend computes it, and that nobody who looks inside or changes a part gets another result."""
 
 from __future__ import annotations

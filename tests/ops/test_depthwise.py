@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Depthwise convolution and GELU in one native operator: torch's numbers and gradients, and when it does not serve."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every backend of every operator against the operator's reference in float64, at odd sizes, in each dtype and on each device.
 
 A new backend is tested here as soon as it is in the list of its operator. One that cannot compute a case skips it, saying why.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The native CPU operators: torch's numbers whatever the shape, and clear errors for what they do not take."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The same numbers with the kernels of every processor, and with none."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What no image holds, and what no program should do: wild numbers, maps of one element or none, odd memory, many threads, a fork.
 
 ``make sanitize`` runs these, too, with the compiler's checks of memory and of undefined behaviour.

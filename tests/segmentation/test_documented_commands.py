@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands of the segmenters' document, with a tiny model and six generated images, appended as --cfg-options."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Class weights and frozen stages, which the document says how to set."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The flags of tools/test.py that users of the release know, and the benchmark, on a tiny segmenter and six images."""
 
 from __future__ import annotations

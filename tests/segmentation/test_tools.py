@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands of segmentation/, as a user runs them: the README's own configuration on six generated images, and bad input."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Mask R-CNN with LITv2-B, 12 epochs of COCO: 47.3 box AP, 42.6 mask AP.
 _base_ = "./mask_rcnn_litv2_s_fpn_1x_coco.py"
 

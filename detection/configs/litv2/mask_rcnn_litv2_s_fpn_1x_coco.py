@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Mask R-CNN with LITv2-S, 12 epochs of COCO: 44.9 box AP, 40.8 mask AP. The other Mask R-CNN configurations are deltas of this one.
 _base_ = "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"
 custom_imports = dict(imports=["litv2.mm_backbone"], allow_failed_imports=False)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # RetinaNet with LITv2-B and HiLo windows of 4 x 4 in stage 3, which is cheaper: 46.3 box AP.
 _base_ = "./retinanet_litv2_b_fpn_1x_coco.py"
 

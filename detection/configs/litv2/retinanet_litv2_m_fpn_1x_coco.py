@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # RetinaNet with LITv2-M, 12 epochs of COCO: 46.0 box AP.
 _base_ = "./retinanet_litv2_s_fpn_1x_coco.py"
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # RetinaNet with LITv2-S, 12 epochs of COCO: 44.0 box AP. The other RetinaNet configurations are deltas of this one.
 _base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
 custom_imports = dict(imports=["litv2.mm_backbone"], allow_failed_imports=False)

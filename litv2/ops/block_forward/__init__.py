@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The operator ``block``: a whole block of the network, (B, H, W, dim) -> (B, H, W, dim). ``Block.forward`` is its reference.
 
     class Block(nn.Module):

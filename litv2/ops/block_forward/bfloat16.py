@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``block`` in bfloat16 on a CPU without bfloat16 instructions.
 
 There, torch computes bfloat16 matrix products element by element, many times slower than in float32. This backend runs the block's own

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``block`` by the native CPU operators in two passes, if no gradients are needed and no hook or mode observes the layers."""
 
 from __future__ import annotations

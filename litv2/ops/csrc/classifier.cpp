@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Operators made of others. Each call from Python takes 50 to 100 us where a model's maps have filled the caches, which a
 // single image feels.
 

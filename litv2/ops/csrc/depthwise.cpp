@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // gelu(3 x 3 depthwise convolution + bias) of a channels-last map in one pass, and its gradients: for training and for
 // the plain model. Backward keeps x alone: the convolution is computed again. Maps in bfloat16 are computed in float32, too,
 // row by row.

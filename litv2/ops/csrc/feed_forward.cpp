@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // x + fc2(gelu(depthwise(fc1(norm(x))))), the feed-forward half of a block, in one pass over bands of rows: the hidden
 // map, four times the size of x, never leaves the cache. Threads share the rows of the maps, or where these are few the
 // hidden channels, and then sum what they have.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // x + HiLo(norm(x)), the attention half of a block. Tokens are in the order of the windows here, those of a window one after
 // the other. A map that windows do not divide is padded with zeros after the norm and cropped at the end, as HiLo does.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The loops that the processor's vectors carry, float32. kernels.inl has them once; three files compile it, one per
 // instruction set, and `kernels()` picks the widest that the processor runs.
 

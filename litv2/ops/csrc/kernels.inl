@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Included by kernels_*.cpp with VECTOR_FLOATS (floats in a vector), PRODUCT_ROWS (rows of the inner product's tile)
 // and KERNELS (the name of the table) defined. GCC's and clang's vector types; nothing here is called by another file's
 // code but through the table, so that no instruction reaches a processor that lacks it.

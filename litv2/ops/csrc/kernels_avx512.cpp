@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // For x86-64 processors with AVX-512.
 
 #include "kernels.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // For every processor: vectors of four floats.
 
 #include "kernels.h"

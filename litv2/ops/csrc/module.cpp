@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Registers the operators litv2::native_*, picks the kernels, and packs weights for them.
 
 #include <Python.h>

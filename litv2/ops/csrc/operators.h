@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the operators share: checks, scratch memory, and how work is divided among threads.
 
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The two layers that make tokens of several: the patch embedding, and gelu(norm(deformable 2 x 2 convolution)), the
 // merging between stages, with its batch norm folded into the weights.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Products with packed weights. Those in bfloat16 and int8 are oneDNN's where the processor has matrix units (AMX), else our
 // own (product_avx512.cpp) where it has the instructions; where it has neither, plain loops compute the same, for tests.
 

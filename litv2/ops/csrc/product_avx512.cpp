@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The products of lower precision of x86-64 processors with AVX-512: bfloat16 (AVX-512 BF16: AMD from Zen 4 on, Intel
 // from Cooper Lake on) and int8 (AVX-512 VNNI: AMD from Zen 4 on, Intel from Cascade Lake on).
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The operator ``depthwise_gelu``: gelu(3 x 3 depthwise convolution with zero padding and bias), (B, H, W, C) -> (B, H, W, C)."""
 
 from mm_modules.dispatch import Operator

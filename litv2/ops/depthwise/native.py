@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``depthwise_gelu`` by the native CPU operator, also in training: one pass instead of a convolution and a GELU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``depthwise_gelu`` by torch's operators."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``depthwise_gelu`` as nine shifted multiply-adds, which ``torch.compile`` turns into one kernel for CUDA.
 
 There a convolution is a call of a library, whose padding, bias and GELU each pass over the largest tensors of the network. This sum has no

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Operators litv2::deform_conv2d and its backward: checks, chunks, matrix products; the device's kernels do the rest.
 // Autograd and shape inference are registered in Python (compiled.py), which also says whether to multiply bfloat16
 // numbers in float32: `wide_products`, for processors that have no instructions for bfloat16.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a device brings to the deformable convolution: the two passes around its matrix products.
 
 #pragma once

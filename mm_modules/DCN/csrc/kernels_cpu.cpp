@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The kernels on the CPU: threads by at::parallel_for, vectors by the compiler, one clone of each loop per instruction
 // set.
 

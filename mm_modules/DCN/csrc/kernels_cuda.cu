@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Launches the kernels on CUDA, and sorts for the deterministic one.
 
 #include <ATen/Context.h>

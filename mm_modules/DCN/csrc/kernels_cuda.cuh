@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The kernels on CUDA, without torch: loops over the threads of threads.h. Nothing overlaps what another pointer names
 // (__restrict__), so that the loads of a tap need not wait for the stores of the one before.
 //

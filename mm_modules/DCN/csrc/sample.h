@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The arithmetic of one sample of a deformable convolution, for the CPU's loops and the CUDA kernels alike.
 //
 // A sample is one (image, output position, tap, channel block): where it reads, what it gathers, what it scatters back.

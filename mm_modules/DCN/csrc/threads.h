@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How CUDA's threads share the passes of the deformable convolution: which channels of which samples each one has, 128
 // bits at once. Plain functions of a thread's number, so that tests can run them on the CPU.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Semantic FPN with LITv2-B, 80k iterations of ADE20K: 47.2 mIoU.
 _base_ = "./litv2_s_fpn_r50_512x512_80k_ade20k.py"
 

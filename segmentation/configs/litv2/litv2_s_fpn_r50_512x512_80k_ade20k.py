@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Semantic FPN with LITv2-S, 80k iterations of ADE20K: 44.3 mIoU. The other configurations are deltas of this one; "r50" is in the
 # names because the release gave them so, no ResNet is in the model.
 # The bases of the installed mmseg. "mmseg::" would name them, but mmengine does not find the maintained fork's package under it.
