@@ -135,6 +135,7 @@ class Fault:
     mounts: bool = False  # needs OWN_MOUNTS
     equal: bool = True  # in the end, since the run has used nothing that was wrong
     keeps: bool = True  # the checkpoints
+    drafts: bool = False  # may be left until the run is resumed, as after a kill
     names: tuple[str, ...] = ()  # one of which must be in the line that the run ends with,
     says: bool = False  # and in what it says if it goes on
 
@@ -155,7 +156,7 @@ class Fault:
             if said is not None and self.names and not any(name in said for name in self.names):
                 raise Bad(f"nothing is said of {' or '.join(self.names)}: {trial.ended}")
             if self.keeps:
-                whole(stage, drafts=-signal.SIGKILL in run.codes())
+                whole(stage, drafts=self.drafts or -signal.SIGKILL in run.codes())
             done = run.done()
             next(steps, None)
             again = stage.start(settings=())
