@@ -53,9 +53,13 @@ def find_weights(checkpoint: dict, which: str | None = None, backbone_only: bool
     for _ in range(_DEEPEST_WRAPPING):
         prefix = next((prefix for prefix in prefixes if any(key.startswith(prefix) for key in weights)), None)
         if prefix is None:
-            return weights
+            break
         weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    raise UserError(f"the keys of the weights have more than {_DEEPEST_WRAPPING} wrapper prefixes")
+    else:
+        raise UserError(f"the keys of the weights have more than {_DEEPEST_WRAPPING} wrapper prefixes")
+    if numbers := [key for key, value in weights.items() if key.endswith((".weight", ".bias")) and not value.dim()]:
+        raise UserError(f"{numbers[0]} is a single number in the checkpoint, which no layer has")
+    return weights
 
 
 def _names(checkpoint: dict) -> list[str]:

@@ -81,6 +81,8 @@ def test_arguments_of_other_models():
         infer_arguments(state, dict(MODEL=dict(LIT={**lit, "DEPTHS": [2, 2, 6, 2]})))  # of another network: it says nothing
     with pytest.raises(ValueError, match="heads.*16 channels"):
         infer_arguments(state, dict(MODEL=dict(LIT={**lit, "LOCAL_WS": [0, 2, "4", 2]})))  # not numbers
+    with pytest.raises(ValueError, match="head.weight is a single number"):
+        find_weights({**state, "head.weight": torch.tensor(1.0)})
     with pytest.raises(ValueError, match="numbers of heads that do not fit"):
         infer_arguments(state, dict(MODEL=dict(LIT={**lit, "NUM_HEADS": [1, 2, 10**400, 8]})))
     with pytest.raises(ValueError, match="a window of more than 64 tokens"):
