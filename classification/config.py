@@ -23,9 +23,9 @@ from data.corruption import corruption_kinds
 from data.sources import FOLDERS
 from litv2.attentions import ATTENTIONS
 from litv2.errors import UserError, listed
+from litv2.features import pyarrow
 from litv2.plain_yaml import parse
 from optim import LOOKAHEAD, SCHEDULES, optimizer_names
-from parquet import pyarrow
 
 _C = CN()
 _C.BASE = []  # YAML files to load first, relative to the file that names them

@@ -5,21 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from litv2.errors import MissingPackage
+from litv2.features import pyarrow
 from litv2.files import atomic_write
 
-__all__ = ["pyarrow", "write_parquet"]
-
-
-def pyarrow() -> Any:
-    """Returns the module. Raises MissingPackage if it is not installed."""
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingPackage(f"{error}; TEST.PREDICTIONS=parquet needs pyarrow: pip install pyarrow") from error
-    return pyarrow
+__all__ = ["write_parquet"]
 
 
 def write_parquet(path: Path, rows: Iterable[list]) -> None:

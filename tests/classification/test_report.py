@@ -134,5 +134,5 @@ def test_parquet(runs):
 
 def test_parquet_without_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MissingPackage, match="TEST.PREDICTIONS=parquet needs pyarrow"):
+    with pytest.raises(MissingPackage, match="Parquet needs pyarrow"):
         load_config(ROOT / "classification/configs/litv2-digits.yaml", ["TEST.PREDICTIONS", "parquet"])
