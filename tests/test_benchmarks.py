@@ -434,8 +434,8 @@ def test_every_benchmark_is_run():
 
 
 @pytest.mark.extra
-@pytest.mark.parametrize("command", documented(DOCUMENT, r"python benchmarks/distillation\.py DIR --teacher .*"), ids=str)
-def test_distillation(command, tmp_path):
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python benchmarks/teacher\.py DIR --teacher .*"), ids=str)
+def test_teacher(command, tmp_path):
     """A run that is finished counts, one that is not is trained, with its teacher; the interval is that of four differences."""
     names = [f"n{i:08d}" for i in range(10)]
     torch.save(dict(model=LITv2(num_classes=10, **TEACHER).state_dict(), class_names=names), tmp_path / "teacher.pth")
@@ -453,7 +453,7 @@ def test_distillation(command, tmp_path):
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["difference"] for row in rows][:3] == [1, 3, 2] and rows[3]["alone_top1"] == 49
     log = (runs / "taught-seed3-epochs1/log_rank0.txt").read_text()
-    assert "teacher.pth: 1." in log and re.search(rf"final Acc@1  {rows[3]['taught_top1']:.1f}", log)
+    assert "teacher.pth: 1." in log and f"final figures  Acc@1 {rows[3]['taught_top1']:.3f}" in log
     values = np.array([row["difference"] for row in rows])
     half = 3.182446 * values.std(ddof=1) / 2  # Student's 97.5 % quantile at three degrees of freedom
     low, high = values.mean() - half, values.mean() + half

@@ -16,15 +16,16 @@ from helpers import ROOT
 # From the lowest to the highest: a room imports from those before it, and from itself.
 ROOMS = [
     ["hilo", "litv2.errors", "litv2.files", "litv2.curves", "litv2.compilation", "litv2.classes", "litv2.configurations"],
-    ["litv2.pages", "litv2.plain_yaml"],
+    ["litv2.pages", "litv2.plain_yaml", "litv2.coco"],
     ["litv2.signals", "litv2.failures", "litv2.outputs", "litv2.unreadable"],  # what the trainers share
     ["mm_modules"],
     ["litv2.ops"],
+    ["litv2.attentions"],
     ["litv2.layers"],
     ["litv2.model"],
     ["litv2.preprocess", "litv2.inference", "litv2.weights"],
     ["litv2.image_list", "litv2.image_batches", "litv2.features", "litv2.probes"],
-    ["litv2.factory"],
+    ["litv2.factory", "litv2.lit"],
     ["litv2.data_check", "litv2.comparison"],
     ["litv2.timm_bridge", "litv2.openmmlab"],
     ["litv2.mm_backbone", "litv2.export"],

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a teacher adds to a small student: the trainer with and without DISTILL.TEACHER, on the same seeds.
 
-    python benchmarks/distillation.py DIR --teacher examples/litv2_imagenette.safetensors      # DIR/train/CLASS/IMAGE, DIR/val/CLASS/IMAGE
+    python benchmarks/teacher.py DIR --teacher examples/litv2_imagenette.safetensors      # DIR/train/CLASS/IMAGE, DIR/val/CLASS/IMAGE
 
 Both runs of a seed have the same initial weights, order of images, augmentation and mixup: a teacher draws no random numbers. The student
 has the recipe of examples/litv2_imagenette.safetensors at half the width, a quarter of the parameters, and images of 48 pixels. A run that
@@ -31,7 +31,7 @@ STUDENT = "MODEL.NAME student MODEL.LIT.EMBED_DIM 16 DATA.IMG_SIZE 48 TEST.IMG_S
 
 
 def main() -> None:
-    flags = parser(__doc__, "distillation", threads=False)
+    flags = parser(__doc__, "teacher", threads=False)
     flags.add_argument("data_path", type=Path, metavar="DIR")
     flags.add_argument("--teacher", required=True, metavar="FILE", help="DISTILL.TEACHER")
     flags.add_argument("--seeds", type=positive, default=3, metavar="N", help="at least 2 (default: 3)")
