@@ -75,6 +75,7 @@ def test_inference(hidden):
     assert hidden("-c", code).split("\n")[0] == "torch.Size([1, 10]) torch.Size([1, 10])"
 
 
+@pytest.mark.extra
 def test_commands(hidden, tmp_path):
     assert "litv2_small" in hidden("-m", "litv2", "list")
     model = LITv2(**TINY)

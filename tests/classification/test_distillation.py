@@ -108,6 +108,7 @@ def test_a_step_with_a_teacher():
     assert 0 < max_difference(ema.module.head.weight, model.head.weight) < 1
 
 
+@pytest.mark.extra
 def test_processes_and_accumulation():
     """Two processes that each accumulate two batches take the step of one process and one batch, the projection's included."""
     run_ranks("""

@@ -30,6 +30,7 @@ sys.exit(run_program(lambda: main(sys.argv[3:])))
 """
 
 
+@pytest.mark.extra
 def test_without_unix(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)

@@ -92,6 +92,7 @@ def rows(path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.extra
 def test_any_number_of_processes(runs):
     alone = rows(runs[0] / "predictions.csv")
     assert len(alone) == 13

@@ -67,7 +67,14 @@ def kill_after(update: int, number: int, out, processes: int, flags) -> int:
         process.kill()
 
 
-@pytest.mark.parametrize("processes, number", [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    "processes, number",
+    [
+        pytest.param(1, signal.SIGTERM, marks=pytest.mark.extra),
+        (1, signal.SIGINT),
+        pytest.param(2, signal.SIGTERM, marks=pytest.mark.extra),
+    ],
+)
 def test_resume_is_bit_for_bit(processes, number, images, whole, tmp_path):
     flags = flags_for(processes, images, tmp_path)
     code = kill_after(2, number, tmp_path, processes, flags)
@@ -113,6 +120,7 @@ def children_of(pid: int) -> list[str]:
     return subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
 
 
+@pytest.mark.extra
 def test_two_processes_evaluate_as_one(tmp_path):
     """Five images on two ranks: shares of 3 and 2, two batches and one. Same numbers as one process, no hang."""
     root = write_images(tmp_path / "data/train", {"a": 6, "b": 6}).parent

@@ -31,6 +31,7 @@ from tests.faults.fuzz_readers import READERS, Reader, _data_config
 QUICK = ["image: PNG", "pickle check", "checkpoint, zip", "zip data set", "configuration, YAML"]  # a process each, of a few seconds
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("command", documented("docs/reliability.md", r"python -m tests\.faults\.fuzz .*"), ids=str)
 def test_no_findings(command, tmp_path):
     words = [str(tmp_path / "table.json") if word == "FILE" else word for word in command.words[3:]]
