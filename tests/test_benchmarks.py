@@ -107,6 +107,7 @@ def test_predict(command, tmp_path):
     assert re.search(r"images/s: predict [\d.-]+, reading [\d.]+, model [\d.]+\n", done.stdout)
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("command", documented(DOCUMENT, r"python benchmarks/loader\.py .*"), ids=str)
 def test_loader(command, tmp_path):
     rows = measured(command, tmp_path, "--images 8 --batch-size 4 --img-size 64 --rounds 1 --threads 1")["rows"]

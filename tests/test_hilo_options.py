@@ -102,6 +102,7 @@ def compare(ours: Tensor | None, slow: Tensor, plain: Tensor | None = None) -> N
         assert error <= 2 * allowed + 2**-8 * slow[means].norm()  # and a rounding of the result: `allowed` may be 0 by luck
 
 
+@pytest.mark.extra
 @settings(max_examples=1000, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 @torch.no_grad()

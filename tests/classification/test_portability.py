@@ -7,6 +7,8 @@ import pickle
 import subprocess
 import sys
 
+import pytest
+
 from helpers import FAST, ROOT, trainer_environment
 
 PROGRAM = """

@@ -104,6 +104,7 @@ def test_any_number_of_processes(runs):
         assert (report / "confusion.csv").read_text() == (runs[0] / "confusion.csv").read_text()
 
 
+@pytest.mark.extra
 def test_files_agree(runs):
     """The figures follow from the table of predictions; the page holds its pictures, and needs nothing else."""
     summary, images = json.loads((runs[0] / "summary.json").read_text()), rows(runs[0] / "predictions.csv")
@@ -122,6 +123,7 @@ def test_files_agree(runs):
         assert matplotlib.image.imread(runs[0] / name)[..., :3].std() > 0.03, f"{name} is blank"
 
 
+@pytest.mark.extra
 def test_parquet(runs):
     """The same table, with numbers as numbers."""
     parquet = pytest.importorskip("pyarrow.parquet")

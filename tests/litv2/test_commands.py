@@ -371,6 +371,7 @@ def test_predict_with_imagenets_classes(capsys):
     assert {line.split("%  ")[1] for line in out.splitlines()[1:]} <= known
 
 
+@pytest.mark.extra
 def test_the_trainer_takes_names_of_the_zoo(tmp_path):
     """--pretrained NAME, from the folder of downloads."""
     folder = tmp_path / "home/hub/checkpoints"
