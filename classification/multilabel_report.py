@@ -18,7 +18,7 @@ from data.loader import Loaders
 from data.table import SEPARATOR
 from litv2.files import atomic_write
 from litv2.pages import page, table
-from report import PAGE, Predictions, draw_images, show_pictures, write_csv, write_json, write_pictures
+from report import PAGE, Predictions, draw_images, show_pictures, with_interval, write_csv, write_json, write_pictures
 
 LARGEST_CHART = 80  # classes in the picture of average precisions
 
@@ -139,14 +139,9 @@ def _draw_classes(report: MultiLabelReport) -> Any:
 
 def _page(report: MultiLabelReport, folder: Path, pictures: list[str]) -> str:
     summary = report.summary
-
-    def with_interval(key: str) -> list[str]:
-        low, high = summary[f"{key}_interval"]
-        return [f"{summary[key]:.2f} %", f"{low:.2f} to {high:.2f}"]
-
     figures = [
-        ["mean average precision (mAP)", *with_interval("map")],
-        ["of images in random order", *with_interval("map_of_random_order")],
+        ["mean average precision (mAP)", *with_interval(summary, "map")],
+        ["of images in random order", *with_interval(summary, "map_of_random_order")],
         ["macro F1 at 0.5", f"{summary['f1_macro']:.2f} %", ""],
         ["micro F1 at 0.5", f"{summary['f1_micro']:.2f} %", ""],
         ["macro F1 at each class's threshold", f"{summary['f1_macro_at_thresholds']:.2f} %", ""],

@@ -286,15 +286,10 @@ def draw_images(captions: dict[str, str], images: ImageDataset, config: CfgNode,
 
 def _page(report: Report, folder: Path, pictures: list[str]) -> str:
     summary = report.summary
-
-    def percent(name: str) -> list[str]:
-        low, high = summary[f"{name}_interval"]
-        return [f"{summary[name]:.2f} %", f"{low:.2f} to {high:.2f}"]
-
     figures = [
-        ["top-1", *percent("top1")],
-        ["top-5", *percent("top5")],
-        ["balanced accuracy (mean recall of classes)", *percent("balanced_accuracy")],
+        ["top-1", *with_interval(summary, "top1")],
+        ["top-5", *with_interval(summary, "top5")],
+        ["balanced accuracy (mean recall of classes)", *with_interval(summary, "balanced_accuracy")],
         ["macro F1", f"{summary['macro_f1']:.2f} %", ""],
         ["cross-entropy", f"{summary['loss']:.4f}", ""],
         ["expected calibration error", f"{summary['calibration_error']:.2f} %", ""],
@@ -310,6 +305,12 @@ def _page(report: Report, folder: Path, pictures: list[str]) -> str:
     parts += show_pictures(folder, {name: titles[name] for name in pictures})
     parts += ["<h2>Classes, the worst first</h2>", table(classes[0], worst)]
     return page("Evaluation", parts)
+
+
+def with_interval(summary: dict[str, Any], name: str) -> list[str]:
+    """Returns a figure of the summary, in percent, and its interval, for the page's table."""
+    low, high = summary[f"{name}_interval"]
+    return [f"{summary[name]:.2f} %", f"{low:.2f} to {high:.2f}"]
 
 
 def show_pictures(folder: Path, titles: dict[str, str]) -> list[str]:

@@ -31,6 +31,7 @@ def draw_samples(images: ImageDataset, class_names: list[str], config: CfgNode, 
     chosen = order[np.unique(np.linspace(0, len(order) - 1, ROWS).astype(int))].tolist()
     plain = ImageDataset(images.source, build_transform(config, training=False), images.mode)
     figure = Figure(figsize=(1.8 * COLUMNS, 2 * len(chosen)), layout="constrained")
+    figure.suptitle("Each row: an image as evaluation sees it, then five times as training does", fontsize=9)
     for number, (row, index) in enumerate(zip(figure.subplots(len(chosen), COLUMNS, squeeze=False), chosen)):
         samples = [plain[index], *(images[index, number * COLUMNS + column] for column in range(1, COLUMNS))]
         for axis, sample in zip(row, samples):

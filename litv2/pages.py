@@ -9,7 +9,10 @@ from collections.abc import Iterable
 
 __all__ = ["page", "picture", "table"]
 
-STYLE = "body{font-family:sans-serif;margin:2em auto;max-width:70em}td,th{padding:.2em .8em;text-align:left}img{max-width:100%}"
+STYLE = (
+    "body{font-family:sans-serif;margin:2em auto;max-width:70em;padding:0 1em}"
+    "td,th{padding:.2em .8em;text-align:left}img{max-width:100%}"
+)
 
 
 def page(title: str, parts: Iterable[str], style: str = "") -> str:
