@@ -40,11 +40,11 @@ def main(argv: list[str] | None = None) -> None:
         for annotation in content["annotations"]:
             found[annotation["image_id"]].add(names[annotation["category_id"]])
         columns = sorted(set(names.values()))
+        rows = [[(prefix / images[number]).as_posix(), *(int(name in found[number]) for name in columns)] for number in images]
     except (KeyError, TypeError) as error:
         raise UserError(f"{args.annotations} is not a COCO file of instances: {type(error).__name__} {error}") from error
     if reserved := {IMAGE, LABELS}.intersection(columns):
         raise UserError(f"{args.annotations} has a category {listed(reserved)}, which is the name of a column of the table")
-    rows = ([(prefix / images[number]).as_posix(), *(int(name in found[number]) for name in columns)] for number in images)
     write_csv(args.out, [[IMAGE, *columns], *rows])
     print(f"{args.out}: {len(images)} images, {len(columns)} classes, {sum(map(len, found.values())) / max(len(images), 1):.2f} per image")
 

@@ -74,7 +74,7 @@ _C.MODEL.LIT.CONV_FFN = True  # depthwise convolution in the feed-forward networ
 _C.TRAIN = CN()
 _C.TRAIN.EPOCHS = 300
 _C.TRAIN.WARMUP_EPOCHS = 20
-_C.TRAIN.WEIGHT_DECAY = 0.05  # not applied to biases and 1-D tensors
+_C.TRAIN.WEIGHT_DECAY = 0.05  # not applied to biases, 1-D tensors and LIT's tables of relative positions
 _C.TRAIN.BASE_LR = 5e-4  # this and the next two are per 512 images of total batch (processes x accumulation x BATCH_SIZE)
 _C.TRAIN.WARMUP_LR = 5e-7
 _C.TRAIN.MIN_LR = 5e-6  # an absolute floor, also for the offset group
@@ -386,6 +386,10 @@ def _check(config: CN) -> None:
         raise ConfigError(f"TRAIN.LR_SCHEDULER.DECAY_EPOCHS must be above 0, got {config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS}")
     if config.DISTILL.TEMPERATURE <= 0:
         raise ConfigError(f"DISTILL.TEMPERATURE must be above 0, got {config.DISTILL.TEMPERATURE}")
+    if config.DISTILL.TEACHER_FILE and not config.DISTILL.TEACHER:
+        raise ConfigError("DISTILL.TEACHER_FILE needs DISTILL.TEACHER, the name of the model whose weights it holds")
+    if config.TRAIN.MULTI_LABEL_LOSS != _C.TRAIN.MULTI_LABEL_LOSS and config.MODEL.TASK != "multi":
+        raise ConfigError(f"TRAIN.MULTI_LABEL_LOSS={config.TRAIN.MULTI_LABEL_LOSS} is of MODEL.TASK multi, got {config.MODEL.TASK}")
     if config.DISTILL.TEACHER and config.DISTILL.WEIGHT == config.DISTILL.FEATURES == 0:
         raise ConfigError("DISTILL.WEIGHT=0 and DISTILL.FEATURES=0: nothing would be learnt from DISTILL.TEACHER")
     if unknown := [name for name in config.TRACK.TO if name not in ("wandb", "mlflow", "clearml")]:

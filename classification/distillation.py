@@ -26,6 +26,7 @@ from yacs.config import CfgNode
 import distributed
 from heads import names_in
 from litv2 import LITv2
+from litv2.classes import task_in
 from litv2.errors import UserError, listed
 from litv2.factory import load_model
 from litv2.preprocess import normalisation
@@ -133,7 +134,10 @@ def build_distillation(
     if not settings.TEACHER:
         return None
     what = f"DISTILL.TEACHER={settings.TEACHER}"
-    network, normalise, names = _load(settings.TEACHER, settings.TEACHER_FILE, config.MODEL.LIT.IN_CHANS, log)
+    network, normalise, content = _load(settings.TEACHER, settings.TEACHER_FILE, config.MODEL.LIT.IN_CHANS, log)
+    names, task = names_in(content), task_in(content)
+    if task != config.MODEL.TASK:
+        raise UserError(f"{what} is a classifier of MODEL.TASK {task}; a teacher needs that of the student, {config.MODEL.TASK}")
     precision, choice = choose_precision(settings.AMP, device)
     teacher = Teacher(network, precision, normalise, features=settings.FEATURES > 0)
     side = config.DATA.IMG_SIZE
@@ -152,35 +156,35 @@ def build_distillation(
             raise UserError(f"{what} does not pool its features (their shape is {tuple(pooled.shape)}); set DISTILL.FEATURES 0")
         projection = nn.Linear(model.num_features, pooled.shape[1]).to(device)
     log(f"teacher {settings.TEACHER}: {sum(p.numel() for p in network.parameters()) / 1e6:.3f} M parameters; {choice}")
-    multi_label = config.MODEL.get("TASK") == "multi"
+    multi_label = config.MODEL.TASK == "multi"
     return Distillation(teacher, settings.TEMPERATURE, settings.WEIGHT, settings.FEATURES, projection, multi_label)
 
 
-def _load(name: str, file: str, in_chans: int, log: Callable[[str], object]) -> tuple[nn.Module, Normalisation, list | None]:
-    """Returns the model, the normalisation of its images, and the class names that its file states."""
+def _load(name: str, file: str, in_chans: int, log: Callable[[str], object]) -> tuple[nn.Module, Normalisation, dict]:
+    """Returns the model, the normalisation of its images, and the content of its file."""
     if name in ZOO or Path(name).is_file() or "://" in name:
         loaded = load_model(file or name, name if file else None)
         for note in loaded.notes:
             if "image size" not in note:  # here it is DATA.IMG_SIZE
                 log(note)
-        return loaded.model, normalisation(in_chans), names_in(loaded.content)
+        return loaded.model, normalisation(in_chans), loaded.content
     if not timm.is_model(name):
         known = [*(release.name for release in ZOO.values() if release.task == "classification"), *timm.list_models()]
         similar = listed(difflib.get_close_matches(name, known, cutoff=0.5)) or "none"
         raise UserError(f"DISTILL.TEACHER={name} is neither a file nor a model of ours or of timm; similar names: {similar}")
-    model, names = _of_timm(name, file, in_chans)
+    model, content = _of_timm(name, file, in_chans)
     settings = cast(dict, model.pretrained_cfg)
     mean, std = settings["mean"], settings["std"]
     if in_chans == 1:  # as timm sums the weights of the colours
         mean, std = (fmean(mean),), (fmean(std),)
-    return model, (mean, std), names
+    return model, (mean, std), content
 
 
-def _of_timm(name: str, file: str, in_chans: int) -> tuple[nn.Module, list | None]:
-    """Returns the model with its pretrained weights, or those of the file, and the class names that the file states."""
+def _of_timm(name: str, file: str, in_chans: int) -> tuple[nn.Module, dict]:
+    """Returns the model with its pretrained weights, or those of the file, and the content of the file."""
     if not file:
         try:
-            return timm.create_model(name, pretrained=True, in_chans=in_chans), None
+            return timm.create_model(name, pretrained=True, in_chans=in_chans), {}
         except Exception as error:  # of timm, the Hugging Face hub or its transport: each has types of its own
             reason = str(error).partition("\n")[0]
             raise UserError(f"the pretrained weights of DISTILL.TEACHER={name} cannot be had ({reason}); "
@@ -194,4 +198,4 @@ def _of_timm(name: str, file: str, in_chans: int) -> tuple[nn.Module, list | Non
         load_weights(model, weights)
     except UserError as error:
         raise UserError(f"DISTILL.TEACHER_FILE={file}: {error}") from error
-    return model, names_in(content)
+    return model, content

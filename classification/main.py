@@ -230,7 +230,8 @@ def _check_classes(config: CfgNode, loaders: Loaders, checkpoint: dict | None) -
     if config.MODEL.NUM_CLASSES not in (-1, found):
         raise DataError(f"MODEL.NUM_CLASSES={config.MODEL.NUM_CLASSES}, but the training data has {found} classes")
     if checkpoint is not None and "class_names" in checkpoint and (task := task_in(checkpoint)) != config.MODEL.TASK:
-        raise UserError(f"the checkpoint is of MODEL.TASK {task}, and cannot be used with MODEL.TASK {config.MODEL.TASK}")
+        raise UserError(f"the checkpoint is of MODEL.TASK {task}, and cannot be used with MODEL.TASK {config.MODEL.TASK}; "
+                        "use another --tag for another run")  # fmt: skip
     names = names_in(checkpoint or {})
     if names is not None and names != classes:
         raise DataError(f"the classes of the checkpoint ({len(names)}: {', '.join(names[:5])} ...) differ from those of {whose} "

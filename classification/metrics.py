@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from yacs.config import CfgNode
 
+import distributed
+from litv2.errors import UserError
 from litv2.files import append_whole, atomic_write
 from litv2.outputs import Outputs
 from trackers import Trackers
@@ -31,9 +33,15 @@ class Metrics:
         self._trackers: Trackers | None = None
 
     def start_trackers(self, config: CfgNode, resumed: bool, log: Callable[[str], object]) -> None:
-        """Starts those of TRACK.TO; raises UserError as ``Trackers`` does."""
+        """Starts those of TRACK.TO; every process must call it, and gets the UserError of ``Trackers`` or an OSError as one."""
+        problem = None
         if self.active and config.TRACK.TO:
-            self._trackers = Trackers(config, self.folder, resumed, self._outputs.warn, log)
+            try:
+                self._trackers = Trackers(config, self.folder, resumed, self._outputs.warn, log)
+            except (UserError, OSError) as error:
+                problem = str(error)
+        if config.TRACK.TO and (problem := distributed.gather(problem)[0]):
+            raise UserError(problem)
 
     def write(self, kind: str, update: int, **values: float | None) -> None:
         """Writes a row of metrics.jsonl and points in TensorBoard and the trackers.

@@ -21,20 +21,45 @@ def figures(targets: np.ndarray, logits: np.ndarray) -> dict[str, float]:
     Raises:
         UserError: no image has a class, or a logit is not finite.
     """
-    from sklearn.metrics import average_precision_score, f1_score
+    from sklearn.metrics import average_precision_score
 
     present = targets.any(axis=0)
     if not present.any():
         raise UserError("no validation image that can be read has a class: there is nothing to measure")
     if not np.isfinite(logits).all():
         raise UserError("the outputs of the model for validation images are not finite numbers")
-    predicted = logits >= 0
+    f1 = f1_scores(targets, logits >= 0)
     return dict(
         map=100 * float(average_precision_score(targets[:, present], logits[:, present], average="macro")),
-        f1_macro=100 * float(f1_score(targets[:, present], predicted[:, present], average="macro", zero_division=0)),
-        f1_micro=100 * float(f1_score(targets, predicted, average="micro", zero_division=0)),
+        f1_macro=100 * f1["macro"],
+        f1_micro=100 * f1["micro"],
         loss=float((np.logaddexp(0, logits, dtype=np.float64) - targets * logits).mean()),
     )
+
+
+def by_class(targets: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Returns precision, recall, F1 and support of each class (4, classes); 0 where there is nothing to divide by.
+
+    Counted here, since scikit-learn takes a single column for a choice between two classes.
+
+    Args:
+        targets, predicted: (N, classes), 0 or 1.
+    """
+    hits, found, true = _counts(targets, predicted)
+    return np.array([hits / np.maximum(found, 1), hits / np.maximum(true, 1), 2 * hits / np.maximum(found + true, 1), true])
+
+
+def f1_scores(targets: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """Returns the mean F1 of the classes that an image has ("macro"), and F1 of all decisions together ("micro")."""
+    hits, found, true = (part.sum() for part in _counts(targets, predicted))
+    macro = by_class(targets, predicted)[2, targets.any(axis=0)].mean()
+    return dict(macro=float(macro), micro=float(2 * hits / max(found + true, 1)))
+
+
+def _counts(targets: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Of each class (classes,): images that have it and are found, that are found, and that have it."""
+    targets, predicted = targets.astype(bool), predicted.astype(bool)
+    return tuple(part.sum(axis=0) for part in (targets & predicted, predicted, targets))
 
 
 def best_thresholds(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:

@@ -53,7 +53,7 @@ class MultiLabelReport:
     """
 
     def __init__(self, names: list[str], targets: np.ndarray, logits: np.ndarray, class_names: list[str]):
-        from sklearn.metrics import average_precision_score, precision_recall_fscore_support
+        from sklearn.metrics import average_precision_score
 
         self.names, self.targets, self.logits, self.class_names = names, targets.astype(bool), logits, class_names
         self.scores = multilabel.probabilities(logits)
@@ -64,20 +64,12 @@ class MultiLabelReport:
         self.precision[self.present] = average_precision_score(self.targets[:, self.present], logits[:, self.present], average=None)
         self.chance = np.where(self.present, multilabel.chance(self.targets), np.nan)
         # Precision, recall, F1 and support of each class, at 1/2 and at its threshold.
-        self.at_half, self.at_threshold = (
-            np.array(precision_recall_fscore_support(self.targets, predicted, average=None, zero_division=0))
-            for predicted in (logits >= 0, self.predicted)
-        )
+        self.at_half, self.at_threshold = (multilabel.by_class(self.targets, predicted) for predicted in (logits >= 0, self.predicted))
         self.summary = self._summary()
 
     def _summary(self) -> dict[str, Any]:
-        from sklearn.metrics import f1_score
-
         known = self.targets[:, self.present], self.logits[:, self.present]
-        fitted = {
-            f"f1_{average}_at_thresholds": 100 * float(f1_score(self.targets[:, chosen], self.predicted[:, chosen], average=average))
-            for average, chosen in (("macro", self.present), ("micro", slice(None)))
-        }
+        fitted = {f"f1_{name}_at_thresholds": 100 * f1 for name, f1 in multilabel.f1_scores(self.targets, self.predicted).items()}
         return dict(
             images=len(self.names),
             classes=len(self.class_names),

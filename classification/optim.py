@@ -40,12 +40,12 @@ def build_optimizer(config: CfgNode, model: LITv2, total_batch: int, beside: nn.
     train = config.TRAIN
     lr = scaled_lr(train.BASE_LR, total_batch)
     parameters = [*model.named_parameters(), *(() if beside is None else beside.named_parameters(prefix="head.beside"))]
-    head = layer_of("head", model)
+    head, without = layer_of("head", model), model.no_weight_decay()
     groups: dict[tuple, dict] = {}
     for name, parameter in parameters:
         if not parameter.requires_grad:
             continue
-        kind = "no_decay" if parameter.ndim <= 1 else "offset" if "conv_offset" in name else "decay"
+        kind = "no_decay" if parameter.ndim <= 1 or name in without else "offset" if "conv_offset" in name else "decay"
         scale = train.LAYER_DECAY ** (head - layer_of(name, model))
         if (kind, scale) not in groups:
             groups[kind, scale] = dict(

@@ -61,7 +61,7 @@ def build_loss(config: CfgNode, mixed: bool, vectors: bool) -> nn.Module:
     smoothing = config.MODEL.LABEL_SMOOTHING
     if config.MODEL.TASK == "multi":
         if config.TRAIN.MULTI_LABEL_LOSS == "asymmetric":
-            return AsymmetricLossMultiLabel(smoothing=smoothing)
+            return AsymmetricLossMultiLabel(smoothing=smoothing, reduction="mean")  # over classes, too, as the others
         return BinaryCrossEntropy(smoothing, smooth_dense=True)
     if vectors:
         return nn.CrossEntropyLoss(label_smoothing=smoothing)

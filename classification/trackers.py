@@ -147,7 +147,7 @@ class Trackers:
         self.warn = warn
         self._running: dict[str, Tracker] = {}
         run = Run(config.TRACK.PROJECT, config.TRACK.NAME or f"{config.MODEL.NAME}/{config.TAG}", folder, to_dict(config))
-        before = _read_ids(folder / IDS) if resumed else {}
+        before = _read_ids(folder / IDS, warn) if resumed else {}
         for name in config.TRACK.TO:
             try:
                 with _own_random_numbers():
@@ -189,13 +189,14 @@ def _own_random_numbers() -> Iterator[None]:
         random.setstate(state)
 
 
-def _read_ids(path: Path) -> dict[str, Any]:
+def _read_ids(path: Path, warn: Callable[[str], object]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); without it, the trackers start new runs") from error
+        warn(f"{path} is damaged ({error}); the trackers start new runs")
+        return {}
 
 
 def _reason(error: Exception) -> str:

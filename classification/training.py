@@ -114,6 +114,8 @@ class Training:
             self.log.info(f"{config.TRAIN.EPOCHS} epochs of {steps} steps, {self.updates_per_epoch} updates each; "
                           f"total batch {self.total_batch}")  # fmt: skip
             self.metrics.start_trackers(config, resumed=progress.updates > 0, log=self.log.info)
+        if not progress.updates:
+            self.metrics.forget_after(0, 0)  # rows of another run in this folder, which its checkpoints do not survive either
         if not progress.updates and distributed.rank() == 0 and isinstance(self.loaders.train.dataset, ImageDataset):
             with Outputs(self.log.warning).writing(self.folder / SAMPLES):
                 draw_samples(self.loaders.train.dataset, self.loaders.class_names, config, self.folder / SAMPLES)

@@ -179,8 +179,7 @@ def _tar(config: CfgNode, split: str, class_names: list[str] | None = None) -> L
     numbers = _number_classes(found, class_names, path)
     renumber = [numbers[name] for name in found]
     samples = [(reader.filename(i), renumber[target]) for i, target in enumerate(reader.targets)]
-    position = {name: i for i, (name, _) in enumerate(samples)}
-    return ListSource(samples, class_names or found, partial(_tar_member, reader, position))
+    return ListSource(samples, class_names or found, _TarReader(reader, [name for name, _ in samples]))
 
 
 def _hugging_face(config: CfgNode, split: str) -> ListSource:
@@ -206,10 +205,6 @@ def _array_row(pixels: np.ndarray, name: str) -> Image.Image:
 
 def _reader_row(reader: Any, name: str) -> BinaryIO:
     return reader[_number(name)][0]
-
-
-def _tar_member(reader: Any, position: dict[str, int], name: str) -> BinaryIO:
-    return reader[position[name]][0]
 
 
 def _number(name: str) -> int:
@@ -278,6 +273,31 @@ class _ZipReader:
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_file": None}
+
+
+class _TarReader:
+    """Reads files by name through timm's reader, which keeps the archives open: each process has handles of its own, as above."""
+
+    def __init__(self, reader: Any, names: list[str]):
+        self.reader, self._process = reader, os.getpid()
+        self._position = {name: i for i, name in enumerate(names)}
+
+    def __call__(self, name: str) -> BinaryIO:
+        if self._process != os.getpid():
+            self._forget_handles()
+            self._process = os.getpid()
+        return self.reader[self._position[name]][0]
+
+    def _forget_handles(self) -> None:
+        pending = [self.reader.tar_state] if self.reader.root_is_tar else list(self.reader.tar_state.values())
+        while pending:
+            state = pending.pop()
+            state.tf = None
+            pending += state.children.values()
+
+    def __getstate__(self) -> dict:
+        self._forget_handles()
+        return self.__dict__
 
 
 def _data_path(config: CfgNode) -> Path:

@@ -58,7 +58,8 @@ class Table:
             if len(names) != 1:
                 raise UserError(f"{self.path}, line {line}: expected one class in {LABELS!r}, got {SEPARATOR.join(names)!r}; "
                                 "for images of several classes or none, set MODEL.TASK multi")  # fmt: skip
-        return self._vectors(class_names).argmax(axis=1)
+        number = self._numbers(class_names)
+        return np.array([number[name] for (name,) in self.labels])
 
     def of_several_classes(self, class_names: list[str], certain: bool) -> np.ndarray:
         """Returns a number in [0, 1] for each image and class (rows, classes) float32; with ``certain`` it must be 0 or 1.
@@ -74,10 +75,13 @@ class Table:
             raise UserError(f"{self.path}: no image has a class")
         return vectors
 
-    def _vectors(self, class_names: list[str]) -> np.ndarray:
+    def _numbers(self, class_names: list[str]) -> dict[str, int]:
         if unknown := sorted(set(self.class_names) - set(class_names)):
             raise UserError(f"{self.path} has {len(unknown)} classes that are missing from training or DATA.CLASSES: {listed(unknown, 20)}")
-        number = {name: i for i, name in enumerate(class_names)}
+        return {name: i for i, name in enumerate(class_names)}
+
+    def _vectors(self, class_names: list[str]) -> np.ndarray:
+        number = self._numbers(class_names)
         vectors = np.zeros((len(self.images), len(class_names)), dtype=np.float32)
         if self.columns:
             names, values = self.columns

@@ -131,6 +131,7 @@ def test_a_number_as_text(tmp_path):
         (["--freeze", "5", "--pretrained", "P"], "TRAIN.FREEZE must be a number of stages, 0, 1, 2, 3, 4, or head, got '5'"),
         (["--freeze", "head"], "TRAIN.FREEZE=head would keep random weights; give the weights by --pretrained"),
         (["--opts", "TRAIN.UNFREEZE_EVERY", "2"], "TRAIN.UNFREEZE_EVERY=2 needs something to unfreeze"),
+        (["--opts", "TRAIN.MULTI_LABEL_LOSS", "asymmetric"], "is of MODEL.TASK multi, got single"),
         (["--opts", "DATA.SAMPLING", "balanced", "TRAIN.CLASS_WEIGHTS", "auto"], "both favour rare classes"),
         (["--zip", "--opts", "DATA.SAMPLING", "balanced"], "DATA.SAMPLING=balanced .* use --cache-mode full or no"),
         (["--cfg", "nowhere.yaml"], "no configuration file nowhere.yaml"),

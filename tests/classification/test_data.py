@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import random
+import shutil
 import tarfile
 import zipfile
 from collections import Counter
@@ -84,6 +86,21 @@ def test_tar_equals_folder(folder):
     plain = open_sources(config("DATA.DATASET", "folder", "DATA.DATA_PATH", str(folder)))
     for a, b in zip(packed, plain):
         assert contents(a) == contents(b)
+
+
+def test_each_process_has_its_own_handle_of_a_tar(folder, monkeypatch):
+    """A worker is forked when ``samples.png`` has been drawn from the archive: with one handle they would read across each other."""
+    with tarfile.open(folder / "train.tar", "w") as archive:
+        for file in sorted((folder / "train").rglob("*.png")):
+            archive.add(file, str(file.relative_to(folder / "train")))
+    shutil.copy(folder / "train.tar", folder / "val.tar")
+    source, _ = open_sources(config("DATA.DATASET", "tar", "DATA.DATA_PATH", str(folder)))
+    first, state = source[0][0].read(), source._read.reader.tar_state
+    ours = state.tf
+    assert source[0][0].read() == first and state.tf is ours
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert source[0][0].read() == first and state.tf is not ours
+    assert pickle.loads(pickle.dumps(source))[0][0].read() == first
 
 
 def test_hugging_face_equals_folder(folder, tmp_path_factory):

@@ -161,6 +161,7 @@ def files(tmp_path_factory):
     torch.save(dict(model=ours.state_dict(), class_names=CLASSES), folder / "ours.pth")
     torch.save(dict(model=another_model(num_classes=7).state_dict()), folder / "seven.pth")
     torch.save(dict(model=ours.state_dict(), class_names=CLASSES[::-1]), folder / "reversed.pth")
+    torch.save(dict(model=ours.state_dict(), config=dict(MODEL=dict(TASK="multi"))), folder / "multi.pth")
     torch.save(of_timm.state_dict(), folder / "timm.pth")
     return folder
 
@@ -199,6 +200,9 @@ def test_a_model_of_timm_teaches(channels, files, tmp_path):
         ("DISTILL.TEACHER ours.pth MODEL.LIT.IN_CHANS 1", r"cannot take images of 1 x 32 x 32 \(DATA.IMG_SIZE\): LITv2: expected images"),
         ("DISTILL.TEACHER vit.pth DISTILL.WEIGHT 1.5", r"DISTILL.WEIGHT must lie in \[0, 1\], got 1.5"),
         ("DISTILL.TEACHER ours.pth DISTILL.WEIGHT 0", "nothing would be learnt"),
+        ("DISTILL.TEACHER multi.pth", "a classifier of MODEL.TASK multi; a teacher needs that of the student, single"),
+        ("DISTILL.TEACHER ours.pth MODEL.TASK multi DATA.DATASET csv", "a classifier of MODEL.TASK single; a teacher needs"),
+        ("DISTILL.TEACHER_FILE ours.pth", "DISTILL.TEACHER_FILE needs DISTILL.TEACHER"),
         ("DISTILL.TEMPERATURE 0", "DISTILL.TEMPERATURE must be above 0"),
     ],
 )

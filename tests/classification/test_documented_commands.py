@@ -162,6 +162,7 @@ def test_tables_of_coco(command, coco, monkeypatch, capsys):
     [
         ("[]", "is not a COCO annotation file"),
         ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "is not a COCO file of instances: KeyError 'file_name'"),
+        ('{"images": [{"id": 1, "file_name": 5}], "annotations": [], "categories": []}', "is not a COCO file of instances: TypeError"),
         ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "labels"}]}', "category labels, which is the name"),
     ],
 )

@@ -54,6 +54,14 @@ def test_figures_are_those_of_scikit_learn():
     assert figures["f1_micro"] == pytest.approx(100 * metrics.f1_score(targets.ravel(), predicted.ravel()))
     assert figures["loss"] == pytest.approx(F.binary_cross_entropy_with_logits(*map(torch.tensor, (logits, targets))).item(), rel=1e-6)
     assert np.allclose(multilabel.probabilities(logits), torch.tensor(logits).sigmoid())
+    for chosen in ([0], [0, 3], [2, 3]):  # of one column scikit-learn's averages are those of having it and not
+        f1 = [metrics.f1_score(targets[:, i], predicted[:, i]) for i in chosen if i != 3]
+        few = multilabel.figures(targets[:, chosen], logits[:, chosen])
+        assert few["f1_macro"] == pytest.approx(100 * np.mean(f1))
+        assert few["f1_micro"] == pytest.approx(100 * metrics.f1_score(targets[:, chosen].ravel(), predicted[:, chosen].ravel()))
+        both = np.array([metrics.precision_recall_fscore_support(targets[:, i], predicted[:, i], zero_division=0, average="binary")[:3]
+                         for i in chosen])  # fmt: skip
+        assert pytest.approx(both) == multilabel.by_class(targets[:, chosen], predicted[:, chosen])[:3].T
     with pytest.raises(UserError, match="nothing to measure"):
         multilabel.figures(np.zeros_like(targets), logits)
     with pytest.raises(UserError, match="not finite"):
@@ -144,7 +152,7 @@ def test_losses(smoothing):
         y, p = (1 - smoothing) * y + smoothing / 2, 1 / (1 + math.exp(-x))
         crossed -= (y * math.log(p) + (1 - y) * math.log(1 - p)) / logits.numel()
         shifted = max(p - 0.05, 0)  # arXiv 2009.14119, equations 5 to 7, with timm's focusing 1 and 4
-        asymmetric -= (y * (1 - p) * math.log(p) + (1 - y) * shifted**4 * math.log(1 - shifted)) / len(logits)
+        asymmetric -= (y * (1 - p) * math.log(p) + (1 - y) * shifted**4 * math.log(1 - shifted)) / logits.numel()
     assert loss("MODEL.TASK", "multi") == pytest.approx(crossed, rel=1e-5)
     if smoothing == 0:  # of a target between 0 and 1, timm focuses by a power between the two
         assert loss("MODEL.TASK", "multi", "TRAIN.MULTI_LABEL_LOSS", "asymmetric") == pytest.approx(asymmetric, rel=1e-5)

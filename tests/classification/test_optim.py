@@ -94,6 +94,13 @@ def test_layer_decay():
         assert rates[id(parameter)] == pytest.approx(full[id(parameter)] * 0.5 ** (9 - depth[name])), name
 
 
+def test_tables_of_relative_positions_do_not_decay():
+    model = tiny_model(attention="relative-msa")
+    decays = {id(p): group["weight_decay"] for group in build_optimizer(config(), model, 512).param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert decays[id(parameter)] == (0.0 if parameter.ndim == 1 or "relative_position" in name else 0.05), name
+
+
 def test_sgd_whose_first_step_is_skipped(monkeypatch):
     """The fused SGD of torch does not then initialise its momentum, which would be whatever the memory held: here NaN."""
     model = tiny_model()

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+import distributed
 import trackers
 from config import load_config
 from helpers import FAST, ROOT
@@ -84,8 +85,16 @@ def test_a_resumed_run_is_the_same_one(fake, tmp_path):
     Trackers(settings(), tmp_path, resumed=False, warn=print, log=print)
     assert fake.made[1].id == "7" and json.loads((tmp_path / IDS).read_text()) == {"wandb": "7"}
     (tmp_path / IDS).write_text("{")
-    with pytest.raises(UserError, match=f"{IDS} is damaged"):
-        Trackers(settings(), tmp_path, resumed=True, warn=print, log=print)
+    warnings = []
+    Trackers(settings(), tmp_path, resumed=True, warn=warnings.append, log=print)
+    assert fake.made[2].id == "7" and f"{IDS} is damaged" in warnings[0]
+
+
+def test_every_process_hears_of_one_that_cannot_be_started(fake, tmp_path, monkeypatch):
+    """Only rank 0 tries; the others would wait for it for ever."""
+    monkeypatch.setattr(distributed, "gather", lambda value: ["wandb cannot be started", value])
+    with pytest.raises(UserError, match="^wandb cannot be started$"):
+        Metrics(tmp_path, active=False).start_trackers(settings(), resumed=False, log=print)
 
 
 @pytest.mark.parametrize("what, message", [("write", "cannot be written to"), ("close", "cannot be closed")])
