@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 
 from harness import parser, publish, say
-from litv2.commands.check_data import Features
 from litv2.data_check.duplicates import DISTANCE
 from litv2.data_check.labels import suspicious_labels
 from litv2.data_check.listing import find_images
 from litv2.data_check.reading import fingerprints, read_images
 from litv2.errors import run_program
+from litv2.explain.subjects import Classifier
 from litv2.preprocess import read_image
 
 CHANGED, DRAWS = 20, 12
@@ -89,10 +89,9 @@ def distances(readings: list) -> list[dict]:
 
 
 def labels(entries: list, checkpoint: str, rng: np.random.Generator) -> list[dict]:
-    features = Features(checkpoint)
-    for _, images in read_images(entries, 0, features.transform):
-        features.add(images)
-    values, names = torch.cat(features.found).numpy(), np.array([entry.label for entry in entries])
+    classifier = Classifier(checkpoint)
+    features = [classifier.features(images) for _, images in read_images(entries, 0, classifier.transform) if images is not None]
+    values, names = torch.cat(features).numpy(), np.array([entry.label for entry in entries])
     known = np.unique(names)
     listed, found = [], []
     for _ in range(DRAWS):

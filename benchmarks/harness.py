@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -233,6 +234,11 @@ def write_json(path: Path, content: object) -> None:
     """At once: whoever reads it, or is killed while writing it, has the old file or the new one."""
     with atomic_write(path) as draft:
         draft.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def fingerprint(*settings: object) -> str:
+    """Returns a short text that differs for other settings, by what ``str`` makes of them: the name of what was computed with them."""
+    return hashlib.sha256("\n".join(map(str, settings)).encode()).hexdigest()[:8]
 
 
 def publish(rows: list[dict], out: Path, title: str, draw: Callable[[list[dict], Path], None] | None = None, **about) -> None:

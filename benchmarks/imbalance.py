@@ -26,7 +26,7 @@ from statistics import fmean, stdev
 
 from scipy.stats import t
 
-from harness import ROOT, figure, parser, publish, say
+from harness import ROOT, figure, fingerprint, parser, publish, say
 from litv2.errors import UserError, run_program
 
 WAYS = {"plain": [], "weights": ["TRAIN.CLASS_WEIGHTS", "inverse"], "sampling": ["DATA.SAMPLING", "balanced"]}
@@ -42,7 +42,7 @@ def main() -> None:
     args = flags.parse_args()
     if len(args.seeds) < 2:
         raise UserError("an interval needs at least two --seeds")
-    folder = args.out.resolve().with_name(f"{args.out.name}-runs")
+    folder = args.out.resolve().with_name(f"{args.out.name}-runs") / fingerprint(args.data_path.resolve(), args.cfg.resolve(), args.opts)
     rare = thin(args.data_path, folder / "data")
     found = {way: [run(way, seed, folder, args) for seed in args.seeds] for way in WAYS}
     title = f"balanced accuracy with {len(rare)} classes thinned to a tenth, {len(args.seeds)} seeds"

@@ -18,7 +18,7 @@ from statistics import fmean
 
 from scipy import stats
 
-from harness import COLOURS, ROOT, figure, parser, positive, publish, say
+from harness import COLOURS, ROOT, figure, fingerprint, parser, positive, publish, say
 from litv2.errors import UserError, run_program
 
 # Of the trainer, which the harness makes importable.
@@ -44,7 +44,7 @@ def main() -> None:
     rows = []
     for seed in range(args.seeds):
         alone, taught = (
-            accuracy(args.out.with_name(f"{args.out.name}_runs"), f"{name}-seed{seed}-epochs{args.epochs}", seed, args.data_path, more)
+            accuracy(args.out.with_name(f"{args.out.name}_runs"), f"{name}-seed{seed}", seed, args.epochs, args.data_path, more)
             for name, more in (("alone", settings), ("taught", [*settings, "DISTILL.TEACHER", args.teacher]))
         )
         rows.append(dict(seed=seed, alone_top1=round(alone, 2), taught_top1=round(taught, 2), difference=round(taught - alone, 2)))
@@ -52,19 +52,20 @@ def main() -> None:
     publish(rows, args.out, verdict(rows), plot, teacher=args.teacher, epochs=args.epochs, opts=args.opts)
 
 
-def accuracy(output: Path, tag: str, seed: int, data_path: Path, opts: list[str]) -> float:
+def accuracy(output: Path, name: str, seed: int, epochs: int, data_path: Path, opts: list[str]) -> float:
     """Trains, or goes on training, and returns the top-1 of the last epoch in percent."""
+    tag = f"{name}-{fingerprint(data_path.resolve(), opts)}"
     flags = ["--data-path", str(data_path), "--output", str(output), "--tag", tag, "--seed", str(seed), "--workers", "0"]
     folder = output / "student" / tag
-    if not evaluations(folder):  # there is one, at the end
+    if not evaluations(folder, epochs):
         done = subprocess.run([sys.executable, str(TRAINER), "--cfg", str(RECIPE), *flags, "--opts", *STUDENT, *opts], stdout=sys.stderr)
         if done.returncode:  # it has said why
             sys.exit(done.returncode)
-    return evaluations(folder)[-1]
+    return evaluations(folder, epochs)[-1]
 
 
-def evaluations(folder: Path) -> list[float]:
-    return [row["top1"] for row in read_metrics(folder) if row["kind"] == "val"]
+def evaluations(folder: Path, epoch: int) -> list[float]:
+    return [row["top1"] for row in read_metrics(folder) if row["kind"] == "val" and row["epoch"] == epoch]
 
 
 def verdict(rows: list[dict]) -> str:

@@ -21,7 +21,10 @@ __all__ = ["ATTENTIONS", "SRA", "RelativeSelfAttention", "SelfAttention", "Windo
 ATTENTIONS = ("hilo", "msa", "sra", "w-msa", "t-msa", "relative-msa")
 
 
-def attention_layer(name: str, block: int, stages_after: int, side: int) -> Callable[..., nn.Module] | None:
+TABLE_IMAGE = 224  # side in pixels of the images that tables of relative positions are for
+
+
+def attention_layer(name: str, block: int, stages_after: int, stride: int) -> Callable[..., nn.Module] | None:
     """Returns what makes the attention of a block from (dim, num_heads, qkv_bias, attn_drop, proj_drop); None for HiLo.
 
     Args:
@@ -29,7 +32,7 @@ def attention_layer(name: str, block: int, stages_after: int, side: int) -> Call
             windows and spatial reduction in turns, as Twins (arXiv 2104.13840).
         block: number of the block in its stage, from 0.
         stages_after: number of stages after that of the block.
-        side: rows and columns of the map of the images that a table of relative positions is for.
+        stride: pixels of the image for a cell of the map, which gives the size of a table of relative positions.
 
     Raises:
         ValueError: the name is unknown.
@@ -41,7 +44,7 @@ def attention_layer(name: str, block: int, stages_after: int, side: int) -> Call
         "sra": reduction,
         "w-msa": WindowAttention,
         "t-msa": reduction if block % 2 else WindowAttention,
-        "relative-msa": partial(RelativeSelfAttention, side=side),
+        "relative-msa": partial(RelativeSelfAttention, side=max(1, TABLE_IMAGE // stride)),
     }
     if name not in layers:
         raise ValueError(f"LITv2: attention={name!r} must be one of {', '.join(ATTENTIONS)}")

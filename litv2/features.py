@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from .errors import MissingPackage, UserError
+from .errors import MissingPackage, UserError, printable
 from .files import atomic_write, is_shortage
 
 __all__ = ["Features", "fingerprint", "pyarrow", "read_features", "write_features"]
@@ -71,7 +71,8 @@ def pyarrow() -> Any:
 def _write_parquet(path: Path, content: Features) -> None:
     arrow = pyarrow()
     rows = arrow.FixedSizeListArray.from_arrays(arrow.array(content.features.reshape(-1)), content.features.shape[1])
-    columns = {"image": content.images.tolist(), "class": content.classes.tolist(), "features": rows}
+    names = {name: list(map(printable, values.tolist())) for name, values in (("image", content.images), ("class", content.classes))}
+    columns = {**names, "features": rows}  # Parquet holds text only, which names of files need not be
     arrow.parquet.write_table(arrow.table(columns, metadata={"model": content.model}), path)
 
 

@@ -13,7 +13,7 @@ from .errors import UserError
 
 __all__ = ["image_list"]
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # the trainer's, which are torchvision's
 
 
 def image_list(given: Iterable[str | Path]) -> list[Path]:
@@ -41,7 +41,8 @@ def _found(what: str) -> list[Path]:
     if os.path.lexists(what):  # first: a file's name may look like a pattern
         images = _images_in(Path(what))
     elif glob.has_magic(what):
-        images = sorted({image for match in glob.iglob(what, recursive=True) for image in _images_in(Path(match))})
+        matches = {Path(match) for match in glob.iglob(what, recursive=True)}
+        images = sorted({image for match in matches if match.is_dir() or _is_image(match) for image in _images_in(match)})
     else:
         raise UserError(f"{what}: there is no such image or folder")
     if not images:
@@ -50,4 +51,12 @@ def _found(what: str) -> list[Path]:
 
 
 def _images_in(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+    """The path itself, unless it is a folder."""
+    if not path.is_dir():
+        return [path]
+    files = (Path(place, name) for place, _, names in os.walk(path, followlinks=True) for name in names)  # links as the trainer takes them
+    return sorted(filter(_is_image, files))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES

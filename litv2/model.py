@@ -15,7 +15,6 @@ from .layers import Block, DeformableTokenMerging, DepthwiseConv, PatchEmbed, ch
 
 __all__ = ["LITv2", "litv2_small", "litv2_medium", "litv2_base"]
 
-TABLE_IMAGE = 224  # side in pixels of the images that tables of relative positions are for
 
 
 class Stage(nn.Module):
@@ -109,16 +108,16 @@ class LITv2(nn.Module):
         self.feature_info: list[dict] = []  # for timm: channels, stride and module of each map of the pyramid
         for i, depth in enumerate(depths):
             dim = embed_dim * 2**i
-            widths, rates = (mlp_ratio, qkv_bias), (drop_rate, attn_drop_rate)
-            side = max(1, TABLE_IMAGE // (patch_size * 2**i))
-            other = [attention_layer(attention, block, len(depths) - 1 - i, side) for block in range(depth)]
+            stride, stages_after = patch_size * 2**i, len(depths) - 1 - i
             blocks = [
-                Block(dim, num_heads[i], local_ws[i], alpha, *widths, *rates, next(drop_paths), other[block], conv_ffn)
+                Block(
+                    dim, num_heads[i], local_ws[i], alpha, mlp_ratio, qkv_bias, drop_rate, attn_drop_rate, next(drop_paths),
+                    attention=attention_layer(attention, block, stages_after, stride), conv_ffn=conv_ffn,
+                )  # fmt: skip
                 for block in range(depth)
             ]
-            last = i == len(depths) - 1
-            self.layers.append(Stage(blocks, None if last else DeformableTokenMerging(dim, 2 * dim)))
-            self.feature_info.append(dict(num_chs=dim, reduction=patch_size * 2**i, module=f"layers.{i}"))
+            self.layers.append(Stage(blocks, DeformableTokenMerging(dim, 2 * dim) if stages_after else None))
+            self.feature_info.append(dict(num_chs=dim, reduction=stride, module=f"layers.{i}"))
 
         self.norm: nn.Module = nn.LayerNorm(self.num_features)
         self.head_drop = nn.Dropout(drop_rate)

@@ -223,7 +223,7 @@ def test_imbalance(command, tmp_path, monkeypatch):
         if "--tag" not in words:  # of the harness
             return start(words, **options)
         run = words[words.index("--tag") + 1]
-        report = tmp_path / f"results-runs/runs/{run}/report"
+        report = Path(words[words.index("--output") + 1], f"runs/{run}/report")
         if run == "sampling-0":
             assert main(words[2:]) == 0 and (report / "classes.csv").is_file()
         report.mkdir(parents=True, exist_ok=True)
@@ -242,7 +242,8 @@ def test_imbalance(command, tmp_path, monkeypatch):
     # Differences 10 and 0, 20 and 20.5; Student's t with one degree of freedom: 12.706.
     assert (rows["weights"]["over_plain_interval"], rows["weights"]["verdict"]) == ("-58.53 to 68.53", "undecided")
     assert (rows["sampling"]["over_plain_interval"], rows["sampling"]["verdict"]) == ("17.07 to 23.43", "better")
-    thinned = sorted(path.relative_to(tmp_path / "results-runs/data").as_posix() for path in tmp_path.glob("results-runs/data/*/b/*"))
+    (data,) = tmp_path.glob("results-runs/*/data")
+    thinned = sorted(path.relative_to(data).as_posix() for path in data.glob("*/b/*"))
     assert thinned == ["train/b/0.png", "train/b/1.png", "val/b/0.png", "val/b/1.png"]
 
 
@@ -444,8 +445,9 @@ def test_teacher(command, tmp_path):
         write_images(tmp_path / "data" / part, dict.fromkeys(names, 4), size=32)
     runs = tmp_path / "results_runs/student"
     for seed, pair in enumerate([(50.0, 51.0), (50.0, 53.0), (52.0, 54.0), (49.0, None)]):
-        for name, top1 in zip(("alone", "taught"), pair):
-            folder = runs / f"{name}-seed{seed}-epochs1"
+        for name, top1, more in zip(("alone", "taught"), pair, ([], ["DISTILL.TEACHER", str(tmp_path / "teacher.pth")])):
+            settings = ["TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0", "EVAL_FREQ", "1", *more]
+            folder = runs / f"{name}-seed{seed}-{harness.fingerprint(tmp_path / 'data', settings)}"
             folder.mkdir(parents=True)
             if top1 is not None:
                 (folder / "metrics.jsonl").write_text(json.dumps(dict(kind="val", update=1, epoch=1, top1=top1)) + "\n")
@@ -453,7 +455,7 @@ def test_teacher(command, tmp_path):
     done = run(command, "--teacher", tmp_path / "teacher.pth", "--seeds", 4, "--epochs", 1, "--out", tmp_path / "results", files=files)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["difference"] for row in rows][:3] == [1, 3, 2] and rows[3]["alone_top1"] == 49
-    log = (runs / "taught-seed3-epochs1/log_rank0.txt").read_text()
+    log = (folder / "log_rank0.txt").read_text()
     assert "teacher.pth: 1." in log and f"final figures  Acc@1 {rows[3]['taught_top1']:.3f}" in log
     values = np.array([row["difference"] for row in rows])
     half = 3.182446 * values.std(ddof=1) / 2  # Student's 97.5 % quantile at three degrees of freedom

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import MissingPackage, UserError
+from ..errors import MissingPackage, UserError, printable
 from ..files import atomic_write, free_stem
 from ..image_list import image_list
 from ..preprocess import read_image
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
                 _save_picture(pictures[-1], figure)
                 arrays |= {f"{name}.{key}": value for key, value in found.items()}
         _save_arrays(args.out / f"{stem}.npz", arrays)
-        print(f"{path} -> {', '.join(map(str, pictures))}")
+        print(printable(f"{path} -> {', '.join(map(str, pictures))}"))
     return int(bool(unreadable))
 
 

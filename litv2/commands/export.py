@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..classes import task_in
 from ..errors import UserError
 from ..export import FORMATS, classifier, export, pyramid, suffix
 from ..export.settings import DYNAMIC, Network, Settings
@@ -62,4 +63,6 @@ def _network(model: str, checkpoint: str | None, backbone: bool) -> tuple[Networ
         raise UserError(f"--checkpoint needs a zoo name or a configuration as MODEL, and {model!r} is neither (see python -m litv2 list)")
     loaded = load_model(checkpoint or model, name=model if entry else None)
     print_notes(loaded.notes)
+    if not backbone and task_in(loaded.content) == "multi":
+        print_notes(["its images have any number of classes: the file gives logits, which need a sigmoid, and not the thresholds"])
     return (pyramid if backbone else classifier)(loaded.model), (loaded.image_size, loaded.image_size)

@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--top {args.top}: expected at least 1")
     for target in (args.csv, args.json):
         check_target(target)
+    if args.csv is not None and args.csv == args.json:
+        raise UserError(f"--csv and --json are both {args.csv}; expected two files")
     paths = image_list(args.images)
     classifier = load_classifier(args)
     top = min(args.top, len(classifier.names))
@@ -112,12 +114,13 @@ def _annotated(image: Image.Image, best: Best) -> Image.Image:
 
     height, panel, margin, row = 360, 420, 16, 64
     picture = image.resize((min(960, max(1, round(image.width * height / image.height))), height))
-    canvas = Image.new("RGB", (picture.width + panel, height), "white")
-    canvas.paste(picture, (0, 0))
+    whole = max(height, row * len(best))
+    canvas = Image.new("RGB", (picture.width + panel, whole), "white")
+    canvas.paste(picture, (0, (whole - height) // 2))
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(18)
     left, width = picture.width + margin, panel - 2 * margin
-    top = (height - row * len(best)) // 2
+    top = (whole - row * len(best)) // 2
     for i, (name, share) in enumerate(best):
         y, figure = top + row * i, f"{share:.1%}"
         figure_width = draw.textlength(figure, font=font)

@@ -45,12 +45,14 @@ def read_run(folder: Path) -> Run:
     """Reads OUTPUT/NAME/TAG.
 
     Raises:
-        UserError: there is no report, or a file is damaged; the message names it.
+        UserError: there is no report, it is of images with any number of classes, or a file is damaged; the message names it.
         MissingPackage: the configuration needs PyYAML.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; expected that of a run, OUTPUT/NAME/TAG")
     summary = _read(folder / "report/summary.json", _json_object)
+    if "top1" not in summary:
+        raise UserError(f"{folder} is a run whose images have any number of classes (MODEL.TASK multi); compare is for one class per image")
     classes = _read(folder / "report/classes.csv", lambda text: {row["class"]: row for row in _rows(text, "class", "recall", "images")})
     images, true, predicted = _read(folder / "report/predictions.csv", _predictions)
     settings = _read(folder / "config.yaml", _settings) if (folder / "config.yaml").exists() else {}

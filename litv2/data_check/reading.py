@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import MissingPackage
 from ..failures import in_one_line, start_worker
 from ..files import is_shortage
-from ..preprocess import decode
+from ..preprocess import FORMATS, decode
 from .listing import Entry
 
 if TYPE_CHECKING:
@@ -81,14 +81,21 @@ class _Files(Dataset):
         try:
             content = entry.path.read_bytes()
             image = decode(io.BytesIO(content), "RGB")
-            with Image.open(io.BytesIO(content)) as file:  # only its header
-                mode, turned = file.mode, file.getexif().get(ORIENTATION, 1) != 1
+            with Image.open(io.BytesIO(content), formats=FORMATS) as file:  # only its header
+                mode, turned = file.mode, _is_turned(file)
         except Exception as error:  # for damaged files, decoders raise anything: OSError, SyntaxError, struct.error ...
             if is_shortage(error):
                 raise
             return Reading(entry, getattr(error, "strerror", None) or str(error) or type(error).__name__), None
         found = Reading(entry, None, *image.size, mode, turned, *fingerprints(image))
         return found, None if self.transform is None else self.transform(image)
+
+
+def _is_turned(file: Image.Image) -> bool:
+    try:
+        return file.getexif().get(ORIENTATION, 1) != 1
+    except Exception:  # of a damaged part, which nobody else reads
+        return False
 
 
 def _collate(samples: list[tuple[Reading, Tensor | None]]) -> tuple[list[Reading], Tensor | None]:

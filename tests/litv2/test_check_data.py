@@ -18,7 +18,7 @@ from command_helpers import run_here, substituted
 from config import load_config
 from data.sources import open_sources
 from document_helpers import documented
-from helpers import ROOT, shared, tiny_model
+from helpers import ROOT, shared, tiny_model, write_images
 from litv2.__main__ import main
 from litv2.data_check import duplicates
 from litv2.data_check.duplicates import find_groups, near_pairs
@@ -192,6 +192,17 @@ def test_a_wrong_label_is_found_with_a_checkpoint(copy):
     assert (first["image"], first["label"], first["suggested"]) == ("train/green/wrong.jpg", "green", "red")
 
 
+def test_damaged_exif_is_no_damage(tmp_path):
+    """The trainer does not read it."""
+    write_images(tmp_path / "images", {"a": 2}, size=40)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, data in (("turned", exif.tobytes()), ("damaged", b"Exif\0\0no TIFF header")):
+        photograph(1, (40, 60, 200)).rotate(90 * len(name)).save(tmp_path / f"images/a/{name}.jpg", exif=data)
+    status, found = check(tmp_path / "images")
+    assert found["unreadable"] == [] and status == 0, found
+
+
 @pytest.mark.parametrize(
     ("folder", "flags", "words"),
     [
@@ -204,12 +215,19 @@ def test_a_wrong_label_is_found_with_a_checkpoint(copy):
         ("no_images", "--train-split a --val-split a", "are both a"),
         ("no_images", "--distance 48", "0 to 47 bits, got 48"),
         ("no_images", "--workers -1", "0 or more, got -1"),
+        ("no_images", "--json nowhere/found.json", "the folder nowhere of nowhere/found.json does not exist"),
+        ("images", "--checkpoint mine.pth --img-size 0", "an image size of 0 pixels is too small"),
+        ("images", "--checkpoint mine.pth --device foo", "--device foo: "),
     ],
 )
-def test_one_line_for_what_cannot_be_checked(folder, flags, words, tmp_path, capsys):
+def test_one_line_for_what_cannot_be_checked(folder, flags, words, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     for name in ("empty", "only_val/val/a", "no_images/a"):
         (tmp_path / name).mkdir(parents=True)
+    write_images(tmp_path / "images", {"a": 1})
+    monkeypatch.chdir(tmp_path)
+    lit = dict(EMBED_DIM=32, DEPTHS=[1, 1, 2, 1], NUM_HEADS=[1, 2, 4, 8], LOCAL_WS=[0, 0, 2, 1])
+    torch.save(dict(model=tiny_model().state_dict(), config=dict(MODEL=dict(LIT=lit), DATA=dict(IMG_SIZE=32))), "mine.pth")
     assert main(["check-data", str(tmp_path / folder), *flags.split()]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(f"error: .*{words}", line)

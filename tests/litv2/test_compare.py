@@ -146,6 +146,7 @@ def change(path: Path, old: str, new: str) -> None:
         (lambda a, b: change(b / "report/classes.csv", "bee", "wasp"), "know different classes: only one of them has bee, wasp"),
         (lambda a, b: change(b / "report/predictions.csv", "7.png,bee", "7.png,cat"), "different labels for 1 images: bee/7.png"),
         (lambda a, b: change(b / "report/predictions.csv", "image,true", "image,label"), "predictions.csv is not as the trainer writes"),
+        (lambda a, b: change(b / "report/summary.json", '"top1"', '"map"'), "b is a run whose images have any number of classes"),
         (lambda a, b: change(b / "report/summary.json", "{", "["), "summary.json is not as the trainer writes it"),
         (lambda a, b: change(b / "config.yaml", "TAG: b", "TAG: ["), "config.yaml is not as the trainer writes it"),
     ],

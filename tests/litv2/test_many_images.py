@@ -132,8 +132,21 @@ def test_order_is_that_of_what_is_given(images, monkeypatch):
     assert image_list([f"{images}/**/[0-9].png"]) == [path for path in everything if path.parent != images and path.suffix == ".png"]
     assert image_list([f"{images}/**/*.png", f"{images}/c/*"])[-3:] == readable(images)[9:12]
     assert image_list([f"{images}/grey [1].png"]) == [images / "grey [1].png"]  # a name, though it looks like a pattern
+    assert image_list([f"{images}/*"]) == everything  # but notes.txt
     give_stdin(monkeypatch, b"z.png\n\nwith space.png\r\n\xff.png\n")
     assert image_list(["-"]) == [Path("z.png"), Path("with space.png"), Path("\udcff.png")]
+
+
+def test_a_folder_has_the_images_that_the_trainer_finds(tmp_path):
+    """In links to folders, too, and no folder whose name ends as an image's does."""
+    extensions = pytest.importorskip("torchvision.datasets.folder").IMG_EXTENSIONS
+    write_images(tmp_path / "elsewhere", {"a": 2})
+    (tmp_path / "data/b.png").mkdir(parents=True)
+    (tmp_path / "data/link").symlink_to(tmp_path / "elsewhere/a", target_is_directory=True)
+    for suffix in extensions:
+        (tmp_path / f"data/b.png/x{suffix}").touch()
+    names = [*(f"b.png/x{suffix}" for suffix in sorted(extensions)), "link/0.png", "link/1.png"]
+    assert image_list([tmp_path / "data"]) == [tmp_path / "data" / name for name in names]
 
 
 def test_what_cannot_be_a_list_of_images(images, checkpoint, tmp_path, monkeypatch, capsys):
@@ -149,6 +162,7 @@ def test_what_cannot_be_a_list_of_images(images, checkpoint, tmp_path, monkeypat
         ([images, "--top", "0"], "--top 0: expected at least 1"),
         ([images, "--csv", "nowhere/p.csv"], "the folder nowhere of nowhere/p.csv does not exist"),
         ([images, "--json", "empty"], "empty is a folder"),
+        ([images, "--csv", "p", "--json", "p"], "--csv and --json are both p; expected two files"),
     ):
         assert message in fails(capsys, "predict", *given, "--checkpoint", checkpoint, "--out", "drawn")
     assert "must end in .npz or .parquet" in fails(capsys, "embed", images, "--checkpoint", checkpoint, "--out", "f.npy")
@@ -248,6 +262,18 @@ def test_embed_into_parquet(images, checkpoint, embedded):
     read, content = table.read_table("f.parquet"), read_features(embedded)
     assert read["image"].to_pylist() == content.images.tolist() and read["class"].to_pylist() == content.classes.tolist()
     assert np.array_equal(np.array(read["features"].to_pylist(), np.float32), content.features)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
+def test_names_that_are_no_text(tmp_path, checkpoint, capsys):
+    """They, and control characters, come out escaped where text is expected."""
+    pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "x/a").mkdir(parents=True)
+    for name in (b"\xff.png", b"\x1b[31m.png"):
+        Image.new("RGB", (40, 40)).save(tmp_path / "x/a" / os.fsdecode(name))
+    assert main(["embed", "x", "--checkpoint", str(checkpoint), "--out", "f.parquet"]) == 0
+    read = pytest.importorskip("pyarrow.parquet").read_table("f.parquet")["image"].to_pylist()
+    assert read == ["x/a/\\x1b[31m.png", "x/a/\\udcff.png"]
 
 
 def test_nearest(images, checkpoint, embedded, capsys):
