@@ -198,7 +198,7 @@ def test_damaged_exif_is_no_damage(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     for name, data in (("turned", exif.tobytes()), ("damaged", b"Exif\0\0no TIFF header")):
-        photograph(1, (40, 60, 200)).rotate(90 * len(name)).save(tmp_path / f"images/a/{name}.jpg", exif=data)
+        photograph(1, (40, 60, 200)).rotate(90 * len(name)).save(tmp_path / f"images/a/{name}.png", exif=data)
     status, found = check(tmp_path / "images")
     assert found["unreadable"] == [] and status == 0, found
 
