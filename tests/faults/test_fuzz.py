@@ -38,6 +38,7 @@ def test_no_findings(command, tmp_path):
     assert [row["reader"] for row in rows] == QUICK and all(row["accepted"] and row["refused"] for row in rows)
 
 
+@pytest.mark.extra
 def test_findings(monkeypatch, tmp_path):
     """The harness sees each thing that a reader must not do."""
     monkeypatch.setattr(fuzz, "_work", bad_reader.work)
