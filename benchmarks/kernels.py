@@ -15,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from harness import device_name, event_samples, milliseconds, parser, positive, publish, rounded, say
 from litv2.errors import run_program
 from litv2.layers import DepthwiseConv
-from litv2.ops import OPERATORS
+from litv2.ops import OPERATORS, triton
 
 COMPILED = "compiled"
 PASSES = ("forward", "forward + backward")
@@ -59,7 +60,7 @@ def main() -> None:
 
 
 def forms(name: str, arguments: tuple, kind: str) -> dict[str, Callable[..., Tensor]]:
-    """The backends that the operator might choose, and its compiled form. What is left out is said once, in the forward pass."""
+    """The backends that the operator might choose, and what torch.compile makes of it. What is left out is said in the forward pass."""
     operator = OPERATORS[name]
     reasons = operator.explain(*arguments)
     for backend, reason in reasons.items():
@@ -67,7 +68,13 @@ def forms(name: str, arguments: tuple, kind: str) -> dict[str, Callable[..., Ten
             say(f"without {backend}: {reason}")
     able = {backend: operator.backends[backend].run for backend, reason in reasons.items() if not reason}
     torch._dynamo.reset()
-    return able | {COMPILED: torch.compile(lambda *arguments: operator(*arguments), dynamic=False)}
+    compiled = torch.compile(lambda *arguments: operator(*arguments), dynamic=False)
+
+    def without_triton(*arguments) -> Tensor:
+        with patch.object(triton, "problem", "the compiled form is made without it"):
+            return compiled(*arguments)
+
+    return able | {COMPILED: without_triton}
 
 
 def timed(run: Callable[..., Tensor], arguments: tuple, kind: str) -> Callable[[], object]:
