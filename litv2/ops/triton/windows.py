@@ -42,9 +42,10 @@ def _read(x, pad, inside, PADDED: tl.constexpr):
 
 
 @triton.jit
-def _same_window(S: tl.constexpr, T: tl.constexpr, TILES: tl.constexpr):
+def _same_window(S: tl.constexpr, T: tl.constexpr):
+    """(1, T, T)."""
     window = tl.arange(0, T) // (S * S)
-    return tl.broadcast_to((window[:, None] == window[None, :])[None], (TILES, T, T))
+    return (window[:, None] == window[None, :])[None]
 
 
 @triton.jit
@@ -53,10 +54,10 @@ def _product(a, b):
 
 
 @triton.jit
-def _weights(q, k, scale, S: tl.constexpr, T: tl.constexpr, TILES: tl.constexpr):
+def _weights(q, k, scale, S: tl.constexpr, T: tl.constexpr):
     """The attention of each tile, (TILES, T, T): 0 between windows."""
     logits = _product(q, tl.permute(k, (0, 2, 1))) * (scale * 1.4426950408889634)
-    logits = tl.where(_same_window(S, T, TILES), logits, float("-inf"))
+    logits = tl.where(_same_window(S, T), logits, float("-inf"))
     weights = tl.exp2(logits - tl.max(logits, 2)[:, :, None])
     return weights / tl.sum(weights, 2)[:, :, None]
 
@@ -75,11 +76,11 @@ def forward_kernel(
         q = _read(q_at, q_pad, inside, PADDED)
         k = _read(q_at + width, q_pad + width, inside, PADDED)
         v = _read(q_at + 2 * width, q_pad + 2 * width, inside, PADDED)
-        weights = _weights(q, k, scale, S, T, TILES).to(v.dtype)
+        weights = _weights(q, k, scale, S, T).to(v.dtype)
         if T >= 2 * S * S:  # of several windows: 0 times a value that is not finite would make the others NaN
             wild = (v - v) != 0
-            same = tl.where(_same_window(S, T, TILES), 1.0, 0.0).to(v.dtype)
-            reached = _product(same, wild.to(v.dtype)) > 0
+            same = tl.zeros((TILES, T, T), tl.float32) + tl.where(_same_window(S, T), 1.0, 0.0)
+            reached = _product(same.to(v.dtype), tl.where(wild, 1.0, 0.0).to(v.dtype)) > 0
             result = tl.where(reached, float("nan"), _product(weights, tl.where(wild, 0.0, v)))
         else:
             result = _product(weights, v)
@@ -103,7 +104,7 @@ def backward_kernel(
     k = _read(q_at + width, q_pad + width, inside, PADDED)
     v = _read(q_at + 2 * width, q_pad + 2 * width, inside, PADDED)
     dy = tl.load(gradient + cell * gradient_stride + head * D + d, mask=inside[:, :, None], other=0.0).to(v.dtype)
-    weights = _weights(q, k, scale, S, T, TILES)
+    weights = _weights(q, k, scale, S, T)
     dweights = _product(dy, tl.permute(v, (0, 2, 1)))
     dlogits = weights * (dweights - tl.sum(weights * dweights, 2)[:, :, None]) * scale
     dv = _product(tl.permute(weights, (0, 2, 1)).to(v.dtype), dy)

@@ -53,7 +53,7 @@ def test_against_torch(H, W):
     with use(deform_conv2d="torch"):
         plain = reference.token_merging(x, layer)
     ours = triton.token_merging(x, layer)
-    assert ours.dtype == torch.bfloat16 and error(ours, exact) <= max(error(plain, exact), 2e-3)
+    assert ours.dtype == torch.bfloat16 and error(ours, exact) <= 4 * error(plain, exact)  # the interpreter truncates
 
 
 @pytest.mark.usefixtures("interpreter")

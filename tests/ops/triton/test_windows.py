@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
 from helpers import normal
 from hilo import HiLo
-from litv2.ops import use
-from litv2.ops.attention_forward import windows as of_hilo
+from litv2.ops import OPERATORS
 from litv2.ops.triton import windows
 from litv2.ops.windows import reference, triton
 from triton_helpers import CAPABILITIES, compile_for
@@ -29,13 +30,15 @@ def results(run, tensors: list[Tensor | None], s: int) -> list[Tensor]:
     """The output and all gradients."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors if tensor is not None]
     y = run(*leaves[:2], s, 2, 0.3, *leaves[2:])
-    return [y, *torch.autograd.grad(y, leaves, normal(3, *y.shape).to(y.dtype))]
+    return [y, *torch.autograd.grad(y, leaves, normal(3, *y.shape).to(y.dtype), materialize_grads=True)]  # of padding that is not there
 
 
-def assert_close(ours: list[Tensor], exact: list[Tensor], dtype: torch.dtype) -> None:
-    for mine, true in zip(ours, exact):
-        assert mine.shape == true.shape and mine.dtype == dtype
-        assert (mine - true).norm() <= 4 * torch.finfo(dtype).eps * true.norm().clamp_min(1)
+def assert_as_precise(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor]) -> None:
+    for mine, plain, true in zip(ours, theirs, exact):
+        assert mine.shape == true.shape and mine.dtype == plain.dtype
+        scale = true.norm().clamp_min(1e-6)
+        factor = 4 if plain.dtype == torch.bfloat16 else 2  # the interpreter does not round to bfloat16, it truncates
+        assert (mine - true).norm() / scale <= max(factor * (plain - true).norm() / scale, 1e-6)
 
 
 @pytest.mark.usefixtures("interpreter")
@@ -44,40 +47,45 @@ def assert_close(ours: list[Tensor], exact: list[Tensor], dtype: torch.dtype) ->
 def test_against_torch(s, H, W, dtype):
     """Windows that share a tile, that fill one and that do not; padded below, at the right, both and neither."""
     tensors = case(s, H, W, dtype)
-    exact = results(reference.window_attention, [tensor.double() for tensor in tensors], s)
-    assert_close(results(triton.window_attention, tensors, s), exact, dtype)
+    exact = results(reference.window_attention, [None if tensor is None else tensor.double() for tensor in tensors], s)
+    plain = results(reference.window_attention, tensors, s)
+    assert_as_precise(results(triton.window_attention, tensors, s), plain, exact)
 
 
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_in_hilo(alpha, monkeypatch):
+def test_in_hilo(alpha):
     """As the layer computes it, with the gradients of its bias where the map is padded; without a bias, too."""
-    monkeypatch.setattr(triton, "why_not_heads", lambda *_: None)
     for bias in (True, False):
         layer, x = HiLo(4 * D, 4, qkv_bias=bias, alpha=alpha), normal(0, 2, 5, 7, 4 * D)
-        tensors = [x.requires_grad_(), *layer.parameters()]
-        exact = [layer(x), *torch.autograd.grad(layer(x).square().sum(), tensors)]
-        with use(window_attention="torch"):
-            ours = of_hilo.attention(x, layer)
-        assert_close([ours], exact[:1], torch.float32)
-        ours = of_hilo.attention(x, layer)
-        assert_close([ours, *torch.autograd.grad(ours.square().sum(), tensors)], exact, torch.float32)
+
+        def computed(run, layer: HiLo, x: Tensor) -> list[Tensor]:
+            leaves = [x.requires_grad_(), *layer.parameters()]
+            y = run(x, layer)
+            return [y, *torch.autograd.grad(y, leaves, normal(3, *y.shape).to(y.dtype))]
+
+        plain, ours = (computed(OPERATORS["attention"].backends[name].run, layer, x.clone()) for name in ("torch", "windows"))
+        exact = computed(OPERATORS["attention"].backends["torch"].run, copy.deepcopy(layer).double(), x.double())
+        assert_as_precise(ours, plain, exact)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("s", [2, 4])
-def test_what_is_not_finite_stays_in_its_window(s, value):
-    """Several windows share a tile of the kernel, also of different images."""
+def test_what_is_not_finite_stays_in_its_window(monkeypatch, s, value):
+    """Several windows share a tile of the kernel, also of different images. (On the CPU torch's fused attention makes zeros of some NaN.)"""
+    monkeypatch.setattr(reference, "_by_fused_attention", reference._on_cuda)
     qkv, pad, _ = case(s, 5, 7)
     before = triton.window_attention(qkv, pad, s, 2, 0.3)
     for part in range(3):  # q, k, v of the second head
         qkv = case(s, 5, 7)[0]
         qkv[0, s, s + 1, (2 * part + 1) * D] = value
         changed = triton.window_attention(qkv, pad, s, 2, 0.3)
-        same = (changed == before).unflatten(-1, (2, D)).all(-1)
-        assert same[1].all() and same[..., 0].all() and not changed[0, s, s + 1, D:].isfinite().all()
-        assert same[0, :s, :, 1].all() and same[0, :, :s, 1].all() and same[0, 2 * s :, :, 1].all() and same[0, :, 2 * s :, 1].all()
+        window = torch.zeros_like(before, dtype=torch.bool)
+        window[0, s : 2 * s, s : 2 * s, D:] = True
+        assert torch.equal(changed[~window], before[~window])
+        assert torch.equal(changed.isfinite(), reference.window_attention(qkv, pad, s, 2, 0.3).isfinite())
 
 
 @pytest.mark.usefixtures("interpreter")
