@@ -76,7 +76,7 @@ CASES: dict[str, list[tuple[str, Callable[..., tuple]]]] = {
     "attention": [(f"window {window}", lambda window=window, **size: attention(window=window, **size)) for window in (2, 4)],
     "window_attention": [
         (f"window {window}", lambda window=window, beside=beside, **size: window_attention(window=window, beside=beside, **size))
-        for window, beside in ((2, 32), (3, 0), (4, 16), (7, 0))
+        for window, beside in ((2, 32), (3, 0), (4, 16))
     ],
     "token_merging": [("", token_merging)],
 }

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention in windows, Hi-Fi's, and its gradients without atomic additions.
 
-A window has 4 to 64 tokens, much less than the tiles of fused attention in libraries. Here a tile of T tokens, at least the 16 that a
-tensor core takes, holds as many whole windows as fit, and the softmax leaves out what is of another window. Tokens are read where the
-product of the projections has left them and written where they belong: nothing is permuted, padded, cropped or joined in memory.
+A window has 4 to 16 tokens, much less than the tiles of fused attention in libraries. Here a tile has the T = 16 tokens that tensor cores
+take, as many whole windows as fit, and the softmax leaves out what is of another window. Tokens are read where the product of the
+projections has left them and written where they belong: nothing is permuted, padded, cropped or joined in memory.
 
 A program computes one head of TILES tiles. Sums and weights are in float32; weights are rounded to the dtype of the values.
 """
@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WARPS = 4
-TOKENS = 64  # of a program
+TILE = dict(T=16, TILES=4, num_warps=4)  # a tile for each warp
 
 
 @triton.jit
@@ -119,12 +118,6 @@ def backward_kernel(
         tl.store(row + width, tl.sum(tl.sum(tl.where(outside[:, :, None], dv, 0.0), 1), 0))
 
 
-def tile(window_size: int) -> dict[str, int]:
-    """The compile-time arguments for a window size."""
-    T = max(16, triton.next_power_of_2(window_size**2))
-    return dict(S=window_size, T=T, TILES=max(1, TOKENS // T), num_warps=WARPS)
-
-
 def _cells_as_rows(x: Tensor) -> Tensor:
     """(B, H, W, C) -> (B * H * W, C): a view where rows of the map lie one after the other, as in a part of a product's columns."""
     x = x.flatten(0, 2)
@@ -135,9 +128,9 @@ def _geometry(qkv: Tensor, window_size: int, heads: int) -> tuple[tuple[int, ...
     """Returns the kernels' (windows, H, W, rows, columns), compile-time arguments, and programs of a head."""
     B, H, W, C = qkv.shape
     rows, columns = triton.cdiv(H, window_size), triton.cdiv(W, window_size)
-    sizes = dict(tile(window_size), D=C // 3 // heads, PADDED=(rows * window_size, columns * window_size) != (H, W))
+    sizes = dict(TILE, S=window_size, D=C // 3 // heads, PADDED=(rows * window_size, columns * window_size) != (H, W))
     windows = B * rows * columns
-    return (windows, H, W, rows, columns), sizes, triton.cdiv(windows, sizes["T"] // window_size**2 * sizes["TILES"])
+    return (windows, H, W, rows, columns), sizes, triton.cdiv(windows, TILE["T"] // window_size**2 * TILE["TILES"])
 
 
 def window_attention(qkv: Tensor, pad: Tensor, window_size: int, heads: int, scale: float, beside: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from mm_modules.dispatch import Backend, without_second_derivatives
 from .. import triton
 
 CHANNELS = (16, 32, 64)  # of a head
-LARGEST_WINDOW = 8
+LARGEST_WINDOW = 4  # whose tokens fill a tile of the kernel
 PROGRAMS = 2**31 - 1  # that CUDA can launch
 
 

@@ -114,6 +114,5 @@ def test_machine_code(capability):
     sizes = merging.tile(384)
     options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
     found = compile_for(merging.forward_kernel, types, sizes, capability, **options)
-    assert found.stack == 0 and found.registers <= 200
-    assert found.count(r"LDG\.E\.128") and found.count(r"STG\.E\.128") and not found.count(r"LDG\.E\.U16") and not found.count(r"STG\.E\.U16")
-    assert found.count(r"(H|HG|UTCH)MMA[.\w]*")
+    assert found.stack == 0 and found.registers <= 184 and found.count(r"(H|HG|UTCH)MMA[.\w]*")
+    assert found.count("LDG.E.128") == 32 and found.count("STG.E.128") == 8 and found.count("LDG.E.U16") == 1  # the bias

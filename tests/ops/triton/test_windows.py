@@ -43,7 +43,7 @@ def assert_as_precise(ours: list[Tensor], theirs: list[Tensor], exact: list[Tens
 
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("s, H, W", [*((2, H, W) for H, W in SIZES), (3, 7, 5), (4, 5, 7), (4, 7, 5), (5, 1, 6)])
+@pytest.mark.parametrize("s, H, W", [*((2, H, W) for H, W in SIZES), (3, 7, 5), (4, 5, 7), (4, 7, 5)])
 def test_against_torch(s, H, W, dtype):
     """Windows that share a tile, that fill one and that do not; padded below, at the right, both and neither."""
     tensors = case(s, H, W, dtype)
@@ -99,7 +99,7 @@ def test_an_empty_batch():
     "shape, s, heads, beside, reason",
     [
         ((2, 5, 7, 6 * 24), 2, 2, 0, "heads of 16, 32, 64 channels, got 24"),
-        ((2, 9, 9, 6 * D), 9, 2, 0, "windows of up to 8 x 8 tokens, got 9 x 9"),
+        ((2, 9, 9, 6 * D), 7, 2, 0, "windows of up to 4 x 4 tokens, got 7 x 7"),
         ((2, 5, 7, 6 * D), 2, 2, 24, "a multiple of those of a head, 16, got 24"),
         ((2**16, 2**8, 2**6, 6 * D), 2, 2, 0, "cells times heads"),
         ((65536, 2, 2, 6 * D), 2, 2, D, None),
@@ -120,15 +120,13 @@ KERNELS = {  # registers at most, and the tensor core's instructions
 
 @pytest.mark.extra
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("s, name", [(2, "forward"), (2, "backward"), (7, "backward")])
-def test_machine_code(s, name, capability):
-    """Heads of 32 channels in float16, with padding: 8 values at once to and from memory, products by the tensor cores, nothing spilled."""
+@pytest.mark.parametrize("name", KERNELS)
+def test_machine_code(name, capability):
+    """Windows of 2 x 2, heads of 32 channels in float16, with padding: 8 values at once to and from memory, products by the tensor cores, nothing spilled."""
     kernel, tensors, registers = KERNELS[name]
     types = dict.fromkeys(tensors.split(), "float16") | dict(of_padding="float32", scale="fp32")
     types |= dict.fromkeys(("windows", "H", "W", "rows", "columns", "heads", "all_heads"), "i32")
-    sizes = windows.tile(s)
-    warps = sizes.pop("num_warps")
-    found = compile_for(kernel, types, dict(sizes, D=32, PADDED=True), capability, num_warps=warps)
-    assert found.stack == 0 and found.registers <= (registers if s == 2 else 168)
-    assert found.count(r"LDG\.E\.128") and found.count(r"STG\.E\.128") and not found.count(r"LDG\.E\.U16") and not found.count(r"STG\.E\.U16")
-    assert found.count(r"HMMA[.\w]*")
+    sizes = dict(windows.TILE, S=2, D=32, PADDED=True)
+    found = compile_for(kernel, types, sizes, capability, num_warps=sizes.pop("num_warps"))
+    assert found.stack == 0 and found.registers <= registers
+    assert found.count("LDG.E.128") and found.count("STG.E.128") and not found.count("(LDG|STG).E.U16") and found.count(r"HMMA[.\w]*")
