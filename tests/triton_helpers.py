@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
 import subprocess
 import sys
@@ -25,7 +25,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
@@ -49,6 +49,7 @@ def interpreting() -> Iterator[None]:
         for name, module in interpreted().items():
             patch.setitem(sys.modules, f"{room.__name__}.{name}", module)
             patch.setattr(room, name, module, raising=False)
+        patch.setattr(InterpreterBuilder, "create_dot", _dot)
         patch.setattr(room, "why_not", lambda x: None)
         yield
 
@@ -56,13 +57,25 @@ def interpreting() -> Iterator[None]:
 @cache
 def interpreted() -> dict[str, ModuleType]:
     """A copy of each module of kernels, by name; to be called within ``interpreting``."""
-    copies = {}
-    for path in sorted(Path(room.__file__).parent.glob("[a-z]*.py")):
-        spec = importlib.util.spec_from_file_location(f"{room.__name__}.{path.stem}", path)
-        assert spec is not None and spec.loader is not None
-        copies[path.stem] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(copies[path.stem])
+    names = {path.stem: f"{room.__name__}.{path.stem}" for path in Path(room.__file__).parent.glob("[a-z]*.py")}
+    before = {stem: sys.modules.pop(name) for stem, name in names.items() if name in sys.modules}
+    copies = {stem: importlib.import_module(name) for stem, name in names.items()}  # they also import each other
+    for stem, name in names.items():
+        del sys.modules[name]
+        delattr(room, stem)
+    for stem, module in before.items():
+        sys.modules[names[stem]] = module
+        setattr(room, stem, module)
     return copies
+
+
+_product = InterpreterBuilder.create_dot
+
+
+def _dot(builder: InterpreterBuilder, a: Any, b: Any, *others: Any) -> Any:
+    """The interpreter keeps bfloat16 as the integers of its bits, and multiplies these."""
+    a, b = (builder.cast_impl(x, tl.float32) if x.get_element_ty() == tl.bfloat16 else x for x in (a, b))
+    return _product(builder, a, b, *others)
 
 
 @contextmanager

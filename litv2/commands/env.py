@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from ..layers import Block
+from ..layers import Block, DeformableTokenMerging
 from ..ops import OPERATORS, native, triton
 from . import print_table
 
@@ -75,5 +75,10 @@ def _cases() -> Iterator[tuple[str, str, tuple, AbstractContextManager]]:
             yield "block", f"training, {where}", (block, tokens), nullcontext()
             inference = Block(384, 12, 2, 0.9).to(device, dtype).eval()
             yield "block", f"inference, {where}", (inference, tokens), torch.no_grad()
+            yield "attention", f"training, {where}", (tokens, block.attn), nullcontext()
+            qkv, bias = tokens.new_zeros(8, 14, 14, 3 * block.attn.h_dim), block.attn.h_qkv.bias
+            yield "window_attention", where, (qkv, bias, 2, block.attn.h_heads, block.attn.scale), nullcontext()
+            merging = DeformableTokenMerging(384, 768).to(device, dtype).eval()
+            yield "token_merging", f"inference, {where}", (tokens, merging), torch.no_grad()
             yield "depthwise_gelu", where, (hidden, block.mlp.dwconv.dwconv), nullcontext()
             yield "deform_conv2d", where, (image, offset, weight, None, (2, 2), (0, 0), (1, 1), None), nullcontext()

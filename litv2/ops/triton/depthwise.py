@@ -12,14 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .gelu import gelu
+
 FORWARD = dict(ROWS=14, COLUMNS=4, CHANNELS=128, num_warps=2)
 BACKWARD = dict(COLUMNS=4, CHANNELS=64, num_warps=2)
 PROGRAMS = 2048  # of the backward pass: enough for every GPU; each writes sums of its own, whose order must not depend on the GPU
-
-
-@triton.jit
-def _gelu(z):
-    return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
 
 
 @triton.jit
@@ -71,7 +68,7 @@ def forward_kernel(
         left, middle, right = left.to(tl.float32), middle.to(tl.float32), right.to(tl.float32)
         z = above + left * w20 + middle * w21 + right * w22
         if FINISH:
-            z = _gelu(z)
+            z = gelu(z)
         inside = (r > first) & (column < W)[:, None] & (c < C)[None, :]
         tl.store(y + (r - 1) * pitch + (column[:, None] * C + c[None, :]), z, mask=inside)
         above = here + left * w10 + middle * w11 + right * w12
