@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of the Triton kernels share. Without a GPU, kernels are interpreted on the CPU, and compiled for GPUs without being run."""
+"""What the tests of the Triton kernels share: without a GPU, kernels are interpreted on the CPU, and compiled without being run."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Resources:
 
 
 def compile_for(kernel: Any, signature: dict[str, str], constexprs: dict[str, Any], capability: int, **options: int) -> Resources:
-    """Compiles a kernel for GPUs of a compute capability (90 is 9.0), as a launch with large, aligned tensors would. Skips without cuobjdump.
+    """Compiles a kernel for GPUs of a compute capability (90 is 9.0), as a launch with aligned tensors would; skips without cuobjdump.
 
     Args:
         signature: types of the arguments: ``float16`` is a pointer to such values, ``i32`` and ``fp32`` are numbers. Those that are not

@@ -13,11 +13,11 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from ..layers import Block, DeformableTokenMerging
-from ..ops import OPERATORS, native
+from ..ops import OPERATORS, native, triton
 from . import print_table
 
-PACKAGES = ("torchvision", "timm", "onnxruntime", "openvino", "executorch", "onedl-mmcv", "onedl-mmdetection", "onedl-mmsegmentation")
-VARIABLES = ("LITV2_OPS", "LITV2_NATIVE", "LITV2_NATIVE_KERNELS", "LITV2_DCN_BACKEND", "LITV2_DCN_CUDA")
+PACKAGES = "torchvision timm onnxruntime openvino executorch onedl-mmcv onedl-mmdetection onedl-mmsegmentation triton".split()
+VARIABLES = ("LITV2_OPS", "LITV2_NATIVE", "LITV2_NATIVE_KERNELS", "LITV2_TRITON", "LITV2_DCN_BACKEND", "LITV2_DCN_CUDA")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +53,7 @@ def _machine() -> Iterator[tuple[str, str]]:
             yield f"cuda:{i}", f"{properties.name}, compute capability {capability}, {properties.total_memory / 2**30:.0f} GiB"
     else:
         yield "cuda", "none"
+    yield "triton kernels", triton.problem or "available, for CUDA"
     for package in PACKAGES:
         try:
             yield package, version(package)

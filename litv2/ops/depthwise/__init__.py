@@ -7,4 +7,5 @@ from . import native, reference, shifted, triton
 
 __all__ = ["depthwise_gelu"]
 
-depthwise_gelu = Operator("depthwise_gelu", [native.BACKEND, triton.BACKEND, shifted.BACKEND, reference.BACKEND])  # arguments: x, and the nn.Conv2d
+# Arguments: x, and the nn.Conv2d.
+depthwise_gelu = Operator("depthwise_gelu", [native.BACKEND, triton.BACKEND, shifted.BACKEND, reference.BACKEND])

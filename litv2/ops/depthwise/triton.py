@@ -20,7 +20,7 @@ from .. import triton
 def why_not(x: Tensor, conv: nn.Conv2d) -> str | None:
     if (reason := triton.why_not(x)) is not None:
         return reason
-    if x.dtype != conv.weight.dtype and not torch.is_autocast_enabled("cuda"):
+    if x.dtype != conv.weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return f"x is {x.dtype}, but the weights are {conv.weight.dtype}"
     if has_hooks(conv):
         return "the convolution has hooks"
