@@ -21,12 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from harness import device_name, event_samples, milliseconds, parser, positive, publish, rounded, say
+from hilo import HiLo
 from litv2.errors import run_program
-from litv2.layers import DepthwiseConv
+from litv2.layers import DeformableTokenMerging, DepthwiseConv
 from litv2.ops import OPERATORS, triton
 
 COMPILED = "compiled"
 PASSES = ("forward", "forward + backward")
+INFERENCE = ("token_merging",)  # kernels without gradients
 STAGES = ((56, 96), (28, 192), (14, 384), (7, 768))  # side and width of LITv2-S's maps
 Case = tuple[str, str, tuple]  # operator, description, arguments
 
@@ -36,6 +38,16 @@ def cases(batch_size: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
         x = torch.randn(batch_size, side, side, 4 * dim, device=device, dtype=dtype, requires_grad=True)
         conv = DepthwiseConv(4 * dim).dwconv.to(device, dtype)
         yield "depthwise_gelu", f"{side} x {side} x {4 * dim}", (x, conv)
+    for side, dim in STAGES[:-1]:
+        x = torch.randn(batch_size, side, side, dim, device=device, dtype=dtype)
+        yield "token_merging", f"{side} x {side} x {dim}", (x, DeformableTokenMerging(dim, 2 * dim).eval().to(device, dtype))
+    side, dim = STAGES[2]
+    x = torch.randn(batch_size, side, side, dim, device=device, dtype=dtype, requires_grad=True)
+    attn = HiLo(dim, 12, qkv_bias=True, alpha=0.9).to(device, dtype)
+    yield "attention", f"{side} x {side} x {dim}", (x, attn)
+    for s in (2, 4):
+        product = torch.randn(batch_size, side, side, 192, device=device, dtype=dtype, requires_grad=True)
+        yield "window_attention", f"{side} x {side}, 2 heads, windows {s} x {s}", (product, product.new_zeros(192), s, 2, attn.scale)
 
 
 def main() -> None:
@@ -48,7 +60,7 @@ def main() -> None:
     rows = []
     for name, description, arguments in cases(args.batch_size, args.device, getattr(torch, args.dtype)):
         say(f"{name}, {description}")
-        for kind in PASSES:
+        for kind in PASSES[: 1 if name in INFERENCE else 2]:
             functions = {form: timed(run, arguments, kind) for form, run in forms(name, arguments, kind).items()}
             seconds = event_samples(functions, args.rounds, args.warm_up, args.device)
             compiled = statistics.median(seconds[COMPILED])
@@ -62,7 +74,8 @@ def main() -> None:
 def forms(name: str, arguments: tuple, kind: str) -> dict[str, Callable[..., Tensor]]:
     """The backends that the operator might choose, and what torch.compile makes of it. What is left out is said in the forward pass."""
     operator = OPERATORS[name]
-    reasons = operator.explain(*arguments)
+    with torch.set_grad_enabled(kind != PASSES[0]):
+        reasons = operator.explain(*arguments)
     for backend, reason in reasons.items():
         if reason and kind == PASSES[0]:
             say(f"without {backend}: {reason}")

@@ -17,8 +17,8 @@ from mm_modules.dispatch import OPERATORS, use
 from .attention_forward import attention
 from .block_forward import block
 from .depthwise import depthwise_gelu
-from .padding import pad_to_multiple, whole_windows
 from .merging import token_merging
+from .padding import pad_to_multiple, whole_windows
 from .windows import window_attention
 
 __all__ = [

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpu_helpers import on_gpu
 from helpers import normal
 from hilo import HiLo
 from litv2.ops import OPERATORS
@@ -74,7 +75,7 @@ def test_in_hilo(alpha):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("s", [2, 4])
 def test_what_is_not_finite_stays_in_its_window(monkeypatch, s, value):
-    """Several windows share a tile of the kernel, also of different images. (On the CPU torch's fused attention makes zeros of some NaN.)"""
+    """Several windows share a tile of the kernel, also of different images. (Torch's fused attention on the CPU makes 0 of some NaN.)"""
     monkeypatch.setattr(reference, "_by_fused_attention", reference._on_cuda)
     qkv, pad, _ = case(s, 5, 7)
     before = triton.window_attention(qkv, pad, s, 2, 0.3)
@@ -112,6 +113,19 @@ def test_reasons(monkeypatch, shape, s, heads, beside, reason):
     assert said is None if reason is None else reason in said
 
 
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_more_windows_than_a_fused_kernel_takes(dtype):
+    """On a GPU: 70000 windows, as they are and in generated code; the same gradients in each run."""
+    tensors = [normal(0, 2, 350, 399, 6 * D).to("cuda", dtype), normal(1, 6 * D).to("cuda", dtype)]
+    exact = results(reference.window_attention, [tensor.double() for tensor in tensors], 2)
+    plain, ours, again = (results(run, tensors, 2) for run in (reference.window_attention, *2 * [triton.window_attention]))
+    assert_as_precise(ours, plain, exact)
+    assert all(map(torch.equal, ours, again))
+    generated = torch.compile(triton.window_attention)(*tensors, 2, 2, 0.3)
+    assert torch.equal(generated, ours[0])
+
+
 KERNELS = {  # registers at most, and the tensor core's instructions
     "forward": (windows.forward_kernel, "qkv pad beside y", 64),
     "backward": (windows.backward_kernel, "gradient qkv pad of_qkv", 96),
@@ -122,7 +136,7 @@ KERNELS = {  # registers at most, and the tensor core's instructions
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", KERNELS)
 def test_machine_code(name, capability):
-    """Windows of 2 x 2, heads of 32 channels in float16, with padding: 8 values at once to and from memory, products by the tensor cores, nothing spilled."""
+    """2 x 2, 32 channels, float16, padded: 8 values at once to and from memory, products by the tensor cores, nothing spilled."""
     kernel, tensors, registers = KERNELS[name]
     types = dict.fromkeys(tensors.split(), "float16") | dict(of_padding="float32", scale="fp32")
     types |= dict.fromkeys(("windows", "H", "W", "rows", "columns", "heads", "all_heads"), "i32")
