@@ -138,7 +138,7 @@ def test_figure5(command, tmp_path, monkeypatch):
     run_here(monkeypatch, command, "--out", tmp_path / "paper", files=dict(DIR=images))
     rows = rows_of(tmp_path, "figure5")
     assert {row["branch"] for row in rows} == {"Hi-Fi", "Lo-Fi"} and {row["images"] for row in rows} == {3}
-    assert all(0 <= row["high_low_%"] <= row["high_%"] <= row["high_high_%"] <= 100 for row in rows if row["high_low_%"] > 0)
+    assert all(row["from_%"] <= row["share_%"] <= row["to_%"] and 0 < row["share_%"] < 100 for row in rows)
     assert (tmp_path / "paper-figure5.png").stat().st_size > 20_000 and "paper-figure5.png" in (tmp_path / "paper.md").read_text()
 
 
@@ -165,15 +165,21 @@ def test_published_frames_per_second():
 
 
 def test_windows(monkeypatch, setting, tmp_path):
-    """Each detector's two windows are beside each other."""
-    names = [entry.name for entry in ZOO.values() if entry.task == "detection"]
-    rows = [
-        dict(model=name, window=ZOO[name].window[2], parameters_M=38, paper_G=ZOO[name].gflops, flops_G=float(ZOO[name].gflops), FPS=i + 1)
-        for i, name in enumerate(names)
-    ]
-    monkeypatch.setattr(dense, "dense_rows", lambda task, setting: rows)
+    """Each detector's two windows are beside each other, and both tables are of one measurement."""
+    counted = []
+
+    def count(entry):
+        counted.append(entry.name)
+        return dict(model=entry.name, window=entry.window[2], parameters_M=38, paper_G=entry.gflops, flops_G=float(entry.gflops))
+
+    monkeypatch.setattr(dense, "_counted", count)
+    monkeypatch.setattr(dense, "_speeds", lambda entries, setting: {entry.name: i + 1 for i, entry in enumerate(entries)})
+    rows, _ = dense.detection_table(setting)
+    assert {tuple(row) for row in rows} == {tuple(rows[0])}
+    assert (rows[0]["paper_box AP"], rows[0]["paper_mask AP"], rows[6]["paper_mask AP"]) == (44.0, None, 40.8)
     found, draw = dense.windows_table(setting)
-    assert len(found) == 6
+    assert len(found) == 6 and len(counted) == 12
+    assert (found[3]["paper_mask AP_s2"], found[3]["paper_mask AP_s4"]) == (40.8, 40.7)
     assert (found[0]["model"], found[0]["flops_G_s2"], found[0]["flops_G_s4"]) == ("retinanet_litv2_s_fpn_1x_coco", 242.39, 230)
     assert (found[-1]["paper_G_s2"], found[-1]["paper_G_s4"], found[-1]["FPS_s2"], found[-1]["FPS_s4"]) == ("500", "449", 9, 12)
     draw(found, tmp_path / "windows.png")

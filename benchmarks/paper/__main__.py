@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -60,9 +61,8 @@ def main() -> None:
         args = flags.parse_args()
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
-    setting = Setting(
-        args.out, args.measure, args.quick, args.device, args.batch_size, args.rounds, args.warm_up, args.checkpoint, tuple(args.images)
-    )
+    args.images = tuple(args.images)
+    setting = Setting(**{field.name: getattr(args, field.name) for field in fields(Setting)})
     left_out = {}
     for name in args.names or TABLES:
         table = TABLES[name]

@@ -47,7 +47,9 @@ def dense_rows(task: str, setting: Setting) -> list[dict]:
     if setting.measure:
         fps = _speeds(entries, setting)
         rows = [row | dict(FPS=fps[row["model"]]) for row in rows]
-    return [row | {f"paper_{metric}": value for metric, value in entry.figures.items()} for row, entry in zip(rows, entries)]
+    metrics = dict.fromkeys(metric for entry in entries for metric in entry.figures)
+    accuracies = [{f"paper_{metric}": entry.figures.get(metric) for metric in metrics} for entry in entries]
+    return [row | own for row, own in zip(rows, accuracies)]
 
 
 def _counted(entry: Release) -> dict:
@@ -89,7 +91,7 @@ def windows_table(setting: Setting) -> Result:
     """A row per detector: windows of 4 x 4 beside those of 2 x 2."""
     of = {row["model"]: row for row in dense_rows("detection", setting)}
     timed = ("FPS",) if setting.measure else ()
-    columns = ("paper_G", "flops_G", "as_printed", "note", "release_FPS", *timed, "paper_box AP", "paper_mask AP")
+    columns = ("paper_G", "flops_G", "as_printed", "release_FPS", *timed, "paper_box AP", "paper_mask AP")
     rows = []
     for name, two in of.items():
         if two["window"] == 2:

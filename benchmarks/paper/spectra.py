@@ -30,7 +30,7 @@ def figure5(setting: Setting) -> Result:
     spectra = spectrum(subject.model, (subject.view(read_image(path)).tensor for path in paths))
     rows = []
     for part in spectra:
-        share = dict(zip(("high_%", "high_low_%", "high_high_%"), (round(100 * value, 2) for value in mean_with_interval(part.high))))
+        share = dict(zip(("share_%", "from_%", "to_%"), (round(100 * value, 2) for value in mean_with_interval(part.high))))
         rows.append(dict(block=part.block, branch={"hifi": "Hi-Fi", "lofi": "Lo-Fi"}[part.branch], images=len(paths), **share))
 
     def draw(rows: list[dict], path: Path) -> None:
