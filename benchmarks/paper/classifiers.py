@@ -108,6 +108,8 @@ def plot_alpha(rows: list[dict], path: Path) -> None:
         right.set(ylabel="published top-1 on ImageNet-1K (%)")
         for axes in others:
             axes.plot(shares, [row["images_per_s"] for row in rows], "o-", color=COLOURS["ours"])
-            axes.set(ylabel="images/s, measured", ylim=(0, None))
+            spread = [[row[f"images_per_s_{end}"] for row in rows] for end in ("p10", "p90")]
+            axes.fill_between(shares, *spread, color=COLOURS["ours"], alpha=0.15)
+            axes.set(ylabel="images/s, measured (band: p10 to p90)", ylim=(0, 1.05 * max(spread[1])))
         for axes in (left, right, *others):
             axes.set(xlabel="alpha, the share of Lo-Fi heads")

@@ -46,7 +46,7 @@ def dense_rows(task: str, setting: Setting) -> list[dict]:
     rows = [_counted(entry) for entry in entries]
     if setting.measure:
         fps = _speeds(entries, setting)
-        rows = [row | dict(FPS=fps[row["model"]]) for row in rows]
+        rows = [row | fps[row["model"]] for row in rows]
     metrics = dict.fromkeys(metric for entry in entries for metric in entry.figures)
     accuracies = [{f"paper_{metric}": entry.figures.get(metric) for metric in metrics} for entry in entries]
     return [row | own for row, own in zip(rows, accuracies)]
@@ -66,7 +66,7 @@ def _counted(entry: Release) -> dict:
     return columns | dict(note=note(counts["published"], products_of(counts), entry.gflops), release_FPS=FPS[entry.name])
 
 
-def _speeds(entries: list[Release], setting: Setting) -> dict[str, float]:
+def _speeds(entries: list[Release], setting: Setting) -> dict[str, dict]:
     from litv2.openmmlab.build import build_model
     from litv2.openmmlab.speed import random_images
 
@@ -76,7 +76,7 @@ def _speeds(entries: list[Release], setting: Setting) -> dict[str, float]:
         (batch,) = random_images(config, 1, *SIZES[entry.task])
         calls[entry.name] = partial(build_model(config).to(setting.device).test_step, batch)
     with torch.inference_mode():
-        return setting.speeds(calls, 1)
+        return setting.speeds(calls, 1, "FPS")
 
 
 def detection_table(setting: Setting) -> Result:
