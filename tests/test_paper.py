@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from command_helpers import run, run_here
+from command_helpers import run_here
 from document_helpers import documented, documents, tables
 from helpers import ROOT, tiny_model, write_images
 from litv2 import litv2_small
@@ -39,9 +39,10 @@ def rows_of(folder, name: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("command", documented(DOCUMENT, r"python -m benchmarks\.paper"), ids=str)
-def test_counts(command, tmp_path):
+def test_counts(command, tmp_path, monkeypatch, capsys):
     """The printed digits, but for those that the document names; the notes have their figures from these counts."""
-    done = run(command, *COUNTED, "--out", tmp_path / "paper")
+    run_here(monkeypatch, command, *COUNTED, "--out", tmp_path / "paper")
+    printed = capsys.readouterr().out
     rows = {name: rows_of(tmp_path, name) for name in COUNTED}
     wrong = {row["model"]: row for name in rows for row in rows[name] if row.get("as_printed") == "no"}
     assert list(wrong) == ["sra", "LIT-S", "LIT-M", "LIT-B", "litv2_small_alpha10"]
@@ -61,7 +62,7 @@ def test_counts(command, tmp_path):
     assert (hilo["layer"], hilo["MFLOPs"], hilo["published_CPU"]) == ("HiLo", 298.3, 1029) and "cpu_ms" not in hilo
 
     page = (tmp_path / "paper.md").read_text()
-    assert all(f"## {TABLES[name].title}\n" in page and TABLES[name].title in done.stdout for name in COUNTED)
+    assert all(f"## {TABLES[name].title}\n" in page and TABLES[name].title in printed for name in COUNTED)
     assert "| sra | 32 | 31.636 | 4.0 | 3.92 | no |" in page and "![" in page
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert pictures == {f"paper-{name}.png" for name in ("alpha", "figure2", "figure3")}
@@ -106,9 +107,9 @@ def test_models_are_measured(command, tmp_path, monkeypatch):
 
 def test_figure3(monkeypatch, setting, tmp_path):
     """Each layer in inference and in training, at each resolution; training holds what the backward pass needs."""
-    monkeypatch.setattr(layers, "QUICK_SIDES", ("7", "14"))
+    monkeypatch.setattr(layers, "QUICK_SIDES", ("5", "7"))
     rows, draw = layers.figure3(setting)
-    assert [(row["side"], row["layer"]) for row in rows] == [(side, layer) for side in (7, 14) for layer in layers.RIVALS]
+    assert [(row["side"], row["layer"]) for row in rows] == [(side, layer) for side in (5, 7) for layer in layers.RIVALS]
     assert all(row["training_MiB"] > row["inference_MiB"] > 0 and row["inference_images_per_s"] > 0 for row in rows)
     draw(rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 20_000
