@@ -24,6 +24,7 @@ import multilabel
 from config import load_config
 from data.mixup import build_mixup
 from helpers import FAST, ROOT, generator, run_trainer, same
+from litv2 import mean_precision
 from litv2.__main__ import main as litv2
 from litv2.classes import thresholds
 from litv2.errors import UserError, run_program
@@ -69,7 +70,7 @@ def test_figures_are_those_of_scikit_learn():
 
 
 def test_interval_is_a_bootstrap_over_images(monkeypatch):
-    monkeypatch.setattr(multilabel, "SAMPLES", 40)
+    monkeypatch.setattr(mean_precision, "SAMPLES", 40)
     targets, logits = (part[:, [0, 1, 2, 4]] for part in planted(30, digits=1))
     draws = np.random.default_rng(0).multinomial(30, [1 / 30] * 30, size=40)
     samples = []
@@ -83,8 +84,8 @@ def test_interval_is_a_bootstrap_over_images(monkeypatch):
 
 
 def test_interval_of_random_orders(monkeypatch):
-    monkeypatch.setattr(multilabel, "SAMPLES", 40)
-    monkeypatch.setattr(multilabel, "PARTS", 2)
+    monkeypatch.setattr(mean_precision, "SAMPLES", 40)
+    monkeypatch.setattr(mean_precision, "PARTS", 2)
     targets, logits = (part[:, [0, 1, 2, 4]] for part in planted(30, digits=1))
     rng = np.random.default_rng(0)
     orders = [order for _ in range(2) for order in rng.permuted(np.tile(np.arange(30), (20, 1)), axis=1)]
