@@ -166,7 +166,8 @@ def test_runs_with_any_number_of_classes_per_image(tmp_path, capsys):
     assert [row["class"] for row in sorted(classes, key=lambda row: row["class"])] == CLASSES[:2]
     for row in classes:
         own = [100 * known[row["class"]] for known in precisions]
-        assert [float(row[key]) for key in ("a", "b", "difference of average precision")] == pytest.approx([*own, own[1] - own[0]], abs=1e-3)
+        found = [float(row[key]) for key in ("a", "b", "difference of average precision")]
+        assert found == pytest.approx([*own, own[1] - own[0]], abs=1e-3)
     assert matplotlib.image.imread(out / "curves.png")[..., :3].std() > 0.03
     assert "McNemar" not in capsys.readouterr().out
 
