@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,7 +85,8 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("balance", ["DATA.SAMPLING balanced", pytest.param("TRAIN.CLASS_WEIGHTS auto", marks=pytest.mark.extra)])
 def test_resume_is_bit_for_bit(balance, images, pretrained, tmp_path, monkeypatch, capsys):
-    """Killed before and after a stage joins the training; everything random is on, and the head is of other classes."""
+    """Killed before and after a stage joins the training; everything random is on, the head is of other classes, and evaluations draw
+    random numbers, as packages do when they are imported."""
     flags = ("--data-path", images, "--batch-size", 4, "--pretrained", pretrained, "--freeze", "head", "--ema-decay", 0.9)
     opts = f"{balance} TRAIN.UNFREEZE_EVERY 1 TRAIN.EPOCHS 3 TRAIN.PATIENCE 3 SAVE_STEPS 2 AUG.MIXUP 0.8 AUG.REPROB 0.3 MODEL.DROP_RATE 0.1"
     assert trainer(*flags, "--workers", 1, "--output", tmp_path / "whole", opts=opts) == 0
@@ -98,6 +101,12 @@ def test_resume_is_bit_for_bit(balance, images, pretrained, tmp_path, monkeypatc
             raise Killed
         return call(self, *args)
 
+    def drawing(*args, **kwargs):
+        random.random(), np.random.rand(), torch.rand(1)
+        return evaluate(*args, **kwargs)
+
+    evaluate = engine.evaluate
+    monkeypatch.setattr(engine, "evaluate", drawing)
     monkeypatch.setattr(engine.Step, "__call__", dying)
     for _ in range(2):
         with pytest.raises(Killed):
