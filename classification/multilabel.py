@@ -96,7 +96,8 @@ def chance_interval(targets: np.ndarray, logits: np.ndarray) -> list[float]:
     samples = []
     for part in np.array_split(np.arange(mean_precision.SAMPLES), mean_precision.PARTS):
         orders = rng.permuted(np.tile(np.arange(count), (len(part), 1)), axis=1)
-        samples.append(mean_precision.mean_over_classes(targets[orders], logits, all_of_them))
+        precisions = [mean_precision.average_precision(target[orders], score, all_of_them) for target, score in zip(targets.T, logits.T)]
+        samples.append(mean_precision.mean_over_classes(precisions))
     return mean_precision.interval(np.concatenate(samples))
 
 

@@ -29,15 +29,9 @@ def average_precision(target: np.ndarray, score: np.ndarray, weights: np.ndarray
         return (np.diff(hits, axis=1, prepend=0) * hits / np.maximum(seen, 1)).sum(axis=1) / hits[:, -1]
 
 
-def mean_over_classes(targets: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Returns the mean average precision (B,) of the classes that an image with a weight has.
-
-    Args:
-        targets: (N, classes) or (B, N, classes), 0 or 1.
-        scores: (N, classes).
-        weights: as of ``average_precision``.
-    """
-    values = np.stack([average_precision(targets[..., i], scores[:, i], weights) for i in range(scores.shape[1])])
+def mean_over_classes(precisions: list[np.ndarray]) -> np.ndarray:
+    """Returns the mean (B,) of the average precisions of the classes, without those that are NaN."""
+    values = np.stack(precisions)
     known = ~np.isnan(values)
     return np.where(known, values, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
 
@@ -54,13 +48,14 @@ def resampled(targets: np.ndarray, scores: np.ndarray) -> tuple[float, np.ndarra
         targets: (N, classes), 0 or 1.
         scores: (N, classes).
     """
-    count = len(targets)
-    rng = np.random.default_rng(0)
-    measured = float(mean_over_classes(targets, scores, np.ones((1, count)))[0])
-    means = np.concatenate([
-        mean_over_classes(targets, scores, rng.multinomial(count, np.full(count, 1 / count), size=len(part)))
-        for part in np.array_split(np.arange(SAMPLES), PARTS)
-    ])  # fmt: skip
+    count, rng = len(targets), np.random.default_rng(0)
+
+    def weighted(weights: np.ndarray) -> np.ndarray:
+        return mean_over_classes([average_precision(target, score, weights) for target, score in zip(targets.T, scores.T)])
+
+    measured = float(weighted(np.ones((1, count)))[0])
+    parts = [len(part) for part in np.array_split(np.arange(SAMPLES), PARTS)]
+    means = np.concatenate([weighted(rng.multinomial(count, np.full(count, 1 / count), size=size)) for size in parts])
     return measured, means - means.mean() + measured
 
 
