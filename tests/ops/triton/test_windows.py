@@ -99,7 +99,7 @@ def test_an_empty_batch():
 @pytest.mark.parametrize(
     "shape, s, heads, beside, reason",
     [
-        ((2, 5, 7, 6 * 24), 2, 2, 0, "heads of 16, 32, 64 channels, got 24"),
+        ((2, 5, 7, 6 * 24), 2, 2, 0, "heads of 16, 32 channels in torch.float32, got 24"),
         ((2, 9, 9, 6 * D), 7, 2, 0, "windows of up to 4 x 4 tokens, got 7 x 7"),
         ((2, 5, 7, 6 * D), 2, 2, 24, "a multiple of those of a head, 16, got 24"),
         ((2**16, 2**8, 2**6, 6 * D), 2, 2, 0, "cells times heads"),
