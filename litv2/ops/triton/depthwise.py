@@ -109,7 +109,6 @@ def backward_kernel(
             at = image + (r - 1) * pitch + (column[:, None] * C + c[None, :])
             inside = (r > 0) & (column < W)[:, None] & (c < C)[None, :]
             d = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32) * _gelu_slope(z)
-            d = tl.where(inside, d, 0.0)
             tl.store(before_gelu + at, d, mask=inside)
             s00, s01, s02 = s00 + d * x00.to(tl.float32), s01 + d * x01.to(tl.float32), s02 + d * x02.to(tl.float32)
             s10, s11, s12 = s10 + d * x10.to(tl.float32), s11 + d * x11.to(tl.float32), s12 + d * x12.to(tl.float32)

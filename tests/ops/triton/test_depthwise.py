@@ -15,7 +15,6 @@ from gpu_helpers import on_gpu
 from helpers import fill, max_difference, normal
 from litv2.layers import Mlp
 from litv2.ops import OPERATORS, use
-from litv2.ops import triton as room
 from litv2.ops.triton import depthwise
 from triton_helpers import CAPABILITIES, compile_for, interpreted
 
@@ -163,13 +162,6 @@ def test_reasons(settings, reason):
 
 def test_the_cpu_is_not_served():
     assert operator.explain(*case(1, 2, 3, 16))["triton"] == "it supports CUDA only, got cpu"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="fake tensors are for a machine without a GPU")
-def test_the_kernels_are_switched_off(monkeypatch):
-    monkeypatch.setenv("LITV2_TRITON", "0")
-    monkeypatch.setattr(room, "problem", room._problem())
-    assert chosen() == ("torch", "switched off by LITV2_TRITON=0")
 
 
 POINTERS = ("x", "weight", "bias", "y", "gradient", "before_gelu")

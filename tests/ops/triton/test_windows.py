@@ -90,6 +90,14 @@ def test_what_is_not_finite_stays_in_its_window(monkeypatch, s, value):
 
 
 @pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("beside", [0, D])
+def test_opcheck(beside):
+    """Shapes, strides and dtypes of fake tensors, autograd, and AOTAutograd's tracing."""
+    qkv, pad, side = [None if tensor is None else tensor.requires_grad_() for tensor in case(2, 1, 3, beside=beside)]
+    torch.library.opcheck(torch.ops.litv2.triton_window_attention, (qkv, pad, 2, 2, 0.3, side))
+
+
+@pytest.mark.usefixtures("interpreter")
 def test_an_empty_batch():
     qkv, pad, _ = case(2, 5, 7)
     y, of_qkv, of_pad = results(triton.window_attention, [qkv[:0], pad], 2)
