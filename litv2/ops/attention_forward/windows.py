@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_modules.dispatch import Backend
-from mm_modules.torch_state import has_hooks
+from mm_modules.torch_state import has_global_hooks, has_hooks
 
 from ..folding import is_plain, weight_and_bias
 from ..windows import triton, window_attention
@@ -26,8 +26,10 @@ def why_not(x: Tensor, attn: Any) -> str | None:
         return "it knows HiLo as in the paper alone: square windows, pooling of their size, padding like any other cell"
     if not attn.h_heads:
         return "no head attends in windows"
-    if has_hooks(attn) or type(attn.h_qkv) is not nn.Linear or has_hooks(attn.h_qkv):
-        return "the attention or its projection of windows has hooks, or is not as HiLo made it"
+    if has_global_hooks() or has_hooks(attn) or has_hooks(attn.h_qkv):
+        return "the attention or its projection of windows has hooks"
+    if type(attn.h_qkv) is not nn.Linear:
+        return f"the projection of windows is a {type(attn.h_qkv).__name__}"  # of which it cannot tell what padding becomes
     if attn.training and attn.attn_drop:
         return "weights of the attention are dropped"
     return None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_modules.dispatch import Backend
-from mm_modules.torch_state import compute_dtype, has_hooks
+from mm_modules.torch_state import compute_dtype, has_global_hooks, has_hooks
 
 from .. import triton
 from ..folding import merging_weights
@@ -33,7 +33,7 @@ def why_not(x: Tensor, merging: DeformableTokenMerging) -> str | None:
         return "the layer is in training mode"
     if type(merging.norm_layer) not in (nn.BatchNorm2d, nn.Identity) or type(merging.act) is not nn.GELU:
         return "it knows a batch norm, or none, and GELU alone"
-    if any(map(has_hooks, merging.modules())):
+    if has_global_hooks() or any(map(has_hooks, merging.modules())):
         return "the layer or a part of it has hooks"
     if x.shape[-1] % CHANNELS:
         return f"the number of channels must be a multiple of {CHANNELS}, got {x.shape[-1]}"
@@ -46,7 +46,7 @@ def why_not(x: Tensor, merging: DeformableTokenMerging) -> str | None:
 
 def why_rather_not(x: Tensor, merging: DeformableTokenMerging) -> str | None:
     if compute_dtype(x) == torch.float32:
-        return "in float32 the library's product is faster than the kernel's"
+        return "in float32 its products do not run on tensor cores, and its registers spill"
     return triton.why_rather_not()
 
 

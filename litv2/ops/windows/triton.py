@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from mm_modules.dispatch import Backend, without_second_derivatives
+from mm_modules.torch_state import compute_dtype
 
 from .. import triton
 
-CHANNELS = (16, 32, 64)  # of a head
+CHANNELS = {torch.float32: (16, 32), torch.bfloat16: (16, 32, 64), torch.float16: (16, 32, 64)}  # of a head; more would spill registers
 LARGEST_WINDOW = 4  # whose tokens fill a tile of the kernel
 PROGRAMS = 2**31 - 1  # that CUDA can launch
 
@@ -30,8 +31,8 @@ def why_not_heads(x: Tensor, d: int, window_size: int, heads: int, beside: int =
     """
     if (reason := triton.why_not(x)) is not None:
         return reason
-    if d not in CHANNELS:
-        return f"it supports heads of {', '.join(map(str, CHANNELS))} channels, got {d}"
+    if d not in (supported := CHANNELS[compute_dtype(x)]):
+        return f"it supports heads of {', '.join(map(str, supported))} channels in {compute_dtype(x)}, got {d}"
     if window_size > LARGEST_WINDOW:
         return f"it supports windows of up to {LARGEST_WINDOW} x {LARGEST_WINDOW} tokens, got {window_size} x {window_size}"
     if beside % d:

@@ -14,6 +14,7 @@ from litv2.layers import DeformableTokenMerging
 from litv2.ops import use
 from litv2.ops.merging import reference, triton
 from litv2.ops.triton import merging
+from mm_modules.DCN import deform_conv2d
 from triton_helpers import CAPABILITIES, compile_for
 
 SIZES = [(2, 2), (2, 6), (5, 7), (7, 5), (14, 14)]  # smaller maps have no patch
@@ -75,17 +76,17 @@ def test_wild_offsets(offset):
     offsets[0, 1, 2, 3] = offsets[1, 0, 0, 4] = offset
     weight, bias = triton.merging_weights(layer)
     with use(deform_conv2d="torch"):
-        exact = nn.functional.gelu(
-            reference_convolution(x.permute(0, 3, 1, 2), offsets.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)
-        )
+        convolved = deform_conv2d(x.permute(0, 3, 1, 2), offsets.permute(0, 3, 1, 2), weight, bias, stride=2)
+        exact = nn.functional.gelu(convolved.permute(0, 2, 3, 1))
     ours = torch.ops.litv2.triton_token_merging(x, offsets, weight.permute(0, 2, 3, 1).flatten(1), bias)
     assert torch.allclose(ours, exact, atol=1e-5, equal_nan=True) and ours.isnan().any() == (offset != offset)
 
 
-def reference_convolution(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    from mm_modules.DCN import deform_conv2d
-
-    return deform_conv2d(x, offset, weight, bias, stride=2)
+@pytest.mark.usefixtures("interpreter")
+def test_opcheck():
+    """Shapes, strides and dtypes of fake tensors."""
+    tensors = normal(0, 1, 2, 3, 32), normal(1, 1, 1, 1, 8), normal(2, 24, 128), normal(3, 24)
+    torch.library.opcheck(torch.ops.litv2.triton_token_merging, tensors)
 
 
 def test_reasons(monkeypatch):

@@ -32,7 +32,7 @@ class Called(TorchDispatchMode):
 
 
 def model(**settings) -> nn.Module:
-    return tiny_model(embed_dim=32, num_heads=(1, 1, 2, 4), **settings)
+    return tiny_model(embed_dim=32, num_heads=(1, 2, 4, 8), **settings)
 
 
 def test_gradients():
@@ -46,7 +46,7 @@ def test_gradients():
         names = {"depthwise_gelu", "depthwise_gelu_backward", "window_attention", "window_attention_backward"}
         assert set(called.names) == (names if choice is KERNELS else set())
     for ours, theirs in zip(*results):
-        assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-6
+        assert (ours - theirs).norm() <= 1e-3 * theirs.norm() + 1e-6  # those of offsets are small differences of large sums
 
 
 @pytest.mark.parametrize("form", [lambda model: model, fuse], ids=["plain", "fused"])

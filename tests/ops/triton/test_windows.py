@@ -90,6 +90,14 @@ def test_what_is_not_finite_stays_in_its_window(monkeypatch, s, value):
 
 
 @pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("beside", [0, D])
+def test_opcheck(beside):
+    """Shapes, strides and dtypes of fake tensors, autograd, and AOTAutograd's tracing."""
+    qkv, pad, side = [None if tensor is None else tensor.requires_grad_() for tensor in case(2, 1, 3, beside=beside)]
+    torch.library.opcheck(torch.ops.litv2.triton_window_attention, (qkv, pad, 2, 2, 0.3, side))
+
+
+@pytest.mark.usefixtures("interpreter")
 def test_an_empty_batch():
     qkv, pad, _ = case(2, 5, 7)
     y, of_qkv, of_pad = results(triton.window_attention, [qkv[:0], pad], 2)
@@ -99,7 +107,7 @@ def test_an_empty_batch():
 @pytest.mark.parametrize(
     "shape, s, heads, beside, reason",
     [
-        ((2, 5, 7, 6 * 24), 2, 2, 0, "heads of 16, 32, 64 channels, got 24"),
+        ((2, 5, 7, 6 * 24), 2, 2, 0, "heads of 16, 32 channels in torch.float32, got 24"),
         ((2, 9, 9, 6 * D), 7, 2, 0, "windows of up to 4 x 4 tokens, got 7 x 7"),
         ((2, 5, 7, 6 * D), 2, 2, 24, "a multiple of those of a head, 16, got 24"),
         ((2**16, 2**8, 2**6, 6 * D), 2, 2, 0, "cells times heads"),
