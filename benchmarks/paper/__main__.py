@@ -43,6 +43,7 @@ QUICK = dict(measure=True, rounds=3, warm_up=1, batch_size=2)
 
 def main() -> None:
     flags = parser(__doc__, "paper")
+    flags.prog = "python -m benchmarks.paper"
     flags.add_argument("names", nargs="*", type=table_name, metavar="NAME", help=f"{', '.join(TABLES)} (default: all that are possible)")
     flags.add_argument("--measure", action="store_true", help="also measure images/s and memory, which takes long on a CPU")
     flags.add_argument("--quick", action="store_true", help="measure with batches of 2, 1 + 3 rounds, and maps of up to 56 x 56 in figure3")
