@@ -131,6 +131,16 @@ def test_deform_conv(command, tmp_path):
 
 
 @pytest.mark.extra
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python benchmarks/kernels\.py .*"), ids=str)
+def test_kernels(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # to compile takes a minute
+    rows = measured(command, tmp_path, "--batch-size 1 --rounds 1 --warm-up 0", plot=False)["rows"]
+    cases = {(row["operator"], row["input"], row["pass"]) for row in rows}
+    assert len(cases) == 17 and {row["form"] for row in rows} >= {"compiled", "torch"}
+    assert all(row["times_as_fast"] == 1 for row in rows if row["form"] == "compiled")
+
+
+@pytest.mark.extra
 @pytest.mark.parametrize("command", documented(DOCUMENT, r"python benchmarks/flops\.py .*"), ids=str)
 def test_flops(command, tmp_path):
     rows = measured(command, tmp_path)["rows"]
