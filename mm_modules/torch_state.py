@@ -6,8 +6,11 @@ This is the one file on the model's path that uses private names of torch: a new
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     "bfloat16_is_emulated",
@@ -18,6 +21,7 @@ __all__ = [
     "in_transform",
     "is_exporting",
     "is_watched",
+    "without_modes",
 ]
 
 
@@ -36,6 +40,11 @@ def in_transform() -> bool:
 def is_watched() -> bool:
     """Whether a dispatch mode is active, or derivatives are needed that the fast operators lack."""
     return torch._C._len_torch_dispatch_stack() > 0 or in_transform()
+
+
+def without_modes() -> AbstractContextManager[object]:
+    """Within it, tensors are real and nothing watches them, although code is being traced with fake ones, for example."""
+    return _disable_current_modes()
 
 
 def has_global_hooks() -> bool:

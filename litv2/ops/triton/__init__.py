@@ -68,10 +68,10 @@ def _asked_once(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < CAPABILITY:
         return f"it needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, got {capability[0]}.{capability[1]}"
-    from .trial import copies
+    from .trial import compare
 
     try:
-        copies(device)
-    except Exception as error:  # there are many: no C compiler, a driver that is too old, a folder that cannot be written
+        compare(device)
+    except Exception as error:  # there are many: no C compiler, a driver that is too old, a folder that cannot be written, other numbers
         return f"Triton does not work here: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return None

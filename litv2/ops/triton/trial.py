@@ -1,20 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The smallest kernel, to find out whether Triton works on a device: it needs a C compiler and a folder for its cache."""
+"""Whether the kernels work on a device, and compute there what torch does: tried once per process, before the first use.
+
+The Triton that is installed compiles them for the GPU that is there, and no test has seen every such pair.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
-import triton
-import triton.language as tl
+import torch.nn.functional as F
+from torch import Tensor
+
+from mm_modules.torch_state import without_modes
+
+from ..windows.reference import window_attention
+from . import depthwise, merging, windows
+
+TOLERANCE = 0.02  # of the largest value: float16, and TF32 in torch's convolution; what goes wrong is as large as the values
 
 
-@triton.jit
-def copy_kernel(x, y):
-    tl.store(y, tl.load(x))
+def compare(device: torch.device) -> None:
+    """Compares every kernel with torch on a small map, in float16.
+
+    Raises:
+        ArithmeticError: a kernel computes something else than torch.
+        Exception: whatever Triton raises.
+    """
+    generator = torch.Generator(device).manual_seed(0)  # its own: the user's random numbers stay as they are
+    normal = partial(_normal, generator=generator, device=device)
+    with without_modes(), torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        inputs = normal(2, 5, 7, 32), normal(32, 1, 3, 3), normal(32)
+        expected = _depthwise_gelu(*inputs)
+        gradient = normal(*expected.shape).detach()
+        _agree("depthwise_gelu", [depthwise.depthwise_gelu(*inputs)], [expected])
+        gradients = torch.autograd.grad(expected, inputs, gradient)
+        _agree("the gradient of depthwise_gelu", depthwise.depthwise_gelu_backward(gradient, *inputs), gradients)
+
+        qkv, pad, options = normal(2, 5, 7, 3 * 32), normal(3 * 32), (2, 2, 0.25)  # window, heads, scale
+        expected = window_attention(qkv, pad, *options)
+        gradient = normal(*expected.shape).detach()
+        _agree("window_attention", [windows.window_attention(qkv, pad, *options, None)], [expected])
+        gradients = torch.autograd.grad(expected, (qkv, pad), gradient)
+        _agree("the gradient of window_attention", windows.window_attention_backward(gradient, qkv, pad, *options), gradients)
+
+        x, weight, bias = normal(2, 5, 7, 32), normal(48, 32, 2, 2), normal(48)
+        expected = F.gelu(F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride=2)).permute(0, 2, 3, 1)
+        offset = torch.zeros(*expected.shape[:3], 8, device=device)
+        _agree("token_merging", [merging.token_merging(x, offset, weight.permute(0, 2, 3, 1).flatten(1), bias.float())], [expected])
 
 
-def copies(device: torch.device) -> None:
-    """Raises whatever Triton raises."""
-    x = torch.zeros(2, device=device)
-    with torch.cuda.device_of(x):
-        copy_kernel[(1,)](x, x[1:])
+def _normal(*shape: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    return torch.randn(shape, generator=generator, device=device).half().requires_grad_()
+
+
+def _depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=len(weight))).permute(0, 2, 3, 1)
+
+
+def _agree(name: str, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    for a, b in zip(ours, theirs):
+        if not (a.float() - b.float()).abs().amax() <= TOLERANCE * b.float().abs().amax():  # NaN does not agree
+            raise ArithmeticError(f"{name} differs from torch's")

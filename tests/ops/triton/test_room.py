@@ -25,7 +25,7 @@ def device(monkeypatch):
     """A GPU of capability 9.0, as far as the questions go; what they hear of it is forgotten."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(trial, "copies", lambda device: None)
+    monkeypatch.setattr(trial, "compare", lambda device: None)
     yield
     room._asked_once.cache_clear()
 
@@ -66,6 +66,6 @@ def test_a_trial_that_fails(monkeypatch):
         calls.append(device)
         raise RuntimeError("Failed to find C compiler.\nPlease specify one.")
 
-    monkeypatch.setattr(trial, "copies", fails)
+    monkeypatch.setattr(trial, "compare", fails)
     expected = "Triton does not work here: RuntimeError: Failed to find C compiler."
     assert why_not() == room._why_not_on(calls[0]) == expected and len(calls) == 1

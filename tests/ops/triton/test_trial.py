@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trial before the first use, interpreted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from litv2.ops import triton as room
+
+pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = [pytest.mark.usefixtures("interpreter"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+CPU = torch.device("cpu")
+
+
+def test_it_agrees_whatever_surrounds_it():
+    """While a program is traced or runs in bfloat16. The random numbers of others stay as they are."""
+    state = torch.get_rng_state()
+    with FakeTensorMode(), torch.inference_mode(), torch.autocast("cpu"):
+        room.trial.compare(CPU)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [
+        ("depthwise", "depthwise_gelu"),
+        ("depthwise", "depthwise_gelu_backward"),
+        ("windows", "window_attention"),
+        ("windows", "window_attention_backward"),
+        ("merging", "token_merging"),
+    ],
+)
+@pytest.mark.parametrize("factor", [1.1, float("nan")])
+def test_it_sees_other_numbers(module, function, factor, monkeypatch):
+    kernels = getattr(room.trial, module)
+    right = getattr(kernels, function)
+
+    def wrong(*arguments):
+        results = right(*arguments)
+        return results * factor if isinstance(results, torch.Tensor) else (*results[:-1], results[-1] * factor)
+
+    monkeypatch.setattr(kernels, function, wrong)
+    with pytest.raises(ArithmeticError, match=rf"{function.removesuffix('_backward')} differs from torch's$"):
+        room.trial.compare(CPU)
