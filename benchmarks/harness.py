@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared code of the benchmarks: timing that is robust on a noisy machine (functions run in turns; medians and ratios are compared),
-peak memory, the record of the machine, and the JSON, CSV, plot and Markdown table that each benchmark writes. Importing this file makes
+peak memory, the record of the machine, and the JSON, CSV, Markdown and plot that each benchmark writes. Importing this file makes
 this checkout importable, installed or not, including the trainer's modules in classification/."""
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -114,6 +116,14 @@ def peak_memory(function: Callable[[], object], device: Device = "cpu") -> int:
         held += change
         peak = max(peak, held)
     return peak
+
+
+def multiply_adds(model: torch.nn.Module, images: torch.Tensor) -> int:
+    """Returns the multiply-adds of products and convolutions in a forward pass, as torch counts them."""
+    # Fused attention on a CPU is not counted.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(images)
+    return counter.get_total_flops() // 2
 
 
 def synchronisations(function: Callable[[], object], device: Device) -> int | None:
@@ -241,23 +251,30 @@ def fingerprint(*settings: object) -> str:
     return hashlib.sha256("\n".join(map(str, settings)).encode()).hexdigest()[:8]
 
 
-def publish(rows: list[dict], out: Path, title: str, draw: Callable[[list[dict], Path], None] | None = None, **about) -> None:
-    """Writes OUT.json (with the environment and ``about``), OUT.csv and OUT.png, and prints the Markdown table.
+def publish(
+    rows: list[dict], out: Path, title: str, draw: Callable[[list[dict], Path], None] | None = None, note: str = "", **about
+) -> None:
+    """Writes OUT.json (with the environment and ``about``), OUT.csv, OUT.md and OUT.png, and prints the Markdown.
 
     Rows are flat and have the same keys; None is an empty cell. ``draw(rows, path)`` draws the plot (see ``figure``); None skips it.
+    ``note`` is a paragraph below the table.
     """
     about = dict(title=title, environment=environment(about.get("device", "cpu")), **about)
-    write_json(out.with_suffix(".json"), dict(about, rows=rows))
-    with open(out.with_suffix(".csv"), "w", newline="") as file:
+    json_file, csv_file, markdown, picture = (out.with_name(f"{out.name}.{kind}") for kind in ("json", "csv", "md", "png"))
+    write_json(json_file, dict(about, rows=rows, note=note))
+    with open(csv_file, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
     if draw is not None:
-        draw(rows, out.with_suffix(".png"))
-    print(title)
-    print(", ".join(f"{name} {value}" for name, value in about["environment"].items()))
-    print(table(list(rows[0]), [["" if value is None else str(value) for value in row.values()] for row in rows]))
-    print(f"written to {out}.json, .csv" + (" and .png" if draw else ""))
+        draw(rows, picture)
+    settings = ", ".join(f"{name} {value}" for name, value in about["environment"].items())
+    cells = table(list(rows[0]), [["" if value is None else str(value) for value in row.values()] for row in rows])
+    with atomic_write(markdown) as draft:
+        paragraphs = [f"## {title}", settings, cells, note, f"![{title}]({picture.name})" if draw else ""]
+        draft.write_text("\n\n".join(filter(None, paragraphs)) + "\n")
+    print(title, settings, cells, *filter(None, [note]), sep="\n")
+    print(f"written to {out}.json, .csv, .md" + (" and .png" if draw else ""))
 
 
 COLOURS = dict(ours="#d1495b", paper="#30638e", today="#8d96a3", second="#edae49", third="#3caea3")

@@ -16,6 +16,7 @@ from ..errors import UserError, printable
 from ..files import atomic_write, free_stem
 from ..image_list import image_list
 from ..preprocess import read_image
+from . import or_small
 from .images import add_classifier, add_loading, check_target, load_classifier, over_images, report_unreadable, shortened
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="images, folders, patterns in quotes, or - for paths on the standard input, one per line"
     )
-    add_classifier(parser)
+    add_classifier(parser, required=False, otherwise="; default: the small one of examples/")
     add_loading(parser)
     parser.add_argument("--top", type=int, default=5, metavar="K", help="classes per image; default: %(default)s")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write a table with the columns image, class1, share1, class2, ...")
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if args.csv is not None and args.csv == args.json:
         raise UserError(f"--csv and --json are both {args.csv}; expected two files")
     paths = image_list(args.images)
+    args.checkpoint = or_small(args.checkpoint)
     classifier = load_classifier(args)
     top = min(args.top, len(classifier.names))
     unreadable: list[str] = []
