@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 
 import pytest
 import torch
@@ -14,12 +15,18 @@ torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 @pytest.fixture(autouse=True)
 def repeatable():
-    """Every test starts from the same random state and leaves signal handlers as it found them."""
+    """Every test starts from the same random state, and leaves signal handlers as it found them and no visualizer of mmengine behind.
+
+    mmengine keeps a visualizer by its name, and with it the folder of the run that made it, which is gone after its test.
+    """
     torch.manual_seed(0)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    if visualization := sys.modules.get("mmengine.visualization"):
+        for kind in (visualization.Visualizer, *visualization.Visualizer.__subclasses__()):
+            kind._instance_dict.clear()
 
 
 @pytest.fixture

@@ -149,6 +149,7 @@ def release(tmp_path_factory):
     return root
 
 
+@pytest.mark.extra
 def test_train(release, tmp_path):
     """torchrun --standalone --nnodes=1 --nproc-per-node=8 main.py --cfg configs/litv2-small.yaml"""
     from torch.distributed.run import get_args_parser

@@ -137,6 +137,7 @@ def test_two_processes_evaluate_as_one(tmp_path):
     assert lines[0] == lines[1] and lines[0][0].endswith("images 5")
 
 
+@pytest.mark.extra
 def test_streams_of_different_length_do_not_hang():
     """Ranks of a streaming reader with 3 and 5 batches train 3 steps each and end together."""
     code = """

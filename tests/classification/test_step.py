@@ -303,6 +303,7 @@ def test_with_lag_the_trainer_writes_the_same(tmp_path, monkeypatch):
     assert figures[0] == figures[1] and len(figures[0]) == 12
 
 
+@pytest.mark.extra
 def test_two_processes_agree_on_a_bad_step_and_a_signal():
     """One rank's loss is not finite: all skip the step, then all stop. Another time one rank gets a signal: all stop at the same step.
     Batch norm's statistics are each rank's own until an evaluation."""

@@ -6,9 +6,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import multiprocessing
-import os
-import signal
 import struct
 import zipfile
 from pathlib import Path
@@ -25,7 +22,8 @@ from document_helpers import documented
 from helpers import ROOT
 from litv2.errors import LONGEST_MESSAGE, UserError
 from litv2.preprocess import MOST_ELONGATED, decode, read_image
-from tests.faults import fuzz
+from tests.faults import bad_reader, fuzz
+from tests.faults.bad_reader import LETTERS, OUTSIDE
 from tests.faults.fuzz_readers import READERS, Reader, _data_config
 
 QUICK = ["image: PNG", "pickle check", "checkpoint, zip", "zip data set", "configuration, YAML"]  # a process each, of a few seconds
@@ -40,44 +38,18 @@ def test_no_findings(command, tmp_path):
     assert [row["reader"] for row in rows] == QUICK and all(row["accepted"] and row["refused"] for row in rows)
 
 
-def misbehave(path: Path) -> None:
-    """Does what the letter in the file says."""
-    letter = path.read_text()
-    if letter == "a":
-        raise UserError("one line")
-    if letter == "b":
-        raise KeyError("bare")
-    if letter == "c":
-        os.kill(os.getpid(), signal.SIGABRT)
-    if letter == "d":
-        while True:
-            pass
-    if letter == "e":
-        os.system("true")
-    if letter == "f":
-        bytearray(200 << 20)
-    if letter == "g":
-        (ROOT / "outside").write_text("")
-    if letter == "h":
-        eval("1 + 1")
-
-
+@pytest.mark.extra
 def test_findings(monkeypatch, tmp_path):
-    """The harness sees each thing that a reader must not do. In forked processes, since others would not have this reader."""
-    context = multiprocessing.get_context("fork")
-    monkeypatch.setattr(fuzz.multiprocessing, "get_context", lambda kind: context)
-    letters = b"_abcdefgh"
-    inputs = {f"0 bad {number}": bytes([letter]) for number, letter in enumerate(letters)}
-    monkeypatch.setattr(fuzz, "Random", str)
-    prepared = [b"_"], lambda random, seeds: inputs[random], misbehave
-    monkeypatch.setitem(READERS, "bad", Reader(1, 64, "input", lambda folder: prepared))
-    row = fuzz.fuzz("bad", seed=0, inputs=len(letters), keep=tmp_path)
+    """The harness sees each thing that a reader must not do."""
+    monkeypatch.setattr(fuzz, "_work", bad_reader.work)
+    monkeypatch.setitem(READERS, "bad", Reader(1, 64, "input", lambda folder: ([], None, None)))
+    row = fuzz.fuzz("bad", seed=0, inputs=len(LETTERS), keep=tmp_path)
     assert (row["accepted"], row["refused"], row["crashes"], row["hangs"], row["errors"]) == (1, 1, 1, 1, 5)
     found = {finding["number"]: finding["what"] for finding in row["findings"]}
     for number, words in enumerate(["KeyError: 'bare'", "ended: -6", "a second", "os.system", "memory", "writes", "code"], start=2):
         assert words in found[number]
-    assert sorted(path.read_bytes() for path in tmp_path.iterdir()) == [bytes([letter]) for letter in letters[2:]]
-    assert not (ROOT / "outside").exists()
+    assert sorted(path.read_bytes() for path in tmp_path.iterdir()) == [bytes([letter]) for letter in LETTERS[2:]]
+    assert not OUTSIDE.exists()
 
 
 def test_inputs_repeat():

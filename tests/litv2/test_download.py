@@ -240,6 +240,7 @@ def test_damaged_record(server, cache):
         fetch(server.url)
 
 
+@pytest.mark.extra
 def test_several_processes_download_once(server, cache):
     """As under torchrun, where every process asks for the weights."""
     code = f"from litv2.weights.download import fetch; print(fetch({server.url!r}).stat().st_size)"

@@ -64,6 +64,7 @@ def without_handles(samples: list) -> torch.Tensor:
     return torch.zeros(3)
 
 
+@pytest.mark.extra
 def test_a_worker_that_cannot_send_ends():
     """It would only print a traceback, and the loader would wait for ever; the time limit, with another error, is that of this test."""
     line = r"^the data-loading worker \d+ exited unexpectedly: often memory or file handles ran out"
