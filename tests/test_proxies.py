@@ -37,9 +37,9 @@ def test_intervals_and_verdicts():
 def test_claims():
     """Of the rows that were trained, the last epochs of the same seed are compared."""
     curves = {"LITv2": [{1: 10.0, 2: 50.0}, {1: 90.0, 2: 60.0}], "SRA": [{1: 80.0, 2: 45.0}, {1: 0.0, 2: 55.5}]}
-    curves["MSA"] = [{2: 51.0}, {2: 61.0}]
-    above, sra = proxies.claimed(curves)
-    assert above == "MSA above LITv2: seen (+1.0, +1.0 to +1.0)"
+    curves["ConvNeXt-T"] = [{2: 49.0}, {2: 59.0}]
+    sra, above = proxies.claimed(curves)
+    assert above == "ConvNeXt-T above LITv2: not seen (-1.0, -1.0 to -1.0)"
     assert sra.startswith("LITv2 above SRA: seen (+4.8, +1.6 to +7.9)")  # differences 5.0 and 4.5; Student's t is 12.7
 
 
@@ -65,7 +65,7 @@ def test_what_is_refused(tmp_path):
         proxies.reduced(tmp_path, tmp_path / "copy", 64)
     good = dict(seeds=[0, 1], img_size=48, width=16)
     for wrong, words in (
-        (dict(seeds=[3, 3]), "--seeds 3 3: an interval needs at least two"),
+        (dict(seeds=[0, 3, 3]), "--seeds 0 3 3: an interval needs at least two, and all different"),
         (dict(img_size=40), "--img-size 40: expected a multiple of 16"),
         (dict(width=12), "--width 12: expected a multiple of 8"),
     ):
