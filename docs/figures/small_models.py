@@ -50,6 +50,6 @@ def draw(theme: str) -> str:
         canvas.line((x(time), y(least)), (x(time), y(most)), colour=colour, width=2 if own else 1.5)
         canvas.circle(x(time), y(top1), 6 if own else 4.5, colour, "paper", 1)
         canvas.text(x(time) + 10, y(top1) + 4, name, 13 if own else 12, "hifi" if own else "ink", "start", bold=own)
-    canvas.text(WIDTH / 2, HEIGHT - 32, "ms for 8 images of 48 × 48 pixels, eager mode, one thread of an AMD EPYC with AVX-512", 12, "muted")
+    canvas.text(WIDTH / 2, HEIGHT - 32, "ms for 8 images of 48 × 48 pixels, eager, one thread of an AMD EPYC with AVX-512", 12, "muted")
     canvas.text(WIDTH / 2, HEIGHT - 13, "trained on 1000 photographs by a recipe that was chosen for LITv2", 12, "muted")
     return canvas.svg()
