@@ -7,6 +7,8 @@
 # make locks       renews locks/: every package that each requirements file leads to, with its version and hashes
 # make audit       looks for known vulnerabilities of the locked packages, where the data can be had
 # make sbom        writes output/sbom.json, what is installed in .venv, in CycloneDX's format
+# make paper    writes output/benchmarks/paper.md: the paper's tables and figures beside what is counted and measured here, in minutes;
+#               IMAGES=DIR, of the classes of examples/litv2_imagenette.safetensors, adds figure 5, and make mm before it detectors
 # make faults   kills trainings, fills their disks and takes their processes away, hundreds of times, and resumes them; gives damaged files
 #               to every reader; watches the memory of long runs: a night
 # All reuse what an earlier call has set up. PYTHON=... chooses the interpreter.
@@ -16,7 +18,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 DEMO := output/litv2_digits/default
 
-.PHONY: demo mm site test test-core faults operators checkpoint sanitize locks audit sbom
+.PHONY: demo mm site test test-core faults operators checkpoint sanitize locks audit sbom paper
 
 demo: .venv/ready
 	@$(BIN)/python -m litv2 build || echo "going on without the native operators: torch's own compute the same, more slowly"
@@ -65,6 +67,9 @@ audit: .venv/supply
 sbom: .venv/supply
 	mkdir -p output
 	$(BIN)/python -m cyclonedx_py environment --output-format JSON --output-file output/sbom.json
+
+paper: .venv/ready
+	$(BIN)/python -m benchmarks.paper --quick $(if $(IMAGES),--images "$(IMAGES)")
 
 faults: .venv/test .venv/mm
 	mkdir -p output

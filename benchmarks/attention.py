@@ -66,10 +66,23 @@ TOP1 = {0.0: 81.16, 0.2: 81.89, 0.4: 81.81, 0.5: 81.88, 0.7: 81.94, 0.9: 82.03, 
 
 
 def main() -> None:
+    args = arguments(sys.argv[1:])
+    rows = measured_rows(args)
+    what = "forward and backward" if args.training else "forward"
+    title = f"{what}, {args.dtype}, batch {args.batch_size}, dim {args.dim}, {args.heads} heads"
+    title += "" if args.over == "resolution" else f", {args.sides[0]} x {args.sides[0]} tokens"
+    about = {name: value for name, value in vars(args).items() if name not in ("out", "threads")}
+    draw = EXPERIMENTS[args.over][1] if args.modes else None
+    publish(rows, args.out, f"{title}, medians of {args.rounds} interleaved rounds", draw, **about)
+
+
+def arguments(words: list[str]) -> argparse.Namespace:
+    """Parses the flags of a command line, with each experiment's own defaults."""
     flags = parser(__doc__, "attention")
     flags.add_argument("--over", default="layers", choices=list(DEFAULTS), help="what to vary")
     flags.add_argument("--layers", nargs="+", choices=list(BUILD), metavar="NAME", help=f"of {'; '.join(BUILD)}")
-    flags.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=list(MODES))
+    modes = ["eager", "compiled"]
+    flags.add_argument("--modes", nargs="*", default=modes, choices=list(MODES), help="none: count only (default: eager compiled)")
     flags.add_argument("--training", action="store_true", help="time forward and backward instead of forward")
     flags.add_argument("--batch-size", type=positive, help="default: 64 for layers and alpha, else 1")
     flags.add_argument("--dim", type=positive)
@@ -80,7 +93,7 @@ def main() -> None:
     flags.add_argument("--limit", type=float, default=300, help="do not time calls of more GFLOPs than this (default: 300)")
     flags.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     flags.add_argument("--device", type=device_name, default="cpu")
-    args = flags.parse_args()
+    args = flags.parse_args(words)
     for name, value in DEFAULTS[args.over].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -88,20 +101,18 @@ def main() -> None:
         flags.error(f"--sides: --over {args.over} takes one side only")
     if "graph" in args.modes and (args.device == "cpu" or args.training):
         raise UserError("--modes graph: it needs a GPU, and has no backward pass here; choose eager or compiled")
+    if args.over != "layers" and str(args.out) == flags.get_default("out"):
+        args.out = args.out.with_name(f"attention_{args.over}")
+    return args
+
+
+def measured_rows(args: argparse.Namespace) -> list[dict]:
+    """Runs an experiment and returns the rows of its table."""
     torch.set_num_threads(args.threads)
     torch._inductor.config.freezing = args.device == "cpu" and not args.training
     torch._dynamo.config.recompile_limit = 256  # layers of one class are compiled one by one
-
-    if args.over != "layers" and str(args.out) == flags.get_default("out"):
-        args.out = args.out.with_name(f"attention_{args.over}")
-    experiment, draw = EXPERIMENTS[args.over]
     with torch.inference_mode(not args.training):
-        rows = experiment(args)
-    what = "forward and backward" if args.training else "forward"
-    title = f"{what}, {args.dtype}, batch {args.batch_size}, dim {args.dim}, {args.heads} heads"
-    title += "" if args.over == "resolution" else f", {args.sides[0]} x {args.sides[0]} tokens"
-    about = {name: value for name, value in vars(args).items() if name not in ("out", "threads")}
-    publish(rows, args.out, f"{title}, medians of {args.rounds} interleaved rounds", draw, **about)
+        return EXPERIMENTS[args.over][0](args)
 
 
 def over_layers(args: argparse.Namespace) -> list[dict]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from harness import COLOURS, figure
@@ -20,8 +21,8 @@ def _fastest(row: dict) -> str | None:
 SHADES = {"eager": 0.45, "compiled": 1.0}  # of bars
 
 
-def plot_layers(rows: list[dict], path: Path) -> None:
-    """Plots the measured images/s and HiLo's speedup, measured and published."""
+def plot_layers(rows: list[dict], path: Path, together: bool = True) -> None:
+    """Plots the measured images/s and HiLo's speedup, measured and published; measured in the fastest mode, or in each one apart."""
     rows = sorted((row for row in rows if _fastest(row)), key=lambda row: row[f"{_fastest(row)}_images_per_s"])
     hilo = next((row for row in rows if row["layer"] == "HiLo"), rows[-1])
     with figure(path, 2, (10, 0.32 * len(rows) + 1.2)) as (left, right):
@@ -38,8 +39,11 @@ def plot_layers(rows: list[dict], path: Path) -> None:
         left.grid(False, axis="y")
         left.legend(fontsize=8, loc="lower right")
 
+        measured = {"measured here": _fastest} if together else {f"measured here, {mode}": lambda row, mode=mode: mode for mode in modes}
         speeds = {
-            "measured here": ([row[f"{_fastest(row)}_images_per_s"] for row in rows], hilo[f"{_fastest(hilo)}_images_per_s"], "ours", "o"),
+            label: ([row[f"{mode(row)}_images_per_s"] for row in rows], hilo[f"{mode(hilo)}_images_per_s"], colour, marker)
+            for (label, mode), colour, marker in zip(measured.items(), ("ours", "third", "today"), "oDv")
+        } | {
             "published, CPU": ([row["published_CPU"] for row in rows], hilo["published_CPU"], "paper", "s"),
             "published, RTX 3090": ([row["published_RTX3090"] for row in rows], hilo["published_RTX3090"], "second", "^"),
         }
@@ -61,26 +65,39 @@ def plot_layers(rows: list[dict], path: Path) -> None:
 
 
 def plot_resolution(rows: list[dict], path: Path) -> None:
-    """Plots multiply-adds, speed and memory against the side of the map, as in the paper."""
+    """Plots multiply-adds, speed in the fastest mode and memory in the first against the side of the map."""
+    panels = {
+        "images/s in the fastest mode": lambda row: row[f"{_fastest(row)}_images_per_s"] if _fastest(row) else None,
+        "peak memory of a call, MiB": lambda row: row[f"{_modes(row)[0]}_MiB"],
+    }
+    _plot_over_side(rows, path, panels)
+
+
+def plot_modes(rows: list[dict], path: Path) -> None:
+    """Plots multiply-adds, and speed and memory of each mode, against the side of the map: figure 3 of the paper."""
+    panels = {f"images/s, {mode}": lambda row, mode=mode: row[f"{mode}_images_per_s"] for mode in _modes(rows[0])}
+    panels |= {f"peak memory, {mode}, MiB": lambda row, mode=mode: row[f"{mode}_MiB"] for mode in _modes(rows[0])}
+    _plot_over_side(rows, path, panels)
+
+
+def _plot_over_side(rows: list[dict], path: Path, panels: dict[str, Callable[[dict], float | None]]) -> None:
+    """A panel for the multiply-adds, and one for each of ``panels``: what its value is called, and the value of a row, None without one."""
+    panels = {"GFLOPs (multiply-adds)": lambda row: row["GFLOPs"]} | panels
     others = [("today", "-", "."), ("paper", "-", "s"), ("second", "-", "^"), ("third", "--", "v"), ("today", ":", "D")]
     names = list(dict.fromkeys(row["layer"] for row in rows))
     rivals = [name for name in names if not name.startswith("HiLo")]
-    with figure(path, 3, (12, 4)) as axes:
-        for name in names:
-            own = [row for row in rows if row["layer"] == name]
-            timed = [row for row in own if _fastest(row)]
-            colour, line, marker = others[rivals.index(name) % len(others)] if name in rivals else ("ours", "-", "o")
-            style = dict(color=COLOURS[colour], linestyle=line, marker=marker, markersize=4, linewidth=1.3)
-            if name not in rivals:
-                style = dict(
-                    color=COLOURS["ours"], linestyle="-" if name == "HiLo" else "--", marker="o", markersize=4, linewidth=2, zorder=3
-                )
-            axes[0].plot([row["side"] for row in own], [row["GFLOPs"] for row in own], label=name, **style)
-            axes[1].plot([row["side"] for row in timed], [row[f"{_fastest(row)}_images_per_s"] for row in timed], **style)
-            axes[2].plot([row["side"] for row in timed], [row[f"{_modes(row)[0]}_MiB"] for row in timed], **style)
-        for axis, label in zip(axes, ("GFLOPs (multiply-adds)", "images/s in the fastest mode", "peak memory of a call, MiB")):
+    sides = sorted({row["side"] for row in rows})
+    with figure(path, len(panels), (4 * len(panels), 4)) as drawn:
+        axes = [drawn] if len(panels) == 1 else drawn
+        for axis, (label, value) in zip(axes, panels.items()):
+            for name in names:
+                own = [row for row in rows if row["layer"] == name and value(row) is not None]
+                colour, line, marker = others[rivals.index(name) % len(others)] if name in rivals else ("ours", "-", "o")
+                style = dict(color=COLOURS[colour], linestyle=line, marker=marker, markersize=4, linewidth=1.3)
+                if name not in rivals:
+                    style |= dict(linestyle="-" if name == "HiLo" else "--", linewidth=2, zorder=3)
+                axis.plot([row["side"] for row in own], [value(row) for row in own], label=name, **style)
             axis.set_xscale("log", base=2)
-            sides = sorted({row["side"] for row in rows})
             axis.set_xticks(sides, [str(side) for side in sides], rotation=45)
             axis.minorticks_off()
             axis.set_yscale("log")

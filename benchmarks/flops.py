@@ -27,6 +27,7 @@ import sys
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -44,8 +45,12 @@ from litv2.weights.releases import ZOO, Release
 from mm_modules.DCN import DeformConv2dPack
 from mm_modules.dispatch import use
 
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
 TERMS = ("offsets", "norms", "biases", "pooling", "deformable")
 TASKS = ("classification", "detection", "segmentation")
+SIZES = dict(detection=(800, 1280), segmentation=(512, 512))  # height and width in pixels that the release counts at
 
 
 def main() -> None:
@@ -77,15 +82,15 @@ def row(entry: Release) -> dict:
         with torch.device("meta"):
             model = create_model(entry.name).eval()
         forward = model.to_empty(device="cpu")  # skips the initialisation, which takes longer than everything else
-        ours = model.flops(*size)
+        ours, attention = model.flops(*size), {}
     else:
         from litv2.openmmlab.build import build_model
-        from litv2.openmmlab.config import load_config
         from litv2.openmmlab.flops import CountedForward, count_flops
 
-        size, terms = ((800, 1280) if entry.task == "detection" else (512, 512)), dense_terms
-        model = build_model(load_config(ROOT / entry.task / "configs/litv2" / f"{entry.config}.py"))
-        ours = count_flops(model, *size)["published"]
+        size, terms = SIZES[entry.task], dense_terms
+        model = build_model(dense_config(entry))
+        counts = count_flops(model, *size)
+        ours, attention = counts["published"], products_of(counts)
         forward = CountedForward(model)
     torchs, products, sums = count(forward, size, terms)
     result = dict(model=entry.name, published_M=entry.parameters, parameters_M=round(sum(p.numel() for p in model.parameters()) / 1e6, 3))
@@ -93,7 +98,23 @@ def row(entry: Release) -> dict:
     result |= {term: round(sums[term] / 1e9, 3) for term in TERMS}
     unexplained = ours - torchs - sums.total()
     result |= {"unexplained_%": round(100 * unexplained / ours, 4), "published_%": round(100 * (float(entry.gflops) * 1e9 / ours - 1), 2)}
-    return result | dict(note=note(ours, products, entry.gflops))
+    return result | dict(note=note(ours, attention or products_by_window(products), entry.gflops))
+
+
+def dense_config(entry: Release) -> Config:
+    """The configuration of a released detector or segmenter.
+
+    Raises:
+        MissingPackage: OpenMMLab's packages are not installed.
+    """
+    from litv2.openmmlab.config import load_config
+
+    return load_config(ROOT / entry.task / "configs/litv2" / f"{entry.config}.py")
+
+
+def as_printed(value: float, printed: str) -> bool:
+    """Whether a figure has the printed digits. The release's were rounded twice: 62.4996 became 62.50, and then 63."""
+    return abs(round(value, 3) - float(printed)) <= 0.5 * 10 ** -len(printed.partition(".")[2])
 
 
 def count(forward: nn.Module, size: tuple[int, int], terms) -> tuple[int, Counter, Counter]:
@@ -161,17 +182,23 @@ def dense_terms(module: nn.Module, inputs: tuple, output) -> dict[str, int]:
     return {}
 
 
-def note(ours: int, products: Counter, published: str) -> str | None:
-    """Explains a published figure that is not ours rounded, if it is ours without some or all products in attention."""
-
-    def is_printed(amount: int) -> bool:  # figures were rounded twice: 62.4996 became 62.50, and then 63
-        return abs(round(amount / 1e9, 3) - float(published)) <= 0.5 * 10 ** -len(published.partition(".")[2])
-
-    if is_printed(ours):
-        return None
+def products_by_window(products: Counter) -> dict[str, int]:
+    """What ``note`` takes, from the multiply-adds in attention by HiLo's window."""
     windowed = sum(amount for window, amount in products.items() if window > 1)
-    for amount, what in ((products.total(), "attention's products"), (windowed, "the products of stage 3's attention")):
-        if is_printed(ours - amount):
+    return {"attention's products": products.total(), "the products of stage 3's attention": windowed}
+
+
+def products_of(counts: dict[str, int]) -> dict[str, int]:
+    """The same from ``count_flops``, which counts padded cells, though HiLo does not compute them."""
+    return {"attention's products": counts["products"]}
+
+
+def note(ours: int, products: dict[str, int], published: str) -> str | None:
+    """Explains a published figure that is not ours rounded, if it is ours without some or all products in attention."""
+    if as_printed(ours / 1e9, published):
+        return None
+    for what, amount in products.items():
+        if as_printed((ours - amount) / 1e9, published):
             return f"{(ours - amount) / 1e9:.3f} without {what} ({amount / 1e9:.3f})"
     return "not explained"
 

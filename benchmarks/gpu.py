@@ -7,10 +7,11 @@
 
 Stages, in this order: the machine and its ceilings; the deformable convolution's extension is built; the tests on a GPU; models are
 compiled, several at a time, and their bounds traced; models are timed in turns (LITv2 and rivals; eager, CUDA graph, compiled; float16 and
-bfloat16; batch 64 and 1) on the GPU's clock, batch 1 also as a caller waits for it; a profile; attention layers; HiLo's alpha; backends of
-the deformable convolution; training steps with their memory and synchronisations. Each is a process of its own with a deadline: one that
-fails or is stopped is recorded with the reason, and the others run. STEM.json is rewritten whenever there are new rows. ``share`` is of the
-bound (roofline.py) at the ceilings that this GPU was measured to have, ``predicted_ms`` an estimate (gpu_predictions.py).
+bfloat16; batch 64 and 1) on the GPU's clock, batch 1 also as a caller waits for it; a profile; attention layers; HiLo's alpha; the kernels
+beside compiled code; backends of the deformable convolution; training steps with their memory and synchronisations. Each is a process of
+its own with a deadline: one that fails or is stopped is recorded with the reason, and the others run. STEM.json is rewritten whenever there
+are new rows. ``share`` is of the bound (roofline.py) at the ceilings that this GPU was measured to have, ``predicted_ms`` an estimate
+(gpu_predictions.py).
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def stages(device: str, results: Path) -> list[Stage]:
         own("profile", 40),
         other("attention", 60, attention, "--layers HiLo MSA --batch-size 1"),
         other("alpha", 30, f"{attention} --over alpha", "--alphas 0.9 --batch-size 1"),
+        other("kernels", 60, f"kernels.py --batch-size 64 --dtype {dtypes['half']}", "--batch-size 1"),
         other("deform_conv", 40, "deform_conv.py --batch-size 64", "--batch-size 1"),
         other("training", 80, training, "--models litv2_small --batch-size 2 --img-size 64"),
     ]

@@ -35,7 +35,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from harness import COLOURS, ROOT, device_name, figure, non_negative, parser, percentiles, positive, publish, samples
 from litv2.errors import MissingPackage, UserError, run_program
 from litv2.export.images import photographs
-from training_step import PRECISIONS, random_batch, training_step
+from training_step import PRECISIONS, known_model, random_batch, training_step
 
 # Modules of the trainer, which the harness makes importable.
 # isort: split
@@ -71,7 +71,8 @@ def main() -> None:
         loaders = {(source, workers): loader(Path(folder), source, workers, args) for source in args.sources for workers in args.workers}
         functions: dict[object, Callable[[], object]] = {key: partial(run_through, batches) for key, batches in loaders.items()}
         if args.consumed is None:
-            step = training_step("litv2_small", random_batch(args.batch_size, args.img_size), distributed.pick_device(args.device))
+            batch = random_batch(args.batch_size, args.img_size)
+            step = training_step(known_model("litv2_small"), batch, distributed.pick_device(args.device))
             functions["training"] = partial(step, PRECISIONS[args.dtype])
         seconds = samples(functions, args.rounds, args.warm_up)
     consumed = args.consumed or args.batch_size / statistics.median(seconds["training"])

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from harness import ROOT, parser, positive, publish, say
+from litv2.commands.predict import use_fastest
 from litv2.errors import UserError, run_program
 from litv2.explain.subjects import Classifier
 from litv2.image_batches import batches, usual_workers
@@ -34,11 +35,14 @@ def main() -> None:
     flags.add_argument("--data-path", type=Path, required=True, metavar="DIR", help="images, also in subfolders")
     flags.add_argument("--images", type=positive, nargs="+", default=[500, 2000], metavar="N", help="default: 500 2000")
     flags.add_argument("--batch-size", type=positive, default=32)
+    flags.add_argument("--fast", action="store_true", help="as of predict; the model alone is then in that form, too")
     args = flags.parse_args()
     if len(set(args.images)) < 2:
         raise UserError(f"--images {args.images}: expected two sizes or more, since the start of the command does not count")
     sources = image_list([args.data_path])
     classifier = Classifier(args.checkpoint)
+    if args.fast:
+        use_fastest(classifier, args.batch_size)
     measured: dict[int, tuple[float, float, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for count in sorted(args.images):
@@ -64,7 +68,7 @@ def main() -> None:
 def command(images: Path, args: argparse.Namespace) -> tuple[float, float]:
     """Runs it, and returns its seconds and its highest resident memory in MiB."""
     line = [sys.executable, "-m", "litv2", "predict", str(images), "--checkpoint", args.checkpoint, "--device", "cpu"]
-    line += ["--batch-size", str(args.batch_size), "--csv", str(images.with_suffix(".csv"))]
+    line += ["--batch-size", str(args.batch_size), *(["--fast"] if args.fast else []), "--csv", str(images.with_suffix(".csv"))]
     start = time.perf_counter()
     process = subprocess.Popen(line, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

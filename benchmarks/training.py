@@ -47,7 +47,7 @@ from harness import (
 )
 from litv2.errors import UserError, run_program
 from models import CANDIDATES
-from training_step import KNOWN, PRECISIONS, random_batch, training_step
+from training_step import KNOWN, PRECISIONS, known_model, random_batch, training_step
 
 # Modules of the trainer, which the harness makes importable.
 # isort: split
@@ -113,7 +113,7 @@ def run(rank: int, processes: int, args: argparse.Namespace) -> list[dict]:
     for name in args.models:
         for checkpointing in args.grad_checkpointing if name.startswith("litv2") else ["off"]:
             for mode in args.modes:
-                step = training_step(name, batch, device, mode == "compiled", checkpointing == "on")
+                step = training_step(known_model(name, checkpointing == "on"), batch, device, mode == "compiled")
                 steps |= {(KNOWN[name].name, mode, dtype, checkpointing): partial(step, PRECISIONS[dtype]) for dtype in args.dtypes}
     if rank == 0:
         say(f"{processes} process(es): {args.warm_up} + {args.rounds} rounds of {len(steps)} steps; each is compiled in its first")
@@ -123,7 +123,6 @@ def run(rank: int, processes: int, args: argparse.Namespace) -> list[dict]:
         for case, step in steps.items()
     }
     return [row(case, processes, threads, values, args.batch_size) | facts[case] for case, values in seconds.items()]
-
 
 
 def row(case: Case, processes: int, threads: int, seconds: list[float], batch_size: int) -> dict:

@@ -17,6 +17,7 @@ from models import CANDIDATES
 import distributed
 import engine
 from data.dataset import Batch
+from litv2 import LITv2
 from litv2.unreadable import BadFiles
 from precision import Precision
 
@@ -29,16 +30,20 @@ def random_batch(size: int, img_size: int, classes: int = 1000) -> Batch:
     return Batch(images, torch.randint(classes, (size,)), [], [])
 
 
-def training_step(
-    name: str, batch: Batch, device: torch.device, compiled: bool = False, checkpointing: bool = False
-) -> Callable[[str], None]:
-    """Returns a function that runs one training step of a model on a batch, in the precision passed to it."""
-    model = timm.create_model(name, drop_path_rate=0.2, **dict(KNOWN[name].options)).to(device, memory_format=torch.channels_last)
+def known_model(name: str, checkpointing: bool = False) -> nn.Module:
+    """One of ``KNOWN``, with drop path."""
+    model = timm.create_model(name, drop_path_rate=0.2, **dict(KNOWN[name].options))
     if checkpointing:
         model.set_grad_checkpointing()
+    return model
+
+
+def training_step(model: nn.Module, batch: Batch, device: torch.device, compiled: bool = False) -> Callable[[str], None]:
+    """Returns a function that runs one training step of a model on a batch, in the precision passed to it."""
+    model = model.train().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
     scheduler = CosineLRScheduler(optimizer, t_initial=1000, t_in_epochs=False)
-    ours = name.startswith("litv2")
+    ours = isinstance(model, LITv2)
     runner = distributed.parallel(model, device, compiled and ours)
     if compiled and not ours:
         runner = torch.compile(runner)  # with the defaults: COMPILE_OPTIONS are for LITv2

@@ -50,7 +50,7 @@ _C.DATA.MAX_BAD_FILES = 10  # unreadable images that are logged and skipped; one
 
 _C.MODEL = CN()
 _C.MODEL.NAME = "litv2_small"  # names the output folder
-_C.MODEL.TASK = "single"  # classes of an image: single = one | multi = any number, needs DATA.DATASET csv
+_C.MODEL.TASK = "single"  # classes of an image: single = one | multi = any number, needs DATA.DATASET csv or folder
 _C.MODEL.NUM_CLASSES = -1  # -1 = from the training data; a number is checked against the data
 _C.MODEL.DROP_RATE = 0.0  # dropout rate of projections and head
 _C.MODEL.DROP_PATH_RATE = 0.2  # stochastic depth of the last block
@@ -362,8 +362,8 @@ def _check(config: CN) -> None:
     if config.MODEL.NUM_CLASSES != -1 and config.MODEL.NUM_CLASSES < 1:
         raise ConfigError(f"MODEL.NUM_CLASSES must be -1 (from the data) or at least 1, got {config.MODEL.NUM_CLASSES}")
     table = config.DATA.DATASET == "csv" and not config.DATA.ZIP_MODE
-    if config.MODEL.TASK == "multi" and not table:
-        raise ConfigError("MODEL.TASK multi needs DATA.DATASET csv, whose tables can give an image several classes")
+    if config.MODEL.TASK == "multi" and not (table or config.DATA.DATASET in FOLDERS and not config.DATA.ZIP_MODE):
+        raise ConfigError("MODEL.TASK multi needs DATA.DATASET csv or folder, which can give an image several classes")
     if config.MODEL.TASK == "multi" and (config.TEST.VIEWS != _C.TEST.VIEWS or config.TEST.CORRUPTIONS or config.TEST.PREDICTIONS != "csv"):
         raise ConfigError("TEST.VIEWS, TEST.CORRUPTIONS and TEST.PREDICTIONS parquet are for MODEL.TASK single only")
     if config.DATA.CLASSES and not table:
@@ -408,6 +408,8 @@ def _check_evaluation(config: CN) -> None:
     """Of --eval, what it needs besides the model; packages too, since it would take them only after minutes."""
     if config.DATA.CLASS_MAP and not (config.EVAL_MODE and config.DATA.DATASET in FOLDERS and not config.DATA.ZIP_MODE):
         raise ConfigError(f"DATA.CLASS_MAP is for --eval on folders (DATA.DATASET {', '.join(FOLDERS)})")
+    if config.DATA.CLASS_MAP and config.MODEL.TASK == "multi":
+        raise ConfigError("DATA.CLASS_MAP is for MODEL.TASK single only")
     views = config.TEST.VIEWS
     if not views.SCALES or min(views.SCALES) <= 0 or len(set(views.SCALES)) < len(views.SCALES):
         raise ConfigError(f"TEST.VIEWS.SCALES must be different factors above 0, got {views.SCALES}")

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from litv2 import mean_precision
 from litv2.errors import UserError
-
-SAMPLES = 1000  # from which an interval is computed,
-PARTS = 20  # one part after the other, to save memory
 
 
 def figures(targets: np.ndarray, logits: np.ndarray) -> dict[str, float]:
@@ -74,7 +72,7 @@ def best_thresholds(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """
     found = np.full(targets.shape[1], 0.5)
     for i in np.flatnonzero(targets.any(axis=0)):
-        order, ends = _ranking(scores[:, i])
+        order, ends = mean_precision.ranking(scores[:, i])
         hits = np.cumsum(targets[order, i])[ends]
         f1 = 2 * hits / (ends + 1 + hits[-1])  # 2 TP / (predicted + true)
         levels = np.append(scores[order, i][ends].astype(np.float64), 0)
@@ -84,21 +82,8 @@ def best_thresholds(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 def map_interval(targets: np.ndarray, logits: np.ndarray) -> list[float]:
-    """Returns the ends of the 95 % interval of the mean average precision in percent, of a bootstrap over images.
-
-    An image that is drawn twice raises the precision of its classes, so the samples are too good in the mean, for few images by far
-    more than the interval's width. They are shifted so that their mean is the measured value. A class that a sample does not have is
-    left out of its mean.
-    """
-    count = len(targets)
-    rng, all_of_them = np.random.default_rng(0), np.ones((1, count))
-    measured = _mean([average_precision(target, score, all_of_them) for target, score in zip(targets.T, logits.T)])
-    samples = []
-    for part in np.array_split(np.arange(SAMPLES), PARTS):
-        weights = rng.multinomial(count, np.full(count, 1 / count), size=len(part))
-        samples.append(_mean([average_precision(target, score, weights) for target, score in zip(targets.T, logits.T)]))
-    means = np.concatenate(samples)
-    return _interval(means - means.mean() + measured)
+    """Returns the ends of the 95 % interval of the mean average precision in percent, of a bootstrap over images."""
+    return mean_precision.interval(mean_precision.resampled(targets, logits)[1])
 
 
 def chance_interval(targets: np.ndarray, logits: np.ndarray) -> list[float]:
@@ -109,28 +94,11 @@ def chance_interval(targets: np.ndarray, logits: np.ndarray) -> list[float]:
     count = len(targets)
     rng, all_of_them = np.random.default_rng(0), np.ones((1, count))
     samples = []
-    for part in np.array_split(np.arange(SAMPLES), PARTS):
+    for part in np.array_split(np.arange(mean_precision.SAMPLES), mean_precision.PARTS):
         orders = rng.permuted(np.tile(np.arange(count), (len(part), 1)), axis=1)
-        samples.append(_mean([average_precision(target[orders], score, all_of_them) for target, score in zip(targets.T, logits.T)]))
-    return _interval(np.concatenate(samples))
-
-
-def average_precision(target: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Returns the average precision (B,) of a class, as scikit-learn defines it, for B targets or B weightings of the images.
-
-    Args:
-        target: (N,) or (B, N), 0 or 1.
-        score: (N,).
-        weights: (B, N) or (1, N), how often each image counts.
-
-    Returns:
-        NaN where no image with a weight has the class.
-    """
-    order, ends = _ranking(score)
-    seen = np.cumsum(weights[:, order], axis=1)[:, ends]
-    hits = np.cumsum(weights[:, order] * target[..., order], axis=1)[:, ends]
-    with np.errstate(invalid="ignore"):
-        return (np.diff(hits, axis=1, prepend=0) * hits / np.maximum(seen, 1)).sum(axis=1) / hits[:, -1]
+        precisions = [mean_precision.average_precision(target[orders], score, all_of_them) for target, score in zip(targets.T, logits.T)]
+        samples.append(mean_precision.mean_over_classes(precisions))
+    return mean_precision.interval(np.concatenate(samples))
 
 
 def chance(targets: np.ndarray) -> np.ndarray:
@@ -143,25 +111,7 @@ def chance(targets: np.ndarray) -> np.ndarray:
     return first + (positives - 1) / max(count - 1, 1) * (1 - first)
 
 
-def _mean(precisions: list[np.ndarray]) -> np.ndarray:
-    """Returns the mean (B,) over classes, without those that are NaN."""
-    values = np.stack(precisions)
-    known = ~np.isnan(values)
-    return np.where(known, values, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
-
-
-def _interval(means: np.ndarray) -> list[float]:
-    """Returns the middle 95 % in percent; a shifted bootstrap may reach beyond 0 and 100."""
-    return [round(100 * float(value), 3) for value in np.percentile(means, [2.5, 97.5]).clip(0, 1)]
-
-
 def probabilities(logits: np.ndarray) -> np.ndarray:
     from scipy.special import expit
 
     return expit(logits.astype(np.float64))
-
-
-def _ranking(score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the order of the images, the highest score first, and the last place of each score in it."""
-    order = np.argsort(-score, kind="stable")
-    return order, np.flatnonzero(np.append(np.diff(score[order]) != 0, True))

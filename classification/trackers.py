@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import random
 import signal
 import time
@@ -26,6 +27,8 @@ from litv2.files import atomic_write
 
 IDS = "trackers.json"  # in the run's folder: the id of the run in each tracker, with which a resumed run goes on there
 PARAMETERS = 100  # that MLflow takes at once
+# While a server does not answer, the training waits: by MLflow's own defaults for four minutes, for one that hangs far longer.
+MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class MLflow(Tracker):
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
+        for name, value in MLFLOW_PATIENCE.items():
+            os.environ.setdefault(name, value)
         self.client = MlflowClient()
         if id is not None:
             self.client.update_run(id, status="RUNNING")

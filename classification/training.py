@@ -27,7 +27,7 @@ import engine
 from balance import build_weighted_loss
 from config import to_dict
 from data import build_mixup
-from data.dataset import ImageDataset, StreamingDataset
+from data.dataset import ImageDataset, StreamingDataset, seeded
 from data.loader import Loaders
 from distillation import build_distillation
 from freezing import Freezing
@@ -212,11 +212,12 @@ class Training:
 
     def _evaluate(self) -> dict:
         distributed.broadcast_buffers(self.evaluated_model)
-        return engine.evaluate(
-            self.evaluated_model, self.loaders.val, self.step.precision,
-            expected=self.loaders.val_size, bad_files=self.bad_files, log=self.log.info, stop=self.stop, keep=self.seen,
-            multi_label=self.config.MODEL.TASK == "multi",
-        )  # fmt: skip
+        with seeded(self.config.SEED):  # packages that it imports draw random numbers, in a resumed run once more
+            return engine.evaluate(
+                self.evaluated_model, self.loaders.val, self.step.precision,
+                expected=self.loaders.val_size, bad_files=self.bad_files, log=self.log.info, stop=self.stop, keep=self.seen,
+                multi_label=self.config.MODEL.TASK == "multi",
+            )  # fmt: skip
 
     def _finish(self) -> None:
         """Draws the pictures, writes the report and logs the summary."""

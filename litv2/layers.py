@@ -140,10 +140,8 @@ class Block(nn.Module):
 
     @ops.block(parts=(HiLo, DropPath, Mlp, DepthwiseConv))
     def forward(self, x: Tensor) -> Tensor:
-        B, H, W, C = x.shape
         if self.attn is not None:
-            y = self.attn(self.norm1(x).reshape(B, H * W, C), H, W)
-            x = x + self.drop_path(y.reshape(B, H, W, C))
+            x = x + self.drop_path(ops.attention(self.norm1(x), self.attn))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def flops(self, H: int, W: int) -> int:
@@ -165,7 +163,7 @@ class DeformableTokenMerging(nn.Module):
         self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return channels_last(self.act(self.norm_layer(self.dconv(channels_first(x)))))
+        return ops.token_merging(x, self)
 
     def flops(self, H: int, W: int) -> int:
         """Counts as the release does: 12 offset channels, although the layer has 8 (2 per tap), and no interpolation."""

@@ -3,8 +3,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 import torch
+
+from mm_modules import build
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -16,3 +23,12 @@ def on_gpu(test):
     for mark in needs_gpu:
         test = mark(test)
     return test
+
+
+def cuobjdump() -> str | None:
+    """cuobjdump of the CUDA toolkit, or the one that comes with Triton."""
+    compiler, triton = build.nvcc(), find_spec("triton")
+    folders = [compiler.parent] if compiler else []
+    if triton is not None and triton.origin is not None:
+        folders.append(Path(triton.origin).parent / "backends/nvidia/bin")
+    return shutil.which("cuobjdump", path=os.pathsep.join(map(str, folders)))

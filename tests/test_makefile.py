@@ -78,6 +78,7 @@ CALLS = {
 LOCKED = ("requirements", *(f"requirements-{name}" for name in ("export", "explain", "examples", "track", "test", "supply", "mm")))
 CALLS |= {
     "make sanitize": ["-m venv .venv", "-m tests.sanitizers"],
+    "make paper": ["-m venv .venv", "-m benchmarks.paper --quick"],
     "make locks": ["-m venv .venv"],  # and those of test_locks
     "make audit": ["-m venv .venv", "scripts/audit.py locks/*.txt"],
     "make sbom": ["-m venv .venv", "-m cyclonedx_py environment --output-format JSON --output-file output/sbom.json"],
@@ -148,6 +149,12 @@ def test_locks(project):
     status, calls, output = project.make("locks")
     assert status == 0, output
     assert [call.split("--output-file ")[1] for call in calls if "uv pip compile" in call] == [f"locks/{name}.txt" for name in LOCKED]
+
+
+def test_paper_with_images(project):
+    """Whose folder has a space in its name."""
+    status, calls, output = project.make("paper", "IMAGES=my images")
+    assert status == 0 and calls[-1] == "-m benchmarks.paper --quick --images my images", output
 
 
 @pytest.mark.parametrize("command", documented("docs/explain.md", r"make site CHECKPOINT=FILE"), ids=str)

@@ -9,6 +9,7 @@ have no indices; ``loader.py`` reads them directly.
 
 from __future__ import annotations
 
+import filecmp
 import io
 import os
 import re
@@ -91,6 +92,8 @@ def open_sources(config: CfgNode) -> tuple[ListSource, ListSource]:
         )
     if max(target for _, target in val.samples) >= len(train.class_names):
         raise DataError(f"validation has class numbers of {len(train.class_names)} or more, but training has fewer classes")
+    if config.MODEL.TASK == "multi":
+        return _by_name(config, data.TRAIN_SPLIT, train), _by_name(config, data.VAL_SPLIT, val)
     return train, val
 
 
@@ -120,6 +123,26 @@ def _folder(config: CfgNode, split: str, class_names: list[str] | None = None) -
     numbers = _number_classes(found, class_names, root)
     samples = make_dataset(str(root), numbers, extensions=IMG_EXTENSIONS, allow_empty=class_names is not None)
     return ListSource(samples, class_names or found, partial(open, mode="rb"))
+
+
+def _by_name(config: CfgNode, split: str, source: ListSource) -> ListSource:
+    """Returns the images of folders with vectors as targets: files of one name below several class folders are one image of all of these
+    classes.
+
+    Raises:
+        DataError: the contents of two of them differ.
+    """
+    root = _data_path(config) / split
+    paths: dict[Path, str] = {}  # of the first file, by its name below the class folder
+    targets: dict[Path, np.ndarray] = {}
+    for path, number in source.samples:
+        name = Path(*Path(path).relative_to(root).parts[1:])
+        first = paths.setdefault(name, path)
+        if not (os.path.samefile(first, path) or filecmp.cmp(first, path, shallow=False)):
+            raise DataError(f"{first} and {path} have one name, but are different images; with MODEL.TASK multi, files of one name are one "
+                            "image of several classes: rename one of them")  # fmt: skip
+        targets.setdefault(name, np.zeros(len(source.class_names), dtype=np.float32))[number] = 1
+    return ListSource([(path, targets[name]) for name, path in paths.items()], source.class_names, source._read)
 
 
 def _number_classes(found: list[str], class_names: list[str] | None, where: Path) -> dict[str, int]:

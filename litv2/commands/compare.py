@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name}:")
         print_table([tuple(map(_short, row)) for row in shown])
         print(f"... and {len(rows) - len(shown)} more\n" if len(shown) < len(rows) else "")
-    save_curves(args.out / "curves.png", curves(runs), xlabel="epoch", units={"Top-1 accuracy": "%"})
+    save_curves(args.out / "curves.png", curves(runs), xlabel="epoch", units={"Top-1 accuracy": "%", "mAP": "%"})
     print(f"-> {args.out / 'curves.png'}, and these tables as {args.out / '*.csv'}")
     print_notes([f"{run.folder} has no metrics.jsonl: there is no curve of it" for run in runs if not run.metrics])
     print_notes([f"{run.folder} has no config.yaml: its settings are unknown" for run in runs if not run.settings])

@@ -12,12 +12,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from ..layers import Block
-from ..ops import OPERATORS, native
+from ..layers import Block, DeformableTokenMerging
+from ..ops import OPERATORS, native, triton
 from . import print_table
 
-PACKAGES = ("torchvision", "timm", "onnxruntime", "openvino", "executorch", "onedl-mmcv", "onedl-mmdetection", "onedl-mmsegmentation")
-VARIABLES = ("LITV2_OPS", "LITV2_NATIVE", "LITV2_NATIVE_KERNELS", "LITV2_DCN_BACKEND", "LITV2_DCN_CUDA")
+PACKAGES = "torchvision timm onnxruntime openvino executorch onedl-mmcv onedl-mmdetection onedl-mmsegmentation triton".split()
+VARIABLES = ("LITV2_OPS", "LITV2_NATIVE", "LITV2_NATIVE_KERNELS", "LITV2_TRITON", "LITV2_DCN_BACKEND", "LITV2_DCN_CUDA")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +53,7 @@ def _machine() -> Iterator[tuple[str, str]]:
             yield f"cuda:{i}", f"{properties.name}, compute capability {capability}, {properties.total_memory / 2**30:.0f} GiB"
     else:
         yield "cuda", "none"
+    yield "triton kernels", triton.problem or "available, for CUDA"
     for package in PACKAGES:
         try:
             yield package, version(package)
@@ -74,5 +75,10 @@ def _cases() -> Iterator[tuple[str, str, tuple, AbstractContextManager]]:
             yield "block", f"training, {where}", (block, tokens), nullcontext()
             inference = Block(384, 12, 2, 0.9).to(device, dtype).eval()
             yield "block", f"inference, {where}", (inference, tokens), torch.no_grad()
+            yield "attention", f"training, {where}", (tokens, block.attn), nullcontext()
+            qkv, bias = tokens.new_zeros(8, 14, 14, 3 * block.attn.h_dim), block.attn.h_qkv.bias
+            yield "window_attention", where, (qkv, bias, 2, block.attn.h_heads, block.attn.scale), nullcontext()
+            merging = DeformableTokenMerging(384, 768).to(device, dtype).eval()
+            yield "token_merging", f"inference, {where}", (tokens, merging), torch.no_grad()
             yield "depthwise_gelu", where, (hidden, block.mlp.dwconv.dwconv), nullcontext()
             yield "deform_conv2d", where, (image, offset, weight, None, (2, 2), (0, 0), (1, 1), None), nullcontext()

@@ -17,7 +17,9 @@ from ..failures import in_one_line
 from ..image_batches import batches, usual_workers
 from . import print_notes
 
-__all__ = ["add_classifier", "add_loading", "check_target", "load_classifier", "over_images", "report_unreadable", "shortened"]
+__all__ = [
+    "add_classifier", "add_loading", "check_loading", "check_target", "load_classifier", "over_images", "report_unreadable", "shortened",
+]  # fmt: skip
 
 
 def add_classifier(parser: argparse._ActionsContainer, required: bool = True, otherwise: str = "") -> None:
@@ -33,6 +35,14 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes that read images, 0 for none; default: one per core up to 8, none for one batch"
     )
+
+
+def check_loading(args: argparse.Namespace) -> None:
+    """Raises UserError if --batch-size or --workers is wrong."""
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}: expected at least 1")
+    if args.workers is not None and args.workers < 0:
+        raise UserError(f"--workers {args.workers}: expected at least 0")
 
 
 def load_classifier(args: argparse.Namespace) -> Classifier:
@@ -69,10 +79,7 @@ def over_images(
     """
     from tqdm import tqdm
 
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}: expected at least 1")
-    if args.workers is not None and args.workers < 0:
-        raise UserError(f"--workers {args.workers}: expected at least 0")
+    check_loading(args)
     workers = usual_workers(len(paths), args.batch_size) if args.workers is None else args.workers
     with in_one_line(), tqdm(total=len(paths), unit=" images", leave=False, disable=None if progress else True) as bar:
         for readable, images in batches(paths, classifier.transform, args.batch_size, workers, unreadable):

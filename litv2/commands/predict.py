@@ -12,16 +12,22 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..errors import UserError, printable
 from ..files import atomic_write, free_stem
 from ..image_list import image_list
+from ..inference.fastest import optimize, why_not
 from ..preprocess import read_image
-from . import or_small
-from .images import add_classifier, add_loading, check_target, load_classifier, over_images, report_unreadable, shortened
+from . import or_small, print_notes
+from .images import add_classifier, add_loading, check_loading, check_target, load_classifier, over_images, report_unreadable, shortened
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ..explain.subjects import Classifier
+
+FORMS = "native", "graph", "fused"  # of litv2.optimize: those that are built in seconds
 Best = list[tuple[str, float]]  # classes and their shares, the most likely first
 Write = Callable[[Path, Best], None]
 
@@ -32,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_classifier(parser, required=False, otherwise="; default: the small one of examples/")
     add_loading(parser)
+    parser.add_argument("--fast", action="store_true", help="compute with the fastest form of the model that needs no compilation")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="classes per image; default: %(default)s")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write a table with the columns image, class1, share1, class2, ...")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write JSON lines: a JSON object per image")
@@ -48,8 +55,11 @@ def run(args: argparse.Namespace) -> int:
     if args.csv is not None and args.csv == args.json:
         raise UserError(f"--csv and --json are both {args.csv}; expected two files")
     paths = image_list(args.images)
+    check_loading(args)
     args.checkpoint = or_small(args.checkpoint)
     classifier = load_classifier(args)
+    if args.fast:
+        use_fastest(classifier, min(args.batch_size, len(paths)))
     top = min(args.top, len(classifier.names))
     unreadable: list[str] = []
     with ExitStack() as files:
@@ -70,6 +80,17 @@ def run(args: argparse.Namespace) -> int:
     for table in filter(None, (args.csv, args.json)):
         print(f"{len(paths) - len(unreadable)} images -> {table}")
     return report_unreadable(unreadable, len(paths))
+
+
+def use_fastest(classifier: Classifier, batch: int) -> None:
+    """Has the fastest form of ``FORMS`` for so many images at once compute the predictions."""
+    side, channels = classifier.size, classifier.network.in_chans
+    example = torch.randn(batch, channels, side, side, generator=torch.Generator().manual_seed(0)).to(classifier.device)
+    forms = [form for form in FORMS if not why_not(form, example)]
+    fast = optimize(classifier.network, example, forms=forms, report=None)
+    error, gain = fast.errors[fast.form], fast.seconds["plain"] / fast.seconds[fast.form]
+    print_notes([f"--fast: the form {fast.form} is {gain:.1f} times as fast as the model; its error is {error:.0e} of the largest output"])
+    classifier.model = fast
 
 
 @contextmanager

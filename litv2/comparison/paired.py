@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two classifiers on the same images: an exact test of their difference and its interval."""
+"""Two classifiers on the same images: their difference, its interval, and for one class per image an exact test of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Paired", "compare_paired", "holm"]
+from ..mean_precision import interval, resampled
+
+__all__ = ["Paired", "compare_mean_precision", "compare_paired", "holm"]
 
 NORMAL_95 = 1.959963984540054  # standard deviations
 
@@ -48,6 +50,20 @@ def compare_paired(first: np.ndarray, second: np.ndarray) -> Paired:
     middle, error = change / n, math.sqrt(discordant + 1 - change**2 / n) / n
     low, high = 100 * (middle - NORMAL_95 * error), 100 * (middle + NORMAL_95 * error)
     return Paired(only_first, only_second, 100 * change / len(first), low, high, p)
+
+
+def compare_mean_precision(targets: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
+    """Returns the mean average precision of the second minus that of the first in per cent, and the ends of its 95 % interval.
+
+    The interval is a bootstrap over images: each sample has the same images for both.
+
+    Args:
+        targets: (N, classes), 0 or 1.
+        first, second: (N, classes), scores of the same images.
+    """
+    (before, samples_before), (after, samples_after) = (resampled(targets, scores) for scores in (first, second))
+    low, high = interval(samples_after - samples_before, least=-1.0)
+    return 100 * (after - before), low, high
 
 
 def holm(p: Sequence[float]) -> list[float]:

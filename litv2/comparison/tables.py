@@ -7,8 +7,8 @@ import os
 from collections.abc import Sequence
 
 from ..curves import Curve
-from .paired import compare_paired, holm
-from .runs import Run
+from .paired import compare_mean_precision, compare_paired, holm
+from .runs import PRECISION, RECALL, Run
 
 __all__ = ["class_table", "curves", "figure_table", "paired_table", "setting_table", "short_names"]
 
@@ -32,10 +32,15 @@ def figure_table(runs: Sequence[Run]) -> Table:
 
 
 def paired_table(runs: Sequence[Run]) -> Table:
-    """Each run against the first on the same images. With more than two runs, p is also adjusted for their number."""
+    """Each run against the first on the same images. With more than two runs, p is also adjusted for their number; where images have any
+    number of classes there is none."""
     first, *others = short_names(runs)
+    if runs[0].several:
+        differences = [compare_mean_precision(runs[0].targets, runs[0].scores, run.scores) for run in runs[1:]]
+        rows: Table = [["run", "against", "difference of mAP in %", "low", "high"]]
+        return rows + [[name, first, *difference] for name, difference in zip(others, differences)]
     tests = [compare_paired(runs[0].right, run.right) for run in runs[1:]]
-    rows: Table = [["run", "against", "only it is right", "only the other", "difference in %", "low", "high", "p (McNemar)", "p (Holm)"]]
+    rows = [["run", "against", "only it is right", "only the other", "difference in %", "low", "high", "p (McNemar)", "p (Holm)"]]
     for name, test, adjusted in zip(others, tests, holm([test.p for test in tests])):
         rows.append([name, first, test.only_second, test.only_first, test.difference, test.low, test.high, test.p, adjusted])
     return rows
@@ -50,17 +55,21 @@ def setting_table(runs: Sequence[Run]) -> Table:
 
 
 def class_table(runs: Sequence[Run]) -> Table:
-    """The recall of each class in each run in per cent, and how much it differs from the first run's at most; the largest first."""
+    """The recall of each class in each run in per cent, or its average precision where images have any number of classes, and how much it
+    differs from the first run's at most; the largest first. A class that no image has is left out."""
+    measure = PRECISION if runs[0].several else RECALL
     rows: Table = []
     for name, row in runs[0].classes.items():
-        recalls = [100 * float(run.classes[name]["recall"]) for run in runs]
-        rows.append([name, int(row["images"]), *recalls, max((recall - recalls[0] for recall in recalls[1:]), key=abs)])
-    return [["class", "images", *short_names(runs), "difference"], *sorted(rows, key=lambda row: -abs(row[-1]))]
+        if row[measure]:
+            values = [100 * float(run.classes[name][measure]) for run in runs]
+            rows.append([name, int(row["images"]), *values, max((value - values[0] for value in values[1:]), key=abs)])
+    return [["class", "images", *short_names(runs), f"difference of {measure}"], *sorted(rows, key=lambda row: -abs(row[-1]))]
 
 
 def curves(runs: Sequence[Run]) -> dict[str, list[Curve]]:
     """Panels of curves over epochs, each with one of every run that has metrics."""
-    panels: dict[str, list[Curve]] = {"Training loss": [], "Validation loss": [], "Top-1 accuracy": []}
+    accuracy, key_of_it = ("mAP", "map") if runs[0].several else ("Top-1 accuracy", "top1")
+    panels: dict[str, list[Curve]] = {"Training loss": [], "Validation loss": [], accuracy: []}
     for name, run in zip(short_names(runs), runs):
         val = [row for row in run.metrics if row.get("kind") == "val"]
         if not val:
@@ -68,6 +77,6 @@ def curves(runs: Sequence[Run]) -> dict[str, list[Curve]]:
         per_epoch = val[-1]["update"] / val[-1]["epoch"]
         train = [row for row in run.metrics if row.get("kind") == "train"]
         panels["Training loss"].append(Curve([row["update"] / per_epoch for row in train], [row["loss"] for row in train], name, width=1))
-        for title, key in (("Validation loss", "loss"), ("Top-1 accuracy", "top1")):
+        for title, key in (("Validation loss", "loss"), (accuracy, key_of_it)):
             panels[title].append(Curve([row["epoch"] for row in val], [row[key] for row in val], name, marker="."))
     return panels

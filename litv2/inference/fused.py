@@ -23,6 +23,7 @@ from mm_modules.torch_state import is_exporting
 
 from ..layers import Block, DeformableTokenMerging
 from ..model import LITv2
+from ..ops import whole_windows, window_attention
 from ..ops.folding import inference_copy, is_plain, merging_weights, token_projections, weight_and_bias
 
 __all__ = ["FusedHiLo", "fuse"]
@@ -42,7 +43,9 @@ def fuse(model: LITv2) -> LITv2:
         raise TypeError(f"fuse: expected a LITv2, got {type(model).__name__}; for a detector or segmenter, fuse its backbone")
     model = inference_copy(model)
     if model.patch_embed.proj.weight.is_cuda:
-        model.patch_embed.proj.to(memory_format=torch.channels_last)  # as its images may be; cuDNN would convert it in each call
+        # As their inputs are: what they are computed with would convert the weights in each call.
+        for conv in (model.patch_embed.proj, *(stage.downsample.dconv for stage in model.layers if stage.downsample is not None)):
+            conv.to(memory_format=torch.channels_last)
     for stage in model.layers:
         for block in stage.blocks:
             _fuse_block(block)
@@ -112,25 +115,24 @@ class FusedHiLo(nn.Module):
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:
         x = x.unflatten(1, (H, W))  # (B, H, W, dim)
         parts = list(self.proj(x).split(self.sizes, dim=-1))
-        out = []
-        if self.h_heads:
-            out.append(self._hifi(parts.pop(0)))
-        if self.l_heads:
-            out.append(self._lofi(parts.pop(0), parts.pop(0) if parts else self._pooled_kv(x)))
-        return self._project(out).flatten(1, 2)
+        qkv = parts.pop(0) if self.h_heads else None
+        lofi = self._lofi(parts.pop(0), parts.pop(0) if parts else self._pooled_kv(x)) if self.l_heads else None
+        if qkv is None:
+            y = self.l_proj(lofi)
+        elif lofi is None:
+            y = self.h_proj(self._hifi(qkv))
+        elif _is_compiling_for_cuda(x):
+            # One product costs less than two small ones and joining them. Where weights are frozen these two lines are constants.
+            weight = torch.block_diag(self.h_proj.weight, self.l_proj.weight)
+            bias = torch.cat((self.h_proj.bias, self.l_proj.bias))
+            y = F.linear(self._hifi(qkv, lofi), weight, bias)
+        else:
+            y = torch.cat((self.h_proj(self._hifi(qkv)), self.l_proj(lofi)), dim=-1)
+        return y.flatten(1, 2)
 
-    def _hifi(self, qkv: Tensor) -> Tensor:
-        """(B, H, W, 3 * h_dim) -> (B, H, W, h_dim), not projected."""
-        s, heads, d = self.window_size, self.h_heads, self.head_dim
-        H, W = qkv.shape[1:3]
-        nh, nw, padded = _windows(H, W, s)
-        if padded:
-            qkv = F.pad(qkv - self.h_bias, (0, 0, 0, nw * s - W, 0, nh * s - H)) + self.h_bias
-        attention = _window_attention_on_cuda if qkv.device.type == "cuda" else _window_attention
-        y = attention(qkv, s, heads, d)
-        if padded:
-            y = F.pad(y, (0, 0, 0, W - nw * s, 0, H - nh * s))  # a negative pad crops, and leaves no strides for tracing to fix
-        return y
+    def _hifi(self, qkv: Tensor, beside: Tensor | None = None) -> Tensor:
+        """(B, H, W, 3 * h_dim) -> (B, H, W, h_dim), not projected, and joined with what stands beside it."""
+        return window_attention(qkv, self.h_bias, self.window_size, self.h_heads, 1.0, beside)
 
     def _lofi(self, q: Tensor, kv: Tensor) -> Tensor:
         """Queries (B, H, W, l_dim), keys and values of the pooled map (B, nh, nw, 2 * l_dim) -> (B, H, W, l_dim), not projected."""
@@ -139,20 +141,10 @@ class FusedHiLo(nn.Module):
         y = F.scaled_dot_product_attention(q.flatten(1, 2).unflatten(-1, (heads, d)).transpose(1, 2), k, v, scale=1.0)
         return y.transpose(1, 2).reshape(q.shape)
 
-    def _project(self, heads: list[Tensor]) -> Tensor:
-        """The output projections of the branches, (B, H, W, h_dim) and (B, H, W, l_dim) -> (B, H, W, dim)."""
-        projections = [getattr(self, name) for name in ("h_proj", "l_proj") if hasattr(self, name)]
-        if len(projections) == 2 and _is_compiling_for_cuda(heads[0]):
-            # One product costs less than two small ones and joining them. Where weights are frozen these two lines are constants.
-            weight = torch.block_diag(*(linear.weight for linear in projections))
-            bias = torch.cat([linear.bias for linear in projections])
-            return F.linear(torch.cat(heads, dim=-1), weight, bias)
-        return torch.cat([linear(x) for linear, x in zip(projections, heads)], dim=-1)
-
     def _pooled_kv(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> keys and values (B, nh, nw, 2 * l_dim) of the s x s average-pooled map."""
         s, (H, W) = self.window_size, x.shape[1:3]
-        nh, nw, padded = _windows(H, W, s)
+        nh, nw, padded = whole_windows(H, W, s)
         if not padded:
             return self.l_kv(_pool(x, s))
         x = F.pad(x, (0, 0, 0, nw * s - W, 0, nh * s - H))
@@ -162,37 +154,6 @@ class FusedHiLo(nn.Module):
         return self.l_kv(_pool(x, s)) - self.l_shift * outside
 
 
-def _window_attention(qkv: Tensor, s: int, heads: int, d: int) -> Tensor:
-    """Attention in s x s windows of a map of scaled queries, keys and values: (B, H, W, 3 * heads * d) -> (B, H, W, heads * d)."""
-    B, H, W, _ = qkv.shape
-    nh, nw = H // s, W // s
-    # Split into windows and merged back with at most five dimensions, the limit of mobile runtimes.
-    qkv = qkv.reshape(B * nh, s, nw, s * 3 * heads * d).transpose(1, 2).reshape(B * nh * nw, s * s, 3, heads, d)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    y = F.scaled_dot_product_attention(q, k, v, scale=1.0)  # (B * nh * nw, heads, s * s, d)
-    return y.transpose(1, 2).reshape(B * nh, nw, s, s * heads * d).transpose(1, 2).reshape(B, H, W, heads * d)
-
-
-def _window_attention_on_cuda(qkv: Tensor, s: int, heads: int, d: int) -> Tensor:
-    """The same written out, as in HiLo and for the same reasons.
-
-    In generated code the products are sums, of which Inductor makes two kernels that read q, k and v where they are. A library's products
-    would read copies.
-    """
-    B, H, W, _ = qkv.shape
-    windows = B, H // s, W // s, heads
-    qkv = qkv.reshape(B, H // s, s, W // s, s, 3, heads, d).permute(5, 0, 1, 3, 6, 2, 4, 7)  # (3, *windows, s, s, d)
-    if _is_compiling_for_cuda(qkv):
-        q, k, v = qkv.unbind(0)
-        logits = (q[..., None, None, :].float() * k[..., None, None, :, :, :]).sum(-1)  # (*windows, s, s, s, s)
-        weights = logits.flatten(-2).softmax(-1).unflatten(-1, (s, s))
-        y = (weights.unsqueeze(-1) * v[..., None, None, :, :, :]).sum((-3, -2)).to(v.dtype)
-    else:
-        q, k, v = qkv.reshape(3, -1, s * s, d).unbind(0)
-        y = ((q @ k.mT).softmax(-1) @ v).reshape(*windows, s, s, d)
-    return y.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, H, W, heads * d)
-
-
 def _is_compiling_for_cuda(x: Tensor) -> bool:
     return x.device.type == "cuda" and torch.compiler.is_compiling() and not is_exporting()
 
@@ -200,10 +161,3 @@ def _is_compiling_for_cuda(x: Tensor) -> bool:
 def _pool(x: Tensor, s: int) -> Tensor:
     """(B, s * h, s * w, C) -> (B, h, w, C)."""
     return F.avg_pool2d(x.permute(0, 3, 1, 2), s).permute(0, 2, 3, 1)
-
-
-def _windows(H: int, W: int, s: int) -> tuple[int, int, bool]:
-    """Returns the windows per column and per row, and whether the map must be padded: always if its size is symbolic."""
-    nh, nw = (H + s - 1) // s, (W + s - 1) // s
-    symbolic = isinstance(H, torch.SymInt) or isinstance(W, torch.SymInt)
-    return nh, nw, s > 1 and (symbolic or (nh * s, nw * s) != (H, W))

@@ -3,6 +3,9 @@
 
 * ``depthwise_gelu``: the depthwise convolution of the feed-forward network with its GELU;
 * ``block``: a whole block;
+* ``attention``: its attention;
+* ``window_attention``: that of Hi-Fi's windows, between HiLo's projections;
+* ``token_merging``: the layer between stages;
 * ``deform_conv2d``, in :mod:`mm_modules.DCN`: the deformable convolution of token merging.
 
 :mod:`mm_modules.dispatch` chooses the backend. ``python -m litv2 env`` prints the choice for this machine and why the others were not
@@ -11,8 +14,21 @@ taken; ``LITV2_OPS`` forces one. To add a backend, write a file for it and add i
 
 from mm_modules.dispatch import OPERATORS, use
 
+from .attention_forward import attention
 from .block_forward import block
 from .depthwise import depthwise_gelu
-from .padding import pad_to_multiple
+from .merging import token_merging
+from .padding import pad_to_multiple, whole_windows
+from .windows import window_attention
 
-__all__ = ["OPERATORS", "block", "depthwise_gelu", "pad_to_multiple", "use"]
+__all__ = [
+    "OPERATORS",
+    "attention",
+    "block",
+    "depthwise_gelu",
+    "pad_to_multiple",
+    "token_merging",
+    "use",
+    "whole_windows",
+    "window_attention",
+]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Padding to whole patches, in eager mode and in traced graphs."""
+"""Padding to whole patches and windows, in eager mode and in traced graphs."""
 
 from __future__ import annotations
 
@@ -17,3 +17,10 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     if torch.compiler.is_compiling() or right or bottom:
         images = F.pad(images, (0, right, 0, bottom))
     return images
+
+
+def whole_windows(H: int, W: int, s: int) -> tuple[int, int, bool]:
+    """Returns the windows per column and per row, and whether the map must be padded: always if its size is symbolic."""
+    nh, nw = (H + s - 1) // s, (W + s - 1) // s
+    symbolic = isinstance(H, torch.SymInt) or isinstance(W, torch.SymInt)
+    return nh, nw, s > 1 and (symbolic or (nh * s, nw * s) != (H, W))

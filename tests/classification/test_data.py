@@ -60,6 +60,35 @@ def test_folder(folder):
     assert train.filename(0).endswith("train/cat/0.png")
 
 
+def several_classes(folder):
+    return open_sources(config("DATA.DATASET", "folder", "DATA.DATA_PATH", str(folder), "MODEL.TASK", "multi"))
+
+
+def test_files_of_one_name_are_one_image_of_several_classes(folder):
+    """The folders number their images alike; here each has images of its own, and shares some: as a link, and as a copy below a folder."""
+    for path in sorted(folder.rglob("*.png")):
+        path.rename(path.with_stem(f"{path.parent.name}{path.stem}"))
+    (folder / "train/owl/dog1.png").symlink_to(folder / "train/dog/dog1.png")
+    os.link(folder / "train/dog/dog1.png", folder / "train/cat/dog1.png")
+    for name in ("cat", "dog"):
+        (folder / "train" / name / "more").mkdir()
+        shutil.copy(folder / "train/owl/owl2.png", folder / "train" / name / "more/cat1.png")
+    train, val = several_classes(folder)
+    found = {os.path.relpath(name, folder / "train"): "".join(str(int(share)) for share in target) for name, target in train.samples}
+    assert found == {
+        **{f"cat/cat{i}.png": "100" for i in range(5)}, **{f"dog/dog{i}.png": "010" for i in (0, 2, 3)}, "cat/dog1.png": "111",
+        **{f"owl/owl{i}.png": "001" for i in range(3)}, "cat/more/cat1.png": "110",
+    }  # fmt: skip
+    assert [target.tolist() for _, target in val.samples] == [[1, 0, 0]] * 2 + [[0, 0, 1]] * 3
+    assert train[0][1].dtype == np.float32
+
+
+def test_other_images_of_one_name(folder):
+    """As of folders that are meant for one class per image."""
+    with pytest.raises(DataError, match=r"train/cat/0.png and .*train/dog/0.png have one name, but are different images"):
+        several_classes(folder)
+
+
 @pytest.mark.parametrize("cache", ["no", "full", "part"])
 def test_zip_equals_folder(folder, cache):
     for split in ("train", "val"):

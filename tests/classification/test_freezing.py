@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ import engine
 from config import load_config
 from freezing import Freezing
 from heads import keep_shared_classes, names_in
-from helpers import FAST, ROOT, normal, same, tiny_model, write_images
+from helpers import FAST, ROOT, normal, run_ranks, same, tiny_model, write_images
 from litv2.errors import UserError, run_program
 from litv2.weights.reading import read_checkpoint
 from main import main
@@ -83,7 +85,8 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("balance", ["DATA.SAMPLING balanced", pytest.param("TRAIN.CLASS_WEIGHTS auto", marks=pytest.mark.extra)])
 def test_resume_is_bit_for_bit(balance, images, pretrained, tmp_path, monkeypatch, capsys):
-    """Killed before and after a stage joins the training; everything random is on, and the head is of other classes."""
+    """Killed before and after a stage joins the training; everything random is on, the head is of other classes, and evaluations draw
+    random numbers, as packages do when they are imported."""
     flags = ("--data-path", images, "--batch-size", 4, "--pretrained", pretrained, "--freeze", "head", "--ema-decay", 0.9)
     opts = f"{balance} TRAIN.UNFREEZE_EVERY 1 TRAIN.EPOCHS 3 TRAIN.PATIENCE 3 SAVE_STEPS 2 AUG.MIXUP 0.8 AUG.REPROB 0.3 MODEL.DROP_RATE 0.1"
     assert trainer(*flags, "--workers", 1, "--output", tmp_path / "whole", opts=opts) == 0
@@ -98,6 +101,12 @@ def test_resume_is_bit_for_bit(balance, images, pretrained, tmp_path, monkeypatc
             raise Killed
         return call(self, *args)
 
+    def drawing(*args, **kwargs):
+        random.random(), np.random.rand(), torch.rand(1)
+        return evaluate(*args, **kwargs)
+
+    evaluate = engine.evaluate
+    monkeypatch.setattr(engine, "evaluate", drawing)
     monkeypatch.setattr(engine.Step, "__call__", dying)
     for _ in range(2):
         with pytest.raises(Killed):
@@ -109,6 +118,56 @@ def test_resume_is_bit_for_bit(balance, images, pretrained, tmp_path, monkeypatc
     assert expected["progress"]["updates"] == 18
     for key in expected.keys() - {"config"}:
         same(expected[key], resumed[key], key)
+
+
+@pytest.mark.extra
+def test_two_processes():
+    """That each accumulate two batches take the steps of one process and one batch, with a loss of several classes per image, while parts
+    of the network join the training; DDP finds a gradient for each parameter that is trained, and for no other."""
+    run_ranks("""
+sys.path.insert(0, "tests")
+from config import load_config
+from data.dataset import Batch
+from engine import Progress, Step
+from freezing import Freezing
+from helpers import max_difference, normal, tiny_model
+from precision import Precision
+from tasks import build_loss
+options = "DATA.DATASET csv MODEL.TASK multi MODEL.PRETRAINED FILE TRAIN.FREEZE head TRAIN.UNFREEZE_EVERY 1"
+config = load_config("classification/configs/litv2-digits.yaml", options.split())
+images, targets = normal(1, 8, 3, 32, 32), normal(2, 8, 10).sigmoid()
+
+class Constant:
+    def step_update(self, update): ...
+
+def run(parts, parallel):
+    model = tiny_model(alpha=0.5).eval()  # batch norm would see each batch by itself
+    freezing, precision = Freezing(config, model), Precision(torch.device("cpu"))
+    freezing.apply(0)
+    step = Step(distributed.parallel(model, precision.device) if parallel else model, torch.optim.SGD(model.parameters(), lr=0.1),
+                Constant(), build_loss(config, False, True), precision)
+    counts = []
+    for epoch in range(6):
+        if freezing.apply(epoch) and parallel:
+            step.model = distributed.parallel(distributed.unwrap(step.model), precision.device)
+        seen = set()
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        hooks = [p.register_hook(lambda gradient, name=name: seen.add(name)) for name, p in trained.items()]
+        step([Batch(images[part].clone(), targets[part], ["x"] * len(targets[part]), []) for part in parts], Progress())
+        for hook in hooks:
+            hook.remove()
+        assert seen == trained.keys()
+        counts.append(len(seen))
+    return model, counts
+
+rank = distributed.rank()
+ours, counts = run([slice(4 * rank, 4 * rank + 2), slice(4 * rank + 2, 4 * rank + 4)], True)
+expected, same_counts = run([slice(0, 8)], False)
+assert counts == same_counts == sorted(set(counts)) + counts[-1:] and counts[0] == 2, counts
+for (name, value), wanted in zip(ours.named_parameters(), expected.parameters()):
+    assert max_difference(value, wanted) < 1e-5, name
+assert max_difference(expected.patch_embed.proj.weight, tiny_model(alpha=0.5).patch_embed.proj.weight) > 1e-5
+""")
 
 
 def test_frozen_weights_stay(images, pretrained, tmp_path, capsys):

@@ -134,7 +134,9 @@ def test_missing_files(opened, images):
 @pytest.mark.parametrize(
     "overrides, words",
     [
-        (("MODEL.TASK", "multi", "DATA.DATASET", "folder"), "MODEL.TASK multi needs DATA.DATASET csv"),
+        (("MODEL.TASK", "multi", "DATA.DATASET", "tar"), "MODEL.TASK multi needs DATA.DATASET csv or folder"),
+        (("MODEL.TASK", "multi", "DATA.DATASET", "folder", "DATA.ZIP_MODE", True), "MODEL.TASK multi needs DATA.DATASET csv or folder"),
+        (("MODEL.TASK", "multi", "DATA.DATASET", "folder", "DATA.CLASS_MAP", "imagenet", "EVAL_MODE", True), "DATA.CLASS_MAP is for MODEL"),
         (("DATA.CLASSES", "classes.txt", "DATA.DATASET", "digits"), "DATA.CLASSES='classes.txt' needs DATA.DATASET csv"),
         (("MODEL.TASK", "multi", "TEST.CORRUPTIONS", "fog"), "are for MODEL.TASK single only"),
         (("MODEL.TASK", "several"), "MODEL.TASK must be one of single, multi"),

@@ -30,6 +30,7 @@ from litv2.files import atomic_write  # noqa: E402
 
 from .faults import FAULTS  # noqa: E402
 from .kills import KILLS  # noqa: E402
+from .own_data import OWN_DATA  # noqa: E402
 from .runs import How  # noqa: E402
 from .tables import tables  # noqa: E402
 from .tasks import TASKS, Task, first_difference  # noqa: E402
@@ -82,7 +83,7 @@ class Campaign:
     def _task(self, name: str) -> Task:
         if name not in self._tasks:
             shutil.rmtree(self.folder / name, ignore_errors=True)
-            self._tasks[name] = TASKS[name](self.folder / name / "data")
+            self._tasks[name] = {**TASKS, **OWN_DATA}[name](self.folder / name / "data")
         return self._tasks[name]
 
     def _whole_run(self, task: Task, how: How) -> Whole:
@@ -93,7 +94,7 @@ class Campaign:
             stage = Stage(task, folder, random.Random(0), How(how.processes, plain=how.plain))
             run = stage.start()
             finished(run)
-            self._whole[key] = Whole(stage.state(), run.seconds())
+            self._whole[key] = Whole(stage.state(), stage.figures(), run.seconds())
             assert first_difference(self._whole_run(task, How(how.processes)).state, stage.state()) is None, "a fork is not the command"
         return self._whole[key]
 
@@ -110,7 +111,8 @@ def main() -> int:
     names = [fault.name for fault in FAULTS]
     parser.add_argument("--times", type=int, default=20, metavar="N", help="how often each happens to each task; default: %(default)s")
     parser.add_argument("--only", nargs="+", choices=names, metavar="FAULT", default=names, help=f"of: {', '.join(names)}")
-    parser.add_argument("--task", nargs="+", choices=list(TASKS), default=list(TASKS))
+    tasks = f"default: {', '.join(TASKS)}; the classifier with settings for own data: {', '.join(OWN_DATA)}"
+    parser.add_argument("--task", nargs="+", choices=[*TASKS, *OWN_DATA], metavar="TASK", default=list(TASKS), help=tasks)
     parser.add_argument("--processes", type=int, choices=[1, 2], help="of runs that are killed; default: in one of four 2, otherwise 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no trial starts later")

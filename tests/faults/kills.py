@@ -8,8 +8,8 @@ import random
 from collections.abc import Callable
 
 from .runs import How, Run
-from .tasks import Task
-from .trials import Fault, Stage, Trial, Whole, ending, finished, whole
+from .tasks import Task, first_difference
+from .trials import Bad, Fault, Stage, Trial, Whole, ending, finished, whole
 
 
 class Kills(Fault):
@@ -31,6 +31,8 @@ class Kills(Fault):
                 break
         finished(run)
         whole(stage)
+        if where := first_difference(expected.figures, stage.figures(), "figures"):
+            raise Bad(f"the end differs at {where}")
         stage.compare(expected, trial)
 
 

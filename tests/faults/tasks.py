@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from abc import ABC, abstractmethod
@@ -62,15 +63,20 @@ class Task(ABC):
     def read(self, path: Path) -> dict:
         """What must be equal to the bit."""
 
+    def figures(self, folder: Path) -> list[dict]:
+        """What a run has logged and a resumed one must log as well, to the bit."""
+        return []
+
 
 class Classification(Task):
     name = "classification"
     wait, bad_files = "DIST_TIMEOUT", "DATA.MAX_BAD_FILES"
     script = ROOT / "classification/main.py"
+    counts = {"a": 20, "b": 20}  # training images
 
     def __init__(self, data: Path):
         super().__init__(data)
-        write_images(data / "train", {"a": 20, "b": 20}, size=32)
+        write_images(data / "train", self.counts, size=32)
         write_images(data / "val", {"a": 3, "b": 4}, size=32)
         sys.path.insert(0, str(self.script.parent))
         import torch.utils.tensorboard  # noqa: F401 # what the trainer imports late
@@ -107,6 +113,10 @@ class Classification(Task):
     def read(self, path: Path) -> dict:
         content = read_checkpoint(path)
         return {key: value for key, value in content.items() if key not in ("config", "versions")}
+
+    def figures(self, folder: Path) -> list[dict]:
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in row.items() if key not in ("images_per_second", "memory_mb")} for row in rows]
 
 
 class Dense(Task):

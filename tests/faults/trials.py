@@ -50,6 +50,7 @@ class Whole:
     """The end of a run that nothing disturbs."""
 
     state: dict
+    figures: list[dict]
     seconds: float
 
 
@@ -100,6 +101,9 @@ class Stage:
     def state(self) -> dict:
         """Of the newest checkpoint."""
         return self.task.read(self.checkpoints()[0])
+
+    def figures(self) -> list[dict]:
+        return self.task.figures(self.task.folder(self.out))
 
     def compare(self, expected: Whole, trial: Trial) -> None:
         if where := first_difference(expected.state, self.state()):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m litv2 compare: McNemar's test by hand, and tables that follow from what the trainer's report writes."""
+"""python -m litv2 compare: McNemar's test by hand, a bootstrap of scikit-learn's figures, and tables that follow from the reports."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
-from sklearn.metrics import recall_score
+from sklearn.metrics import average_precision_score, recall_score
 
 from command_helpers import run_here
 from document_helpers import documented
+from litv2 import mean_precision
 from litv2.__main__ import main
-from litv2.comparison.paired import compare_paired, holm
+from litv2.comparison.paired import compare_mean_precision, compare_paired, holm
+from multilabel_report import MultiLabelReport
 from report import Report, write_csv
 
 CLASSES = ["ant", "bee", "cat"]
@@ -52,19 +54,51 @@ def test_holm():
     assert holm([0.9, 0.8, 0.001]) == pytest.approx([1, 1, 0.003])
 
 
+def test_differences_of_mean_precision(monkeypatch):
+    """Both see the images of each sample, and a sample may lack a class."""
+    monkeypatch.setattr(mean_precision, "SAMPLES", 40)
+    rng = np.random.default_rng(3)
+    targets = rng.random((25, 3)) < [0.5, 0.3, 0.08]
+    first, second = (rng.normal(0, 1, (25, 3)).round(1) + targets for _ in range(2))
+    differences = []
+    for draw in np.random.default_rng(0).multinomial(25, [1 / 25] * 25, size=40):
+        rows = np.repeat(np.arange(25), draw)
+        seen = targets[rows].any(axis=0)
+        before, after = (average_precision_score(targets[rows][:, seen], scores[rows][:, seen]) for scores in (first, second))
+        differences.append(100 * (after - before))
+    before, after = (average_precision_score(targets, scores) for scores in (first, second))
+    shift = 100 * (after - before) - np.mean(differences)
+    expected = [100 * (after - before), *(np.percentile(differences, [2.5, 97.5]) + shift)]
+    assert compare_mean_precision(targets, first, second) == pytest.approx(expected, abs=1e-3)
+    assert compare_mean_precision(targets, first, first) == (0, 0, 0)
+
+
 def write_run(folder: Path, seed: int, data: str = "/data/val", images: int = 60, epochs: int = 3) -> Path:
     """What the trainer leaves, with predictions that are right in two thirds."""
     rng = np.random.default_rng(seed)
     targets = np.arange(images) % 3
     logits = rng.normal(0, 1, (images, 3)) + 1.2 * np.eye(3)[targets]
-    report = Report([f"{data}/{CLASSES[t]}/{i}.png" for i, t in enumerate(targets)], targets, logits.astype(np.float32), CLASSES)
+    names = [f"{data}/{CLASSES[t]}/{i}.png" for i, t in enumerate(targets)]
+    return write_folder(folder, Report(names, targets, logits.astype(np.float32), CLASSES), "top1", epochs)
+
+
+def write_multi_label_run(folder: Path, seed: int, classes: list[str] = CLASSES) -> Path:
+    """The same of images with any number of classes, which may be in another order; none has the last of ``CLASSES``."""
+    rng, order = np.random.default_rng(seed), [CLASSES.index(name) for name in classes]
+    targets = np.stack([np.arange(40) % 2 == 0, np.arange(40) % 3 == 0, np.zeros(40)], axis=1)
+    logits = rng.normal(-0.5, 1, (40, 3)) + targets
+    report = MultiLabelReport([f"{i}.png" for i in range(40)], targets[:, order], logits[:, order].astype(np.float32), classes)
+    return write_folder(folder, report, "map", 3)
+
+
+def write_folder(folder: Path, report: Report | MultiLabelReport, accuracy: str, epochs: int) -> Path:
     (folder / "report").mkdir(parents=True)
     (folder / "report/summary.json").write_text(json.dumps(report.summary))
     write_csv(folder / "report/predictions.csv", report.predictions())
     write_csv(folder / "report/classes.csv", report.classes())
     (folder / "config.yaml").write_text(f"TAG: {folder.name}\nSEED: 0\nTRAIN:\n  EPOCHS: {epochs}\n  BETAS: [0.9, 0.99]\n")
-    rows = [dict(kind="train", update=u, epoch=(u - 1) // 4, loss=2 / u) for u in range(1, 13)]
-    rows += [dict(kind="val", update=4 * e, epoch=e, loss=1 / e, top1=20.0 * e) for e in (1, 2, 3)]
+    rows: list[dict] = [dict(kind="train", update=u, epoch=(u - 1) // 4, loss=2 / u) for u in range(1, 13)]
+    rows += [{"kind": "val", "update": 4 * e, "epoch": e, "loss": 1 / e, accuracy: 20.0 * e} for e in (1, 2, 3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "tra')
     return folder
 
@@ -91,8 +125,8 @@ def test_three_runs(tmp_path, capsys):
     for row in classes:
         own = [recall[row["class"]] for recall in recalls]
         assert [float(row[name]) for name in "abc"] == pytest.approx(own, abs=1e-4)
-        assert abs(float(row["difference"])) == pytest.approx(max(abs(recall - own[0]) for recall in own[1:]), abs=2e-4)
-    gaps = [abs(float(row["difference"])) for row in classes]
+        assert abs(float(row["difference of recall"])) == pytest.approx(max(abs(recall - own[0]) for recall in own[1:]), abs=2e-4)
+    gaps = [abs(float(row["difference of recall"])) for row in classes]
     assert gaps == sorted(gaps, reverse=True) and gaps[0] > 0 and {row["class"] for row in classes} == set(CLASSES)
     assert rows(out / "settings.csv") == [
         {"setting": "TAG", "a": "a", "b": "b", "c": "c"},
@@ -110,6 +144,32 @@ def test_three_runs(tmp_path, capsys):
     assert [float(row["p (Holm)"]) for row in paired] == pytest.approx(holm([float(row["p (McNemar)"]) for row in paired]))
     assert matplotlib.image.imread(out / "curves.png")[..., :3].std() > 0.03
     assert "p (Holm)" in capsys.readouterr().out
+
+
+def test_runs_with_any_number_of_classes_per_image(tmp_path, capsys):
+    """The second knows the classes in another order."""
+    runs = [write_multi_label_run(tmp_path / "a", 0), write_multi_label_run(tmp_path / "b", 1, CLASSES[::-1])]
+    out = tmp_path / "out"
+    assert main(["compare", *map(str, runs), "--out", str(out)]) == 0
+    maps, precisions = [], []
+    for run in runs:
+        images = rows(run / "report/predictions.csv")
+        found = [average_precision_score([name in row["true"] for row in images], [float(row[name]) for row in images])
+                 for name in CLASSES[:2]]  # fmt: skip
+        precisions.append(dict(zip(CLASSES, found)))
+        maps.append(100 * np.mean(found))
+    assert [float(row["value"]) for row in rows(out / "figures.csv") if row["figure"] == "map"] == pytest.approx(maps)
+    (paired,) = rows(out / "paired.csv")
+    difference, low, high = (float(paired[key]) for key in ("difference of mAP in %", "low", "high"))
+    assert difference == pytest.approx(maps[1] - maps[0]) and low < difference < high < low + 60
+    classes = rows(out / "classes.csv")
+    assert [row["class"] for row in sorted(classes, key=lambda row: row["class"])] == CLASSES[:2]
+    for row in classes:
+        own = [100 * known[row["class"]] for known in precisions]
+        found = [float(row[key]) for key in ("a", "b", "difference of average precision")]
+        assert found == pytest.approx([*own, own[1] - own[0]], abs=1e-3)
+    assert matplotlib.image.imread(out / "curves.png")[..., :3].std() > 0.03
+    assert "McNemar" not in capsys.readouterr().out
 
 
 def test_runs_that_were_only_evaluated(tmp_path, capsys):
@@ -146,7 +206,7 @@ def change(path: Path, old: str, new: str) -> None:
         (lambda a, b: change(b / "report/classes.csv", "bee", "wasp"), "know different classes: only one of them has bee, wasp"),
         (lambda a, b: change(b / "report/predictions.csv", "7.png,bee", "7.png,cat"), "different labels for 1 images: bee/7.png"),
         (lambda a, b: change(b / "report/predictions.csv", "image,true", "image,label"), "predictions.csv is not as the trainer writes"),
-        (lambda a, b: change(b / "report/summary.json", '"top1"', '"map"'), "b is a run whose images have any number of classes"),
+        (lambda a, b: [a, write_multi_label_run(b.parent / "c", 1)], "a is a run whose images have one class, and those of .*c have any"),
         (lambda a, b: change(b / "report/summary.json", "{", "["), "summary.json is not as the trainer writes it"),
         (lambda a, b: change(b / "config.yaml", "TAG: b", "TAG: ["), "config.yaml is not as the trainer writes it"),
     ],

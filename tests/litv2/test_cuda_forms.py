@@ -19,6 +19,7 @@ from litv2.inference import fused
 from litv2.inference.cuda_graph import CudaGraph
 from litv2.inference.fastest import make_form, why_not
 from litv2.ops import use
+from litv2.ops.windows import reference as windows
 from mm_modules.DCN import compiled as deform_conv
 from mm_modules.DCN.modules import _of_patches
 
@@ -115,10 +116,10 @@ def test_windows_written_out(monkeypatch, generated):
     """What HiLo and its folded form compute on CUDA, as they are and in generated code: on the CPU, against torch's kernel there."""
     layer, x = HiLo(48, 3, window_size=3), normal(0, 3, 4, 3, 9, 16).unbind()
     assert max_difference(layer._attention(*x, written_out=True)[0], layer._attention(*x)[0]) < 1e-5
-    monkeypatch.setattr(fused, "_is_compiling_for_cuda", lambda x: generated)
+    monkeypatch.setattr(windows, "_is_generated", lambda: generated)
     for s, heads, d, H, W in ((2, 2, 8, 4, 10), (3, 1, 4, 9, 3), (4, 3, 8, 4, 8)):
         qkv = normal(s, 2, H, W, 3 * heads * d)
-        assert max_difference(fused._window_attention_on_cuda(qkv, s, heads, d), fused._window_attention(qkv, s, heads, d)) < 1e-5
+        assert max_difference(windows._on_cuda(qkv, s, heads, d, 0.3), windows._by_fused_attention(qkv, s, heads, d, 0.3)) < 1e-5
 
 
 @torch.no_grad()

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
+from gpu_helpers import cuobjdump
 from mm_modules import build
 
 CSRC = build.ROOT / "mm_modules/DCN/csrc"
@@ -41,15 +40,6 @@ INSTANTIATE_LIST(1, double)
 KERNELS = 21
 
 
-def disassembler() -> str | None:
-    """cuobjdump of the CUDA toolkit, or the one that comes with Triton."""
-    compiler, triton = build.nvcc(), find_spec("triton")
-    folders = [compiler.parent] if compiler else []
-    if triton is not None and triton.origin is not None:
-        folders.append(Path(triton.origin).parent / "backends/nvidia/bin")
-    return shutil.which("cuobjdump", path=os.pathsep.join(map(str, folders)))
-
-
 def nvcc(*arguments: str) -> subprocess.CompletedProcess:
     if (compiler := build.nvcc()) is None or not compiler.is_file():
         pytest.skip("no nvcc")
@@ -59,7 +49,7 @@ def nvcc(*arguments: str) -> subprocess.CompletedProcess:
 
 def instructions(program: Path) -> dict[str, str]:
     """The machine code of each kernel by its name and vector, as in ``gather8``; those of several types together."""
-    if (tool := disassembler()) is None:
+    if (tool := cuobjdump()) is None:
         pytest.skip("no cuobjdump: neither the CUDA toolkit nor Triton has one here")
     text = subprocess.run([tool, "-sass", str(program)], capture_output=True, text=True, check=True).stdout
     found: dict[str, str] = {}

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from gpu_helpers import DEVICES
 from helpers import fill, normal
-from litv2.layers import Block
+from hilo import HiLo
+from litv2.layers import Block, DeformableTokenMerging
 from litv2.ops import OPERATORS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -53,10 +54,31 @@ def block(H: int, W: int, window: int = 2, **_) -> tuple:
     return fill(Block(32, 4, window, 0.5)).eval(), normal(1, 3, H, W, 32)
 
 
+def attention(H: int, W: int, window: int = 2, **_) -> tuple:
+    return normal(1, 3, H, W, 64).requires_grad_(), fill(HiLo(64, 4, qkv_bias=True, window_size=window))
+
+
+def window_attention(H: int, W: int, window: int = 2, beside: int = 0, **_) -> tuple:
+    """Two heads of 16 channels."""
+    tensors = [normal(1, 2, H, W, 96), normal(2, 96), normal(3, 2, H, W, beside) if beside else None]
+    qkv, pad, side = [None if tensor is None else tensor.requires_grad_() for tensor in tensors]
+    return qkv, pad, window, 2, 0.3, side
+
+
+def token_merging(H: int, W: int, **_) -> tuple:
+    return normal(1, 2, max(H, 2), max(W, 2), 32), fill(DeformableTokenMerging(32, 272)).eval()
+
+
 CASES: dict[str, list[tuple[str, Callable[..., tuple]]]] = {
     "depthwise_gelu": [("", depthwise_gelu)],
     "deform_conv2d": [("", deform_conv2d), ("groups and mask", lambda **size: deform_conv2d(groups=2, masked=True, **size))],
     "block": [(f"window {window}", lambda window=window, **size: block(window=window, **size)) for window in (0, 1, 2, 3)],
+    "attention": [(f"window {window}", lambda window=window, **size: attention(window=window, **size)) for window in (2, 4)],
+    "window_attention": [
+        (f"window {window}", lambda window=window, beside=beside, **size: window_attention(window=window, beside=beside, **size))
+        for window, beside in ((2, 32), (3, 0), (4, 16))
+    ],
+    "token_merging": [("", token_merging)],
 }
 BACKENDS = [
     pytest.param(operator.name, backend, case, make, id=" ".join(filter(None, (operator.name, backend, case))))

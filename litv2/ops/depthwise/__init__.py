@@ -3,8 +3,9 @@
 
 from mm_modules.dispatch import Operator
 
-from . import native, reference, shifted
+from . import native, reference, shifted, triton
 
 __all__ = ["depthwise_gelu"]
 
-depthwise_gelu = Operator("depthwise_gelu", [native.BACKEND, shifted.BACKEND, reference.BACKEND])  # arguments: x, and the nn.Conv2d
+# Arguments: x, and the nn.Conv2d.
+depthwise_gelu = Operator("depthwise_gelu", [native.BACKEND, triton.BACKEND, shifted.BACKEND, reference.BACKEND])

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of the Triton kernels share: without a GPU, kernels are interpreted on the CPU, and compiled without being run."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from gpu_helpers import cuobjdump
+from litv2.ops import triton as room
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
+POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
+
+
+@contextmanager
+def interpreting() -> Iterator[None]:
+    """Kernels compute on tensors of the CPU, which backends take for a GPU's.
+
+    Triton's interpreter takes kernels that were decorated while TRITON_INTERPRET is set: a second copy of each of our modules takes the
+    place of the first, where operators look for it, and so do copies of the functions of Triton's library that are themselves kernels,
+    such as ``tl.cdiv``. Whatever else is in the process keeps its kernels.
+    """
+    with pytest.MonkeyPatch.context() as patch, _unchanged_library():
+        patch.setenv("TRITON_INTERPRET", "1")
+        for owner in (tl, tl.standard):
+            for name, member in list(vars(owner).items()):
+                if isinstance(member, JITFunction):
+                    patch.setattr(owner, name, InterpretedFunction(member.fn))
+        for name, module in interpreted().items():
+            patch.setitem(sys.modules, f"{room.__name__}.{name}", module)
+            patch.setattr(room, name, module, raising=False)
+        patch.setattr(InterpreterBuilder, "create_dot", _dot)
+        patch.setattr(room, "why_not", lambda x: None)
+        yield
+
+
+@cache
+def interpreted() -> dict[str, ModuleType]:
+    """A copy of each module of kernels, by name; to be called within ``interpreting``."""
+    names = {path.stem: f"{room.__name__}.{path.stem}" for path in Path(room.__file__).parent.glob("[a-z]*.py")}
+    before = {stem: sys.modules.pop(name) for stem, name in names.items() if name in sys.modules}
+    copies = {stem: importlib.import_module(name) for stem, name in names.items()}  # they also import each other
+    for stem, name in names.items():
+        del sys.modules[name]
+        delattr(room, stem)
+    for stem, module in before.items():
+        sys.modules[names[stem]] = module
+        setattr(room, stem, module)
+    return copies
+
+
+_product = InterpreterBuilder.create_dot
+
+
+def _dot(builder: InterpreterBuilder, a: Any, b: Any, *others: Any) -> Any:
+    """The interpreter keeps bfloat16 as the integers of its bits, and multiplies these."""
+    a, b = (builder.cast_impl(x, tl.float32) if x.get_element_ty() == tl.bfloat16 else x for x in (a, b))
+    return _product(builder, a, b, *others)
+
+
+@contextmanager
+def _unchanged_library() -> Iterator[None]:
+    """The interpreter patches Triton's library, and leaves it so where one kernel calls another."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("triton.language")]
+    classes = {member for module in modules for member in vars(module).values() if isinstance(member, type)}
+    before = [(owner, dict(vars(owner))) for owner in (*modules, *classes)]
+    yield
+    for owner, members in before:
+        for name, member in members.items():
+            if vars(owner)[name] is not member:
+                setattr(owner, name, member)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the compiler made of a kernel: registers of a thread, bytes of stack (where registers are spilled to), shared bytes, code."""
+
+    registers: int
+    stack: int
+    shared: int
+    code: str
+
+    def count(self, instruction: str) -> int:
+        """How often an instruction that matches is in the code, such as ``LDG.E.128`` or ``HG?MMA``."""
+        return len(re.findall(rf"\b{instruction}\b", self.code))
+
+
+def compile_for(kernel: Any, signature: dict[str, str], constexprs: dict[str, Any], capability: int, **options: int) -> Resources:
+    """Compiles a kernel for GPUs of a compute capability (90 is 9.0), as a launch with aligned tensors would; skips without cuobjdump.
+
+    Args:
+        signature: types of the arguments: ``float16`` is a pointer to such values, ``i32`` and ``fp32`` are numbers. Those that are not
+            named are integers that 16 divides, such as a number of channels.
+        constexprs: values of the compile-time arguments.
+        options: num_warps, num_stages.
+    """
+    if (tool := cuobjdump()) is None:
+        pytest.skip("no cuobjdump: neither the CUDA toolkit nor Triton has one here")
+    types = {name: "constexpr" if name in constexprs else signature.get(name, "aligned") for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind in POINTERS or kind == "aligned"}
+    types = {name: POINTERS.get(kind, "i32" if kind == "aligned" else kind) for name, kind in types.items()}
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(ASTSource(kernel, types, constexprs, aligned), target=target, options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout for flag in ("-res-usage", "-sass")
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    return Resources(int(found[1]), int(found[2]), compiled.metadata.shared, code)
