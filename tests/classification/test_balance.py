@@ -140,6 +140,10 @@ def test_balanced_sampler(world):
         whole = BalancedSampler(targets, 60, 0, 1, seed=3)
         whole.epoch = epoch
         assert drawn == list(whole)[: len(drawn)]
+        turns = [tuple(targets[index] for index, _ in drawn[first : first + 3]) for first in range(0, len(drawn) - 2, 3)]
+        assert {tuple(sorted(turn)) for turn in turns} == {(0, 1, 2)} and len(set(turns)) > 1, "the classes come in random order"
+        own = [index for index, _ in drawn if targets[index] == 1]
+        assert sorted(own[:8]) == sorted(own[8:16]) == list(range(52, 60)) and own[:8] != own[8:16] != sorted(own[8:16])
         epochs.append(drawn)
     assert epochs[0] != epochs[1]
     samplers[0].skip = 8

@@ -328,10 +328,14 @@ def test_bad_zip_map(tmp_path):
 def test_train_sampler(world, fixed):
     samplers = [TrainSampler(50, 4, rank, world, seed=3, fixed_share=fixed) for rank in range(world)]
     epochs = []
+    whole, other = (TrainSampler(50, 50, 0, 1, seed=seed) for seed in (3, 4))
     for epoch in range(2):
-        for sampler in samplers:
+        for sampler in (*samplers, whole, other):
             sampler.epoch = epoch
         shares = [list(sampler) for sampler in samplers]
+        augmented = dict(whole)
+        assert all(augmented[index] == seed for share in shares for index, seed in share), "whichever process has the image"
+        assert augmented != dict(other) and list(augmented) != list(dict(other))
         assert len({len(share) for share in shares}) == 1 and len(shares[0]) % 4 == 0
         indices = [index for share in shares for index, _ in share]
         assert len(set(indices)) == len(indices) >= 50 - 4 * world

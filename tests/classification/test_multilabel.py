@@ -101,9 +101,11 @@ def test_chance_is_the_mean_over_all_orders():
         assert multilabel.chance(np.array(orders[0])[:, None]) == pytest.approx([exact])
 
 
-@pytest.mark.parametrize("images", [9, 80])
-def test_thresholds_give_the_largest_f1(images):
+@pytest.mark.parametrize("images, opposite", [(9, False), (80, False), (9, True)])
+def test_thresholds_give_the_largest_f1(images, opposite):
+    """Where the scores say the opposite, it is best to accept almost all images."""
     targets, logits = planted(images, digits=1)
+    targets = 1 - targets if opposite else targets
     scores = multilabel.probabilities(logits)
     found = multilabel.best_thresholds(targets, scores)
     for i in range(5):
@@ -133,7 +135,17 @@ def test_report_is_that_of_scikit_learn():
     assert rows[3][1:3] == ["", ""] and report.summary["classes_with_images"] == 4
     low, high = report.summary["map_interval"]
     assert low < report.summary["map"] < high < low + 40 and low > report.summary["map_of_random_order"]
-    name, caption = next(iter(report.mistakes().items()))
+    scores = multilabel.probabilities(logits)
+    _, *predictions = report.predictions()
+    assert [row[3:] for row in predictions] == [[f"{score:.9g}" for score in row] for row in scores]
+    for column, found in ((1, targets), (2, scores >= report.thresholds)):
+        assert [row[column] for row in predictions] == ["|".join(name for name, on in zip(NAMES, row) if on) for row in found]
+    assert report.summary["classes_per_image"] == pytest.approx(targets.sum() / 80)
+    assert report.summary["map_of_random_order"] == pytest.approx(100 * multilabel.chance(targets[:, [0, 1, 2, 4]]).mean())
+    mistakes = report.mistakes()
+    errors = np.abs(targets - scores).max(axis=1)[[int(name.removesuffix(".png")) for name in mistakes]]
+    assert len(errors) > 10 and (np.diff(errors) <= 0).all(), "the largest first"
+    name, caption = next(iter(mistakes.items()))
     image = int(name.removesuffix(".png"))
     missed = [NAMES[i] for i in range(5) if targets[image, i] and not report.predicted[image, i]]
     assert f"missed: {', '.join(missed)}" in caption if missed else "missed" not in caption
