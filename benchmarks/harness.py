@@ -22,7 +22,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -114,6 +116,14 @@ def peak_memory(function: Callable[[], object], device: Device = "cpu") -> int:
         held += change
         peak = max(peak, held)
     return peak
+
+
+def multiply_adds(model: torch.nn.Module, images: torch.Tensor) -> int:
+    """Returns the multiply-adds of products and convolutions in a forward pass, as torch counts them."""
+    # Fused attention on a CPU is not counted.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(images)
+    return counter.get_total_flops() // 2
 
 
 def synchronisations(function: Callable[[], object], device: Device) -> int | None:

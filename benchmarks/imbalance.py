@@ -19,15 +19,12 @@ from __future__ import annotations
 import argparse
 import csv
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
-from scipy.stats import t
-
-from harness import ROOT, figure, fingerprint, parser, publish, say
+from harness import figure, fingerprint, parser, publish, say
 from litv2.errors import UserError, run_program
+from trainings import RECIPE, interval, judge, train
 
 WAYS = {"plain": [], "weights": ["TRAIN.CLASS_WEIGHTS", "inverse"], "sampling": ["DATA.SAMPLING", "balanced"]}
 SMALLER = "DATA.IMG_SIZE 32 TEST.IMG_SIZE 44 TRAIN.EPOCHS 30 TRAIN.WARMUP_EPOCHS 3 TRAIN.EMA_DECAY 0 EVAL_FREQ 30 DATA.NUM_WORKERS 0"
@@ -36,7 +33,7 @@ SMALLER = "DATA.IMG_SIZE 32 TEST.IMG_SIZE 44 TRAIN.EPOCHS 30 TRAIN.WARMUP_EPOCHS
 def main() -> None:
     flags = parser(__doc__, "imbalance", threads=False)
     flags.add_argument("--data-path", type=Path, required=True, metavar="DIR")
-    flags.add_argument("--cfg", type=Path, default=ROOT / "classification/configs/litv2-imagenette.yaml", metavar="FILE")
+    flags.add_argument("--cfg", type=Path, default=RECIPE, metavar="FILE")
     flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     flags.add_argument("--opts", nargs="+", default=SMALLER.split(), metavar="KEY VALUE", help=f"of the trainer; default: {SMALLER}")
     args = flags.parse_args()
@@ -71,15 +68,10 @@ def thin(source: Path, target: Path) -> set[str]:
 
 def run(way: str, seed: int, folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Trains, unless that is done; returns the recall of each class."""
-    where = ["--data-path", folder / "data", "--output", folder, "--tag", f"{way}-{seed}", "--seed", seed]
-    opts = ["MODEL.NAME", "runs", *args.opts, *WAYS[way]]
     say(f"{way}, seed {seed}")
-    command = [sys.executable, ROOT / "classification/main.py", "--cfg", args.cfg.resolve(), *where, "--opts", *opts]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"the training {way}-{seed} ended with {done.returncode}: {done.stderr[-1000:] or done.stdout[-1000:]}")
-    report = folder / f"runs/{way}-{seed}/report"
-    with open(report / "classes.csv", newline="") as file:
+    run_folder = folder / f"runs/{way}-{seed}"
+    train(run_folder, seed, folder / "data", [*args.opts, *WAYS[way]], args.cfg.resolve())
+    with open(run_folder / "report/classes.csv", newline="") as file:
         recalls = {line["class"]: 100 * float(line["recall"]) for line in csv.DictReader(file)}
     say(f"  balanced accuracy {fmean(recalls.values()):.2f} %")
     return recalls
@@ -95,16 +87,10 @@ def row(way: str, found: dict[str, list[dict[str, float]]], rare: set[str]) -> d
         interval="{:.2f} to {:.2f}".format(*interval(balanced[way])),
         over_plain=None if way == "plain" else round(fmean(differences), 2),
         over_plain_interval=None if way == "plain" else f"{low:.2f} to {high:.2f}",
-        verdict=None if way == "plain" else "better" if low > 0 else "worse" if high < 0 else "undecided",
+        verdict=None if way == "plain" else judge(differences, "better", "worse"),
         rare=round(fmean(recall for recalls in found[way] for name, recall in recalls.items() if name in rare), 2),
         frequent=round(fmean(recall for recalls in found[way] for name, recall in recalls.items() if name not in rare), 2),
     )
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """The 95 % t-interval of the mean."""
-    half = t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
-    return fmean(values) - half, fmean(values) + half
 
 
 def draw(rows: list[dict], path: Path) -> None:

@@ -38,10 +38,8 @@ import torch
 import torch._inductor.config
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from harness import COLOURS, device_name, figure, milliseconds, parser, peak_memory, positive, publish, rounded, samples, say
+from harness import COLOURS, device_name, figure, milliseconds, multiply_adds, parser, peak_memory, positive, publish, rounded, samples, say
 from litv2 import LITv2
 from litv2.errors import UserError, run_program
 from peak import NoPeak, Peak, peak
@@ -198,9 +196,7 @@ def prepare(candidate: Candidate, images: Tensor, args: argparse.Namespace, fact
         flops = model.flops(*images.shape[2:])
     else:
         model = reparameterize_model(model)
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it passes over fused attention on a CPU
-            model(images[:1])
-        flops = counter.get_total_flops() / 2
+        flops = multiply_adds(model, images[:1])
     dtype = torch.float32 if args.dtype == "int8" else getattr(torch, args.dtype)
     model, images = in_faster_format(model.to(dtype), images.to(dtype), 1 if args.quick else 3)
     facts[candidate.name] = dict(

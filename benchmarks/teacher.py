@@ -11,23 +11,15 @@ between the runs of a seed; if it contains 0, the comparison is undecided.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from statistics import fmean
 
-from scipy import stats
-
-from harness import COLOURS, ROOT, figure, fingerprint, parser, positive, publish, say
+from harness import COLOURS, figure, fingerprint, parser, positive, publish, say
 from litv2.errors import UserError, run_program
+from trainings import interval, judge, train
 
-# Of the trainer, which the harness makes importable.
-# isort: split
-from metrics import read_metrics
-
-TRAINER = ROOT / "classification/main.py"
-RECIPE = ROOT / "classification/configs/litv2-imagenette.yaml"
-STUDENT = "MODEL.NAME student MODEL.LIT.EMBED_DIM 16 DATA.IMG_SIZE 48 TEST.IMG_SIZE 64".split()
+STUDENT = "MODEL.LIT.EMBED_DIM 16 DATA.IMG_SIZE 48 TEST.IMG_SIZE 64".split()
 
 
 def main() -> None:
@@ -42,36 +34,20 @@ def main() -> None:
         raise UserError("--seeds 1: an interval needs at least 2")
     settings = ["TRAIN.EPOCHS", str(args.epochs), "TRAIN.WARMUP_EPOCHS", str(args.epochs // 10), "EVAL_FREQ", str(args.epochs), *args.opts]
     rows = []
+    runs = args.out.with_name(f"{args.out.name}_runs") / "student"
+    ways = {"alone": settings, "taught": [*settings, "DISTILL.TEACHER", args.teacher]}
     for seed in range(args.seeds):
-        alone, taught = (
-            accuracy(args.out.with_name(f"{args.out.name}_runs"), f"{name}-seed{seed}", seed, args.epochs, args.data_path, more)
-            for name, more in (("alone", settings), ("taught", [*settings, "DISTILL.TEACHER", args.teacher]))
-        )
+        tags = {way: f"{way}-seed{seed}-{fingerprint(args.data_path.resolve(), opts)}" for way, opts in ways.items()}
+        alone, taught = (train(runs / tags[way], seed, args.data_path, [*STUDENT, *ways[way]])[args.epochs] for way in ways)
         rows.append(dict(seed=seed, alone_top1=round(alone, 2), taught_top1=round(taught, 2), difference=round(taught - alone, 2)))
         say(f"seed {seed}: {alone:.2f} % alone, {taught:.2f} % with the teacher")
     publish(rows, args.out, verdict(rows), plot, teacher=args.teacher, epochs=args.epochs, opts=args.opts)
 
 
-def accuracy(output: Path, name: str, seed: int, epochs: int, data_path: Path, opts: list[str]) -> float:
-    """Trains, or goes on training, and returns the top-1 of the last epoch in percent."""
-    tag = f"{name}-{fingerprint(data_path.resolve(), opts)}"
-    flags = ["--data-path", str(data_path), "--output", str(output), "--tag", tag, "--seed", str(seed), "--workers", "0"]
-    folder = output / "student" / tag
-    if not evaluations(folder, epochs):
-        done = subprocess.run([sys.executable, str(TRAINER), "--cfg", str(RECIPE), *flags, "--opts", *STUDENT, *opts], stdout=sys.stderr)
-        if done.returncode:  # it has said why
-            sys.exit(done.returncode)
-    return evaluations(folder, epochs)[-1]
-
-
-def evaluations(folder: Path, epoch: int) -> list[float]:
-    return [row["top1"] for row in read_metrics(folder) if row["kind"] == "val" and row["epoch"] == epoch]
-
-
 def verdict(rows: list[dict]) -> str:
     alone, taught, difference = ([row[name] for row in rows] for name in ("alone_top1", "taught_top1", "difference"))
-    low, high = stats.ttest_1samp(difference, 0).confidence_interval(0.95)
-    decided = "the teacher helps" if low > 0 else "the teacher harms" if high < 0 else "undecided"
+    low, high = interval(difference)
+    decided = judge(difference, "the teacher helps", "the teacher harms")
     return (
         f"top-1 of a student over {len(rows)} seeds: {fmean(alone):.1f} % alone, {fmean(taught):.1f} % with a teacher, "
         f"difference {fmean(difference):+.1f} ({low:+.1f} to {high:+.1f}): {decided}"

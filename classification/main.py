@@ -50,7 +50,7 @@ from litv2.weights.download import fetch
 from litv2.weights.reading import read_checkpoint
 from litv2.weights.state_dict import find_weights, load_weights
 from logger import close_log, open_log
-from network import build_model
+from network import Build, build_model
 from precision import Precision, choose_precision, set_tf32
 from report import PAGE, REPORT, Predictions
 from robustness import measure_robustness
@@ -61,8 +61,11 @@ from training import Training, seed_everything
 from views import MeanPrediction, Views, count_views
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, build: Build = build_model) -> int:
     """Runs the command line and returns the exit status: 0, 1 after a non-finite loss, 128 + N after signal N.
+
+    Args:
+        build: what makes the model, for programs that train another one.
 
     Raises:
         UserError, OSError: a user error, or a file or network failure.
@@ -82,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
                 log.info(line)
             run = throughput if config.THROUGHPUT_MODE else train_or_evaluate
             with in_one_line():
-                return run(config, precision, folder, log)
+                return run(config, precision, folder, log, build)
         finally:
             close_log(log)
     except engine.NonFiniteLoss as error:
@@ -92,10 +95,10 @@ def main(argv: list[str] | None = None) -> int:
         distributed.shutdown()
 
 
-def throughput(config: CfgNode, precision: Precision, folder: Path, log: logging.Logger) -> int:
+def throughput(config: CfgNode, precision: Precision, folder: Path, log: logging.Logger, build: Build) -> int:
     """Times the model of the configuration, with random weights."""
     size, device = config.DATA.IMG_SIZE, precision.device
-    network = build_model(config, config.MODEL.NUM_CLASSES if config.MODEL.NUM_CLASSES > 0 else 1000).to(device)
+    network = build(config, config.MODEL.NUM_CLASSES if config.MODEL.NUM_CLASSES > 0 else 1000).to(device)
     model = precision.for_inference(network)
     if config.COMPILE:
         model = cast(nn.Module, torch.compile(model, options=COMPILE_OPTIONS))
@@ -120,7 +123,7 @@ def throughput(config: CfgNode, precision: Precision, folder: Path, log: logging
     return 0
 
 
-def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: logging.Logger) -> int:
+def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: logging.Logger, build: Build) -> int:
     """Trains, or with EVAL_MODE only evaluates."""
     if not config.EVAL_MODE:
         check_installed(config.TRACK.TO)
@@ -132,7 +135,7 @@ def train_or_evaluate(config: CfgNode, precision: Precision, folder: Path, log: 
     classes = _check_classes(config, loaders, resumed)
     seed_everything(config.SEED)  # the same weights on every rank
     # Channels-last, the layout of the convolutions' gradients; otherwise DDP would copy them. Names, shapes and values stay the same.
-    model = build_model(config, len(classes)).to(precision.device).to(memory_format=torch.channels_last)
+    model = build(config, len(classes)).to(precision.device).to(memory_format=torch.channels_last)
     if config.MODEL.PRETRAINED and resumed is not None:
         log.info(f"the weights come from the checkpoint, not from MODEL.PRETRAINED={config.MODEL.PRETRAINED}")
     elif config.MODEL.PRETRAINED:

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from yacs.config import CfgNode
 
 from data.transforms import scaled_side
 from litv2 import LITv2
 from litv2.errors import UserError
+
+Build = Callable[[CfgNode, int], LITv2]  # configuration and number of classes -> model with random weights
 
 
 def build_model(config: CfgNode, num_classes: int) -> LITv2:

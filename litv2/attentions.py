@@ -88,8 +88,12 @@ class RelativeSelfAttention(SelfAttention):
 
     def __init__(self, dim: int, num_heads: int, side: int, **options):
         super().__init__(dim, num_heads, **options)
+        self.fit(side)
+
+    def fit(self, side: int) -> None:
+        """Makes a new table, for maps of ``side`` x ``side`` cells."""
         self.side = side
-        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * side - 1) ** 2, num_heads))
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * side - 1) ** 2, self.num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def bias(self, H: int, W: int) -> Tensor:

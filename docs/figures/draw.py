@@ -13,10 +13,17 @@ import architecture
 import hilo_layer
 import map_size
 import model_speed
+import small_models
 from canvas import THEMES
 
 HERE = Path(__file__).resolve().parent
-FIGURES = {"hilo": hilo_layer.draw, "architecture": architecture.draw, "models": model_speed.draw, "map-size": map_size.draw}
+FIGURES = {
+    "hilo": hilo_layer.draw,
+    "architecture": architecture.draw,
+    "models": model_speed.draw,
+    "map-size": map_size.draw,
+    "small-models": small_models.draw,
+}
 
 
 def main() -> None:

@@ -11,7 +11,23 @@ from ..weights.download import fetch
 from ..weights.reading import read_checkpoint
 from ..weights.state_dict import find_weights
 
-__all__ = ["print_notes", "print_table", "read", "which_weights"]
+__all__ = ["or_small", "print_notes", "print_table", "read", "which_weights"]
+
+SMALL = Path(__file__).resolve().parents[2] / "examples/litv2_imagenette.safetensors"
+
+
+def or_small(checkpoint: str | None) -> str:
+    """Returns the checkpoint, or where none is given the small classifier of the examples, and says so.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if checkpoint is not None:
+        return checkpoint
+    if not SMALL.exists():
+        raise UserError("the small classifier is part of the repository, not of the package; pass another with --checkpoint")
+    print_notes([f"without --checkpoint: the small classifier of ten classes, {SMALL}"])
+    return str(SMALL)
 
 
 def read(source: str) -> tuple[Path, dict]:

@@ -11,13 +11,11 @@ from pathlib import Path
 import torch
 
 from ..errors import MissingPackage, UserError
-from . import print_notes
-
-SMALL = Path(__file__).resolve().parents[2] / "examples/litv2_imagenette.safetensors"
+from . import or_small, print_notes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights: a file, a URL or a zoo name; default: that of examples/")
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights: a file, a URL or a zoo name; default: the small one of examples/")
     parser.add_argument("--model", metavar="NAME", help="a classifier's name in the zoo; default: inferred from the shapes of the weights")
     parser.add_argument("--config", metavar="FILE", help="configuration of a detector or segmenter; default: that in the file's name")
     parser.add_argument("--img-size", type=int, metavar="N", help="side of a classifier's images in pixels; default: the checkpoint's")
@@ -35,15 +33,14 @@ def run(args: argparse.Namespace) -> None:
         raise
     except ImportError as error:
         raise MissingPackage(f"{error}; the page needs: pip install 'litv2[demo]'") from error
-    if args.checkpoint is None and not SMALL.exists():
-        raise UserError("the small classifier is part of the repository, not of the package; pass another with --checkpoint")
     if args.max_mb < 1 or not (args.port is None or 0 < args.port < 65536):
         raise UserError(f"--max-mb {args.max_mb} must be at least 1, and --port {args.port} one of 1 to 65535")
-    subject = load_subject(args.checkpoint or SMALL, args.model, args.config, args.img_size, args.device)
+    checkpoint = or_small(args.checkpoint)
+    subject = load_subject(checkpoint, args.model, args.config, args.img_size, args.device)
     print_notes(subject.notes)
     if not _is_loopback(args.host):
         print(f"warning: everyone who can reach {args.host} can use the page and upload images; it has no password", file=sys.stderr)
-    page.serve(subject, f"LITv2: {Path(args.checkpoint or SMALL).stem}", args.host, args.port, args.max_mb)
+    page.serve(subject, f"LITv2: {Path(checkpoint).stem}", args.host, args.port, args.max_mb)
 
 
 def _is_loopback(host: str) -> bool:

@@ -18,7 +18,7 @@ from ..errors import MissingPackage, UserError, printable
 from ..files import atomic_write, free_stem
 from ..image_list import image_list
 from ..preprocess import read_image
-from . import print_notes, print_table
+from . import or_small, print_notes, print_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +30,7 @@ WHAT = ("spectrum", "attention", "offsets", "cam")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path, help="images, or folders of images")
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="weights: a file, a URL or a zoo name")
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights: a file, a URL or a zoo name; default: the small one of examples/")
     parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT, help="default: all")
     parser.add_argument(
         "--at",
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         from ..explain.loading import load_subject
     except ImportError as error:
         raise MissingPackage(f"{error}; explain needs: pip install 'litv2[explain]'") from error
-    subject = load_subject(args.checkpoint, args.model, args.config, args.img_size, args.device)
+    subject = load_subject(or_small(args.checkpoint), args.model, args.config, args.img_size, args.device)
     print_notes(subject.notes)
     paths, unreadable = image_list(args.images), set[Path]()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -22,8 +22,9 @@ __all__ = [
 ]  # fmt: skip
 
 
-def add_classifier(parser: argparse._ActionsContainer, required: bool = True) -> None:
-    parser.add_argument("--checkpoint", required=required, metavar="FILE", help="weights: a file, a URL or a zoo name")
+def add_classifier(parser: argparse._ActionsContainer, required: bool = True, otherwise: str = "") -> None:
+    """``otherwise`` says what happens without a checkpoint."""
+    parser.add_argument("--checkpoint", required=required, metavar="FILE", help=f"weights: a file, a URL or a zoo name{otherwise}")
     parser.add_argument("--model", metavar="NAME", help="model name in the zoo; default: inferred from the shapes of the weights")
     parser.add_argument("--img-size", type=int, metavar="N", help="image side in pixels; default: the checkpoint's, else 224")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

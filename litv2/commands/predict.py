@@ -19,7 +19,7 @@ from ..files import atomic_write, free_stem
 from ..image_list import image_list
 from ..inference.fastest import optimize, why_not
 from ..preprocess import read_image
-from . import print_notes
+from . import or_small, print_notes
 from .images import add_classifier, add_loading, check_loading, check_target, load_classifier, over_images, report_unreadable, shortened
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="images, folders, patterns in quotes, or - for paths on the standard input, one per line"
     )
-    add_classifier(parser)
+    add_classifier(parser, required=False, otherwise="; default: the small one of examples/")
     add_loading(parser)
     parser.add_argument("--fast", action="store_true", help="compute with the fastest form of the model that needs no compilation")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="classes per image; default: %(default)s")
@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--csv and --json are both {args.csv}; expected two files")
     paths = image_list(args.images)
     check_loading(args)
+    args.checkpoint = or_small(args.checkpoint)
     classifier = load_classifier(args)
     if args.fast:
         use_fastest(classifier, min(args.batch_size, len(paths)))

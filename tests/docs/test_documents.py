@@ -84,7 +84,7 @@ def _expanded(name: str) -> list[str]:
 
 def test_pictures_are_for_light_and_dark_pages():
     pictures = re.findall(r"<picture>\n(.*?)</picture>", documents()["README.md"], re.S)
-    assert len(pictures) == 3
+    assert len(pictures) == 4
     for picture in pictures:
         dark, light = re.search(r'dark\)" srcset="(\S+)"', picture)[1], re.search(r'src="(\S+)"', picture)[1]
         assert dark.replace("-dark", "-light") == light and re.search(r'alt="[^"]{30,}"', picture)

@@ -15,7 +15,8 @@ from helpers import ROOT
 from litv2 import litv2_small
 
 FIGURES = ROOT / "docs/figures"
-NAMES = [f"{name}-{theme}.svg" for name in ("architecture", "hilo", "map-size", "models") for theme in ("dark", "light")]
+KINDS = ("architecture", "hilo", "map-size", "models", "small-models")
+NAMES = [f"{name}-{theme}.svg" for name in KINDS for theme in ("dark", "light")]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_up_to_date_and_small(name, drawn):
     assert (FIGURES / name).stat().st_size < 200_000
 
 
-@pytest.mark.parametrize("name", ("architecture", "hilo", "map-size", "models"))
+@pytest.mark.parametrize("name", KINDS)
 def test_themes_differ_in_colours_alone(name):
     light, dark = ([(tag, text) for tag, text, _ in shapes(FIGURES / f"{name}-{theme}.svg")] for theme in ("light", "dark"))
     assert light == dark
@@ -100,3 +101,7 @@ def test_layers_are_those_of_the_table():
     rows = table("docs/hilo.md", "side", "Local Window")
     assert {name for name in rows[0] if name != "side"} <= set(texts("map-size"))
     assert all(f"{row['side']} × {row['side']}" in texts("map-size") for row in rows)
+
+
+def test_small_models_are_those_of_the_table():
+    assert {row["model"] for row in table("docs/results.md", "top-1 (%)", "8 images (ms)")} <= set(texts("small-models"))

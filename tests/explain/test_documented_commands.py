@@ -25,7 +25,7 @@ def files(tmp_path) -> dict[str, Path]:
     return {"FILE": ROOT / "examples/litv2_imagenette.safetensors", "IMAGE": folder / "noise/0.png", "DIR": folder}
 
 
-@pytest.mark.parametrize("command", documented(DOCUMENT, r"python -m litv2 explain IMAGE --checkpoint \S+( --what .* --at .*)?"), ids=str)
+@pytest.mark.parametrize("command", documented(DOCUMENT, r"python -m litv2 explain IMAGE.*"), ids=str)
 def test_explain(command, files, tmp_path, monkeypatch):
     run_here(monkeypatch, command, "--out", tmp_path / "x", files=files)
     what = ["attention-1", "attention-2", "offsets-1", "offsets-2"] if "--at" in command.line else ["attention", "cam", "offsets"]

@@ -282,6 +282,18 @@ def test_predict(ours, tmp_path):
     assert len(np.unique(np.asarray(drawn)[:, 360:].reshape(-1, 3), axis=0)) > 10  # text and bars
 
 
+def test_predict_without_a_checkpoint(tmp_path, capsys, monkeypatch):
+    """The small classifier of the repository is taken, which an installed package does not have."""
+    import litv2.commands
+
+    image = str(write_images(tmp_path / "images", {"a": 1}) / "a/0.png")
+    assert main(["predict", image]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith("note: without --checkpoint: the small classifier of ten classes, ") and printed.out.count("%  ") == 5
+    monkeypatch.setattr(litv2.commands, "SMALL", tmp_path / "absent")
+    assert "pass another with --checkpoint" in fails(capsys, "predict", image)
+
+
 def test_predict_says_what_is_wrong(ours, tmp_path, capsys):
     image = write_images(tmp_path / "images", {"a": 1}) / "a/0.png"
     assert "another variant" in fails(capsys, "predict", image, "--checkpoint", ours, "--model", "litv2_small")
