@@ -7,7 +7,7 @@
 # make locks       renews locks/: every package that each requirements file leads to, with its version and hashes
 # make audit       looks for known vulnerabilities of the locked packages, where the data can be had
 # make sbom        writes output/sbom.json, what is installed in .venv, in CycloneDX's format
-# make paper    writes output/benchmarks/paper.md: the paper's tables and figures beside what is counted and measured here, in minutes;
+# make paper    writes output/benchmarks/paper.md: the paper's tables and figures beside what is counted and measured here;
 #               IMAGES=DIR, of the classes of examples/litv2_imagenette.safetensors, adds figure 5, and make mm before it detectors
 # make faults   kills trainings, fills their disks and takes their processes away, hundreds of times, and resumes them; gives damaged files
 #               to every reader; watches the memory of long runs: a night

@@ -43,8 +43,9 @@ QUICK = dict(measure=True, rounds=3, warm_up=1, batch_size=2)
 
 def main() -> None:
     flags = parser(__doc__, "paper")
+    flags.prog = "python -m benchmarks.paper"
     flags.add_argument("names", nargs="*", type=table_name, metavar="NAME", help=f"{', '.join(TABLES)} (default: all that are possible)")
-    flags.add_argument("--measure", action="store_true", help="also measure images/s and memory, which takes an hour on a CPU for all")
+    flags.add_argument("--measure", action="store_true", help="also measure images/s and memory, which takes long on a CPU")
     flags.add_argument("--quick", action="store_true", help="measure with batches of 2, 1 + 3 rounds, and maps of up to 56 x 56 in figure3")
     flags.add_argument("--device", type=device_name, default="cpu", help="of the measurements and of figure5")
     flags.add_argument("--batch-size", type=positive, default=8, help="of classifiers and of the table of layers (default: 8)")

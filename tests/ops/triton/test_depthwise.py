@@ -20,6 +20,7 @@ from triton_helpers import CAPABILITIES, compile_for, interpreted
 
 interpreter = pytest.mark.usefixtures("interpreter")
 operator = OPERATORS["depthwise_gelu"]
+LARGE = pytest.param(1, 14, 14, marks=pytest.mark.extra)
 
 
 def case(B: int, H: int, W: int, C: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tensor, nn.Conv2d]:
@@ -42,8 +43,8 @@ def error(ours: Tensor, exact: Tensor) -> float:
 
 
 @interpreter
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("B, H, W", [(2, 1, 1), (1, 1, 6), (1, 6, 1), (2, 5, 7), (1, 7, 5), (1, 14, 14), (1, 17, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.extra)], ids=str)
+@pytest.mark.parametrize("B, H, W", [(2, 1, 1), (1, 1, 6), (1, 6, 1), (2, 5, 7), (1, 7, 5), LARGE, (1, 17, 3)])
 def test_the_output_and_the_gradients(B, H, W, dtype):
     """As precise as torch's, whatever was in the memory; 17 rows are more than a program of the forward pass has."""
     arguments = case(B, H, W, 24, dtype)
@@ -54,6 +55,7 @@ def test_the_output_and_the_gradients(B, H, W, dtype):
         assert error(ours, exact) <= max(factor * error(theirs, exact), 1e-6)
 
 
+@pytest.mark.extra
 @interpreter
 def test_more_strips_than_programs_and_more_channels_than_a_block(monkeypatch):
     """The second block of channels is not full; strides are any."""
@@ -84,6 +86,7 @@ def test_no_images():
     assert y.shape == of_x.shape == x.shape and not of_weight.any() and not of_bias.any()
 
 
+@pytest.mark.extra
 @interpreter
 @pytest.mark.parametrize("trained", [True, False])
 def test_opcheck(trained):
@@ -93,6 +96,7 @@ def test_opcheck(trained):
     torch.library.opcheck(torch.ops.litv2.triton_depthwise_gelu, arguments)
 
 
+@pytest.mark.extra
 @interpreter
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiled_training(autocast):
@@ -109,6 +113,7 @@ def test_compiled_training(autocast):
         assert error(ours, plain.double()) <= (5e-2 if autocast else 1e-5)
 
 
+@pytest.mark.extra
 @interpreter
 def test_data_parallel_training():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
