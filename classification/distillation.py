@@ -52,7 +52,7 @@ class Teacher:
     """
 
     def __init__(self, model: nn.Module, precision: Precision, normalise: Normalisation, features: bool):
-        self.model = model.to(precision.device).eval().requires_grad_(False)
+        self.model = model.to(precision.device).eval()
         self.precision, self.features = precision, features
         (mean, std), (own_mean, own_std) = (
             torch.tensor(pair, device=precision.device)[..., None, None] for pair in (normalisation(len(normalise[0])), normalise)
