@@ -86,6 +86,7 @@ def test_a_step_with_a_teacher():
         def step_update(self, update): ...
 
     student, ema = distillation.student(model), ModelEmaV3(model, decay=0.5)
+    assert plain_model(student) is model
     mixup = AnyBatchMixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=10)
     seen, taught = recorded(model.patch_embed), recorded(network)
     maps = recorded(network.norm)
