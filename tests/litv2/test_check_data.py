@@ -157,22 +157,24 @@ def clusters(images: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.normal(0, 1, (classes, 16))[labels] + rng.normal(0, 0.3, (images, 16)), labels
 
 
-def test_votes_are_those_of_the_nearest():
-    features, labels = clusters(60, 4)
+@pytest.mark.parametrize("images", [60, 4], ids=["many", "fewer than neighbours"])
+def test_votes_are_those_of_the_nearest(images):
+    features, labels = clusters(images, 4)
     shares = votes(features, labels)
-    for i in range(60):
+    for i in range(images):
         cosines = [features[i] @ other / np.linalg.norm(features[i]) / np.linalg.norm(other) for other in features]
-        nearest = sorted((j for j in range(60) if j != i), key=lambda j: -cosines[j])[:NEIGHBOURS]
+        nearest = sorted((j for j in range(images) if j != i), key=lambda j: -cosines[j])[:NEIGHBOURS]
         assert shares[i] == pytest.approx([np.mean([labels[j] == c for j in nearest]) for c in range(4)])
 
 
-def test_wrong_labels_are_found():
+@pytest.mark.parametrize("classes", [4, 2])
+def test_wrong_labels_are_found(classes):
     pytest.importorskip("cleanlab")
-    features, labels = clusters(200, 4)
+    features, labels = clusters(200, classes)
     names = [f"class {label}" for label in labels]
     assert suspicious_labels(features, names) == []
     for i in (3, 50, 101):
-        names[i] = f"class {(labels[i] + 1) % 4}"
+        names[i] = f"class {(labels[i] + 1) % classes}"
     found = suspicious_labels(features, names)
     assert {suspicion.image: suspicion.suggested for suspicion in found} == {i: f"class {labels[i]}" for i in (3, 50, 101)}
     assert suspicious_labels(features[:3], ["a", "a", "a"]) == []
