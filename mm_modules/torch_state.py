@@ -6,15 +6,20 @@ This is the one file on the model's path that uses private names of torch: a new
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+F = TypeVar("F", bound=Callable)
+
 __all__ = [
     "bfloat16_is_emulated",
     "compute_dtype",
+    "constant_in_graphs",
     "has_global_hooks",
     "has_hooks",
     "has_kernel",
@@ -35,6 +40,12 @@ def is_exporting() -> bool:
 def in_transform() -> bool:
     """Whether torch.func's transforms or forward-mode derivatives are active: some fast operators have no rules for them."""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def constant_in_graphs(function: F) -> F:
+    """``torch.compiler.assume_constant_result``, which imports the compiler, and that takes as long as the rest of torch."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def is_watched() -> bool:

@@ -91,6 +91,14 @@ def test_tables_import_no_readers_and_readers_no_network():
     assert "litv2.weights.download" not in reader and "litv2.weights.releases" not in reader
 
 
+def test_the_library_imports_neither_the_compiler_nor_an_extra():
+    """They take longer than the rest of torch."""
+    others = ["torch._dynamo", "triton", "timm", "torchvision", "yacs", "PIL"]
+    code = f"import sys, litv2; print([name for name in {others} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
 @pytest.mark.extra
 def test_every_module_imports_first_and_alone():
     """In any order: each module in a process that has imported nothing of ours before. The process is forked after ``import torch``."""

@@ -39,7 +39,7 @@ def why_not(input: Tensor, *_) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@torch_state.constant_in_graphs
 def _fits(device: torch.device) -> bool:
     """Whether the library has kernels for this GPU; a constant of compiled graphs."""
     return _asked_once(device)

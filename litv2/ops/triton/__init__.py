@@ -17,7 +17,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from mm_modules.torch_state import compute_dtype, in_transform, is_exporting
+from mm_modules.torch_state import compute_dtype, constant_in_graphs, in_transform, is_exporting
 
 __all__ = ["problem", "why_not", "why_rather_not"]
 
@@ -55,7 +55,7 @@ def why_rather_not() -> str | None:
     return "exported programs use plain tensor operations only, so as not to depend on Triton" if is_exporting() else None
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _why_not_on(device: torch.device) -> str | None:
     return _asked_once(device)
 
