@@ -15,7 +15,7 @@ import distributed
 import multilabel
 from data.dataset import ImageDataset
 from data.loader import Loaders
-from data.table import SEPARATOR
+from data.table import PREDICTIONS, SEPARATOR
 from litv2.files import atomic_write
 from litv2.pages import page, table
 from report import PAGE, Predictions, draw_images, show_pictures, with_interval, write_csv, write_json, write_pictures
@@ -85,7 +85,7 @@ class MultiLabelReport:
         )
 
     def predictions(self) -> Iterable[list]:
-        yield ["image", "true", "predicted", *self.class_names]
+        yield [*PREDICTIONS, *self.class_names]
         for name, true, predicted, scores in zip(self.names, self.targets, self.predicted, self.scores):
             yield [name, self._joined(true), self._joined(predicted), *(f"{score:.9g}" for score in scores)]
 

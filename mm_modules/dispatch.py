@@ -139,6 +139,7 @@ _forced: dict[str, str] = _read_environment()  # backend by operator; the enviro
 
 def without_second_derivatives(backward: str, operator: str, backend: str) -> None:
     """Registers that ``backward``, a torch operator of a backend such as ``litv2::conv_backward``, cannot itself be differentiated."""
+
     def refuse(ctx, *gradients):
         raise NotImplementedError(
             f"{operator}: the {backend} backend has no second derivatives; {VARIABLE}={operator}=torch selects one that supports them"

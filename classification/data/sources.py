@@ -27,7 +27,7 @@ from yacs.config import CfgNode
 import distributed
 from litv2.errors import UserError
 
-from .table import read_class_names, read_table
+from .table import check_class_names, read_class_names, read_table
 
 STREAMING = ("wds/", "hfids/", "tfds/")
 FOLDERS = ("folder", "imagenet", "imagenet100")  # DATA_PATH/SPLIT/CLASS/IMAGE, by any of these names
@@ -93,6 +93,7 @@ def open_sources(config: CfgNode) -> tuple[ListSource, ListSource]:
     if max(target for _, target in val.samples) >= len(train.class_names):
         raise DataError(f"validation has class numbers of {len(train.class_names)} or more, but training has fewer classes")
     if config.MODEL.TASK == "multi":
+        check_class_names(train.class_names)
         return _by_name(config, data.TRAIN_SPLIT, train), _by_name(config, data.VAL_SPLIT, val)
     return train, val
 
@@ -161,6 +162,7 @@ def _tables(config: CfgNode) -> tuple[ListSource, ListSource]:
         raise DataError(f"{train.path}: no image has a class")
     note = ""
     if config.MODEL.TASK == "multi":
+        check_class_names(names)
         targets = [train.of_several_classes(names, certain=False), val.of_several_classes(names, certain=True)]
     else:
         targets = [train.of_one_class(names), val.of_one_class(names)]

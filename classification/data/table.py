@@ -8,7 +8,7 @@ names of classes, separated by ``|`` (further columns are ignored), or a column 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -17,7 +17,20 @@ import numpy as np
 from litv2.errors import UserError, listed
 
 IMAGE, LABELS, SEPARATOR = "image", "labels", "|"
+PREDICTIONS = (IMAGE, "true", "predicted")  # columns of the table that an evaluation writes, beside one for each of several classes
 TOLERANCE = 1e-3  # by which the numbers of an image of one class may miss a sum of 1: they may be rounded
+
+
+def check_class_names(names: Iterable[str]) -> None:
+    """Where an image has several classes.
+
+    Raises:
+        UserError: a table of predictions could not tell one of the names from two, or from another column.
+    """
+    for name in names:
+        if SEPARATOR in name or name in PREDICTIONS:
+            raise UserError(f"the class {name!r} must be renamed: with MODEL.TASK multi, tables separate classes by {SEPARATOR!r}, "
+                            f"and have the columns {', '.join(PREDICTIONS)} beside those of the classes")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import random
+import re
 import shutil
 import tarfile
 import zipfile
@@ -87,6 +88,15 @@ def test_other_images_of_one_name(folder):
     """As of folders that are meant for one class per image."""
     with pytest.raises(DataError, match=r"train/cat/0.png and .*train/dog/0.png have one name, but are different images"):
         several_classes(folder)
+
+
+@pytest.mark.parametrize("name", ["a|b", "true"])
+def test_names_that_a_table_of_predictions_would_confuse(name, folder):
+    for split in ("train", "val"):
+        (folder / split / "owl").rename(folder / split / name)
+    with pytest.raises(UserError, match=rf"the class '{re.escape(name)}' must be renamed: with MODEL.TASK multi"):
+        several_classes(folder)
+    open_sources(config("DATA.DATASET", "folder", "DATA.DATA_PATH", str(folder)))  # with one class per image there is no such table
 
 
 @pytest.mark.parametrize("cache", ["no", "full", "part"])

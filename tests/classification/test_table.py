@@ -131,6 +131,11 @@ def test_missing_files(opened, images):
             open_sources(config(images.parent, "DATA.CLASSES", name))
 
 
+def test_names_that_a_table_of_predictions_would_confuse(opened):
+    with pytest.raises(UserError, match="the class 'image' must be renamed"):
+        opened("image,labels", {0: "a|image"}, {1: "a"}, "MODEL.TASK", "multi")
+
+
 @pytest.mark.parametrize(
     "overrides, words",
     [

@@ -38,7 +38,7 @@ def compare(device: torch.device) -> None:
         gradients = torch.autograd.grad(expected, inputs, gradient)
         _agree("the gradient of depthwise_gelu", depthwise.depthwise_gelu_backward(gradient, *inputs), gradients)
 
-        qkv, pad, options = normal(2, 5, 7, 3 * 32), normal(3 * 32), (2, 2, 0.25)  # window, heads, scale
+        qkv, pad, options = normal(2, 5, 7, 3 * 64), normal(3 * 64), (2, 2, 32**-0.5)  # window, heads, scale
         expected = window_attention(qkv, pad, *options)
         gradient = normal(*expected.shape).detach()
         _agree("window_attention", [windows.window_attention(qkv, pad, *options, None)], [expected])
