@@ -162,6 +162,16 @@ def test_others_are_warned_of(checkpoint, host, others, monkeypatch, capsys):
     assert ("warning: everyone who can reach" in capsys.readouterr().err) == others
 
 
+def test_the_small_classifier_is_the_default(monkeypatch, capsys):
+    from litv2.explain import page
+
+    served = []
+    monkeypatch.setattr(page, "serve", lambda *arguments: served.append(arguments[:2]))
+    assert main(["demo"]) == 0
+    ((subject, title),) = served
+    assert title == "LITv2: litv2_imagenette" and len(subject.names) == 10 and "without --checkpoint: the small" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def browser():
     with chromium() as started:
