@@ -116,7 +116,7 @@ def test_opcheck(trained):
 @interpreter
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiled_training(autocast):
-    """Where it is forced, for torch.compile makes a kernel of its own of the shifted form."""
+    """torch.compile keeps the operator, and its gradients."""
     mlp, x = fill(Mlp(8, 16)), normal(0, 1, 3, 5, 8).requires_grad_()
     compiled = torch.compile(mlp, backend="aot_eager", fullgraph=True)
     found = []
