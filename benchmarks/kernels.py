@@ -29,7 +29,7 @@ from runtime_modes import captured
 
 COMPILED = "compiled"
 PASSES = ("forward", "forward + backward")
-INFERENCE = ("token_merging",)  # kernels without gradients
+INFERENCE = ("pooled_attention", "token_merging")  # kernels without gradients
 STAGES = ((56, 96), (28, 192), (14, 384), (7, 768))  # side and width of LITv2-S's maps
 Case = tuple[str, str, tuple]  # operator, description, arguments
 
@@ -49,6 +49,9 @@ def cases(batch_size: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
     for s in (2, 4):
         product = torch.randn(batch_size, side, side, 192, device=device, dtype=dtype, requires_grad=True)
         yield "window_attention", f"{side} x {side}, 2 heads, windows {s} x {s}", (product, product.new_zeros(192), s, 2, attn.scale)
+    q = torch.randn(batch_size, side, side, 512, device=device, dtype=dtype)[..., 192:]  # where the folded form's product has them
+    kv = torch.randn(batch_size, side // 2, side // 2, 640, device=device, dtype=dtype)
+    yield "pooled_attention", f"{side} x {side}, 10 heads, pooled 2 x 2", (q, kv, 10, attn.scale)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@
 * ``block``: a whole block;
 * ``attention``: its attention;
 * ``window_attention``: that of Hi-Fi's windows, between HiLo's projections;
+* ``pooled_attention``: Lo-Fi's, to the pooled map, also between them;
 * ``token_merging``: the layer between stages;
 * ``deform_conv2d``, in :mod:`mm_modules.DCN`: the deformable convolution of token merging.
 
@@ -19,6 +20,7 @@ from .block_forward import block
 from .depthwise import depthwise_gelu
 from .merging import token_merging
 from .padding import pad_to_multiple, whole_windows
+from .pooled import pooled_attention
 from .windows import window_attention
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "block",
     "depthwise_gelu",
     "pad_to_multiple",
+    "pooled_attention",
     "token_merging",
     "use",
     "whole_windows",

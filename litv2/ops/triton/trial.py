@@ -15,8 +15,9 @@ from torch import Tensor
 
 from mm_modules.torch_state import without_modes
 
+from ..pooled.reference import pooled_attention
 from ..windows.reference import window_attention
-from . import depthwise, merging, windows
+from . import depthwise, merging, pooled, windows
 
 TOLERANCE = 0.02  # of the largest value: float16, and TF32 in torch's convolution; what goes wrong is as large as the values
 
@@ -44,6 +45,10 @@ def compare(device: torch.device) -> None:
         _agree("window_attention", [windows.window_attention(qkv, pad, *options, None)], [expected])
         gradients = torch.autograd.grad(expected, (qkv, pad), gradient)
         _agree("the gradient of window_attention", windows.window_attention_backward(gradient, qkv, pad, *options), gradients)
+
+        for side in (3, 9):  # of the pooled map: one block of keys, and two
+            inputs = normal(2, 5, 7, 3 * 64)[..., 64:128], normal(2, side, side, 2 * 64), 2, 32**-0.5  # heads, scale
+            _agree("pooled_attention", [pooled.pooled_attention(*inputs)], [pooled_attention(*inputs)])
 
         x, weight, bias = normal(2, 5, 7, 32), normal(48, 32, 2, 2), normal(48)
         expected = F.gelu(F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride=2)).permute(0, 2, 3, 1)

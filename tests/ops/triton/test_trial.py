@@ -29,6 +29,7 @@ def test_it_agrees_whatever_surrounds_it():
         ("depthwise", "depthwise_gelu_backward"),
         ("windows", "window_attention"),
         ("windows", "window_attention_backward"),
+        ("pooled", "pooled_attention"),
         ("merging", "token_merging"),
     ],
 )
