@@ -47,8 +47,9 @@ def compare(device: torch.device) -> None:
         _agree("the gradient of window_attention", windows.window_attention_backward(gradient, qkv, pad, *options), gradients)
 
         for side in (3, 9):  # of the pooled map: one block of keys, and two
-            inputs = normal(2, 5, 7, 3 * 64)[..., 64:128], normal(2, side, side, 2 * 64), 2, 32**-0.5  # heads, scale
-            _agree("pooled_attention", [pooled.pooled_attention(*inputs)], [pooled_attention(*inputs)])
+            q, kv = normal(2, 5, 7, 3 * 64)[..., 64:128], normal(2, side, side, 2 * 64)
+            expected = pooled_attention(q, kv, *options[1:])
+            _agree("pooled_attention", [pooled.pooled_attention(q, kv, *options[1:])], [expected])
 
         x, weight, bias = normal(2, 5, 7, 32), normal(48, 32, 2, 2), normal(48)
         expected = F.gelu(F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride=2)).permute(0, 2, 3, 1)
