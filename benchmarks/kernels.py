@@ -23,18 +23,20 @@ from torch import Tensor, nn
 from harness import device_name, event_samples, milliseconds, parser, positive, publish, rounded, say
 from hilo import HiLo
 from litv2.errors import run_program
-from litv2.layers import DeformableTokenMerging, DepthwiseConv
+from litv2.layers import DeformableTokenMerging, DepthwiseConv, PatchEmbed
 from litv2.ops import OPERATORS, triton
 from runtime_modes import captured
 
 COMPILED = "compiled"
 PASSES = ("forward", "forward + backward")
-INFERENCE = ("pooled_attention", "token_merging")  # kernels without gradients
+INFERENCE = ("patch_embed", "pooled_attention", "token_merging")  # kernels without gradients
 STAGES = ((56, 96), (28, 192), (14, 384), (7, 768))  # side and width of LITv2-S's maps
 Case = tuple[str, str, tuple]  # operator, description, arguments
 
 
 def cases(batch_size: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
+    images = torch.randn(batch_size, 3, 224, 224, device=device, dtype=dtype)
+    yield "patch_embed", "224 x 224 x 3", (images, PatchEmbed(3, 96, 4).to(device, dtype))
     for side, dim in STAGES:
         x = torch.randn(batch_size, side, side, 4 * dim, device=device, dtype=dtype, requires_grad=True)
         conv = DepthwiseConv(4 * dim).dwconv.to(device, dtype)

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from ..layers import Block, DeformableTokenMerging
+from ..layers import Block, DeformableTokenMerging, PatchEmbed
 from ..ops import OPERATORS, native, triton
 from . import print_table
 
@@ -62,7 +62,7 @@ def _machine() -> Iterator[tuple[str, str]]:
 
 
 def _cases() -> Iterator[tuple[str, str, tuple, AbstractContextManager]]:
-    """Yields (operator, description, arguments, context) for typical calls: eight images in the third stage of LITv2-S."""
+    """Yields (operator, description, arguments, context) for typical calls: eight images in LITv2-S, most of them in its third stage."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:
         for dtype in (torch.float32, torch.bfloat16):
@@ -72,6 +72,8 @@ def _cases() -> Iterator[tuple[str, str, tuple, AbstractContextManager]]:
             image = tokens.permute(0, 3, 1, 2)
             offset, weight = image.new_zeros(8, 8, 7, 7, dtype=torch.float32), image.new_zeros(768, 384, 2, 2)
             where = f"{str(dtype).removeprefix('torch.')} on {device}"
+            images, embed = torch.zeros(8, 3, 224, 224, device=device, dtype=dtype), PatchEmbed(3, 96, 4).to(device, dtype)
+            yield "patch_embed", f"inference, {where}", (images, embed), torch.no_grad()
             yield "block", f"training, {where}", (block, tokens), nullcontext()
             inference = Block(384, 12, 2, 0.9).to(device, dtype).eval()
             yield "block", f"inference, {where}", (inference, tokens), torch.no_grad()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators of the network that have more than one backend: a folder per operator, a file per backend.
 
+* ``patch_embed``: the patch embedding with its norm;
 * ``depthwise_gelu``: the depthwise convolution of the feed-forward network with its GELU;
 * ``block``: a whole block;
 * ``attention``: its attention;
@@ -18,6 +19,7 @@ from mm_modules.dispatch import OPERATORS, use
 from .attention_forward import attention
 from .block_forward import block
 from .depthwise import depthwise_gelu
+from .embedding import patch_embed
 from .merging import token_merging
 from .padding import pad_to_multiple, whole_windows
 from .pooled import pooled_attention
@@ -29,6 +31,7 @@ __all__ = [
     "block",
     "depthwise_gelu",
     "pad_to_multiple",
+    "patch_embed",
     "pooled_attention",
     "token_merging",
     "use",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gpu_helpers import DEVICES
 from helpers import fill, normal
 from hilo import HiLo
-from litv2.layers import Block, DeformableTokenMerging
+from litv2.layers import Block, DeformableTokenMerging, PatchEmbed
 from litv2.ops import OPERATORS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -76,6 +76,10 @@ def token_merging(H: int, W: int, **_) -> tuple:
     return normal(1, 2, max(H, 2), max(W, 2), 32), fill(DeformableTokenMerging(32, 272)).eval()
 
 
+def patch_embed(H: int, W: int, **_) -> tuple:
+    return normal(1, 2, 3, H, W), fill(PatchEmbed(3, 48, 4))
+
+
 CASES: dict[str, list[tuple[str, Callable[..., tuple]]]] = {
     "depthwise_gelu": [("", depthwise_gelu)],
     "deform_conv2d": [("", deform_conv2d), ("groups and mask", lambda **size: deform_conv2d(groups=2, masked=True, **size))],
@@ -87,6 +91,7 @@ CASES: dict[str, list[tuple[str, Callable[..., tuple]]]] = {
     ],
     "pooled_attention": [(f"pool {pool}", lambda pool=pool, **size: pooled_attention(pool=pool, **size)) for pool in (1, 2)],
     "token_merging": [("", token_merging)],
+    "patch_embed": [("", patch_embed)],
 }
 BACKENDS = [
     pytest.param(operator.name, backend, case, make, id=" ".join(filter(None, (operator.name, backend, case))))
