@@ -50,12 +50,13 @@ class Stage:
     rows: bool = True
 
 
-def stages(device: str, results: Path) -> list[Stage]:
+def stages(device: str, results: Path, groups: list[str] | None = None) -> list[Stage]:
+    """``groups``: flags of gpu_stages.py that say which dtypes and batch sizes models are timed in."""
     benchmarks, on_gpu = ROOT / "benchmarks", device != "cpu"
     dtypes = dict(half="float16", training="bfloat16") if on_gpu else dict.fromkeys(("half", "training"), "float32")
 
     def own(name: str, limit: int) -> Stage:
-        command = [sys.executable, str(benchmarks / "gpu_stages.py"), name, "--device", device, "--results", str(results)]
+        command = [sys.executable, str(benchmarks / "gpu_stages.py"), name, "--device", device, "--results", str(results), *(groups or [])]
         return Stage(name, limit, command, ["--tiny"])
 
     def other(name: str, limit: int, flags: str, tiny: str) -> Stage:
@@ -88,11 +89,14 @@ def main() -> int:
     flags.add_argument("--budget", type=positive, default=560, help="seconds in all (default: 560)")
     flags.add_argument("--device", type=device_name, default="cuda")
     flags.add_argument("--dry-run", action="store_true", help="tiny sizes; the extension is not built, and on a CPU nothing is compiled")
+    flags.add_argument("--dtypes", nargs="+", choices=["float16", "bfloat16"], help="of the models; compiled is the first (default: both)")
+    flags.add_argument("--batch-sizes", nargs="+", type=positive, metavar="N", help="of the models (default: 64 1)")
     args = flags.parse_args()
     if args.device == "cpu" and not args.dry_run:
         raise UserError("--device cpu: a CPU would take days for these sizes; add --dry-run")
     results = args.out.with_suffix(".json")
-    chosen = stages(args.device, results)
+    groups = [word for name in ("dtypes", "batch_sizes") if (words := getattr(args, name)) for word in (f"--{name.replace('_', '-')}", *words)]
+    chosen = stages(args.device, results, list(map(str, groups)))
     chosen = [stage for stage in chosen if not args.only or stage.name in args.only]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that what a stage has done is recorded, and its process ends
     session = Session(results, args.device, args.dry_run)

@@ -7,6 +7,7 @@ A stage writes STEM.json whenever it has new rows, so that one that is stopped k
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -18,8 +19,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch._inductor.config
@@ -28,13 +31,13 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from gpu_predictions import predicted_ms
-from harness import ROOT, device_name, environment, event_samples, percentiles, rounded, samples, say, stem, synchronise, write_json
+from harness import ROOT, device_name, environment, event_samples, percentiles, positive, rounded, samples, say, stem, synchronise, write_json
 from litv2.errors import UserError, listed, run_program
 from models import CANDIDATES, GEMM_SIZE, Candidate, in_a_line, prepare
 from roofline import GPU_MODELS, Ceilings, totals, trace
 
 Key = tuple[str, str, int]  # a model's name in timm, dtype, batch
-COMPILERS = 8  # processes
+COMPILERS = 10  # processes
 # For all models alike, products and convolutions are the libraries': to try Triton's variants takes minutes per model.
 torch._inductor.config.max_autotune_gemm_backends = torch._inductor.config.max_autotune_conv_backends = "ATEN"
 torch._inductor.config.compile_threads = 2  # of each process
@@ -179,28 +182,95 @@ def modes_of(name: str, of_group: list[dict], run: Run) -> list[str]:
 
 
 def models_stage(run: Run) -> None:
-    """The table: each group of models in turns."""
+    """The table: all models prepare at the same time, each in a process of its own, and then run in turns."""
     rows: list[dict] = []
-    for dtype, batch in run.sizes.groups():
-        of_group = [row for row in run.before.get("compile", []) if (row["dtype"], row["batch"]) == (dtype, batch)]
-        images, facts = random_images(batch, run.sizes, run.device), {}
-        functions: dict[str, Callable[[], object]] = {}
-        for name in run.sizes.models:
-            try:
-                functions |= prepared(name, dtype, images, modes_of(name, of_group, run), facts)
-            except Exception as error:  # the other models go on
-                say(f"without {name}: {type(error).__name__}: {in_a_line(error)}")
-        first = next(iter(functions))
-        functions[f"{first} again"] = functions[first]  # a drift within a round shows in the difference
-        times = event_samples(functions, run.sizes.rounds, run.sizes.warm_up, run.device)
-        waits = samples(functions, run.sizes.rounds, run.sizes.warm_up, device=run.device) if batch == 1 else {}
-        bounds = {candidate(row["model"]).name: row["bound_ms"] for row in of_group}
-        rows += [model_row(name, dtype, batch, values, waits.get(name), facts, bounds) for name, values in times.items()]
-        run.write(rows)
-        functions.clear()
-        torch._dynamo.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
+    with contextlib.ExitStack() as stack:
+        models = {name: stack.enter_context(Model(name, run)) for name in run.sizes.models}
+        for dtype, batch in run.sizes.groups():
+            of_group = [row for row in run.before.get("compile", []) if (row["dtype"], row["batch"]) == (dtype, batch)]
+            for name, model in models.items():
+                model.prepare(dtype, batch, modes_of(name, of_group, run))
+            ready = [model for model in models.values() if model.is_ready()]
+            first = ready[0].labels[0]
+            ours = [label for model in ready for label in model.labels] + [f"{first} again"]  # a drift within a round shows in the difference
+            times: dict[str, list[float]] = {label: [] for label in ours}
+            waits: dict[str, list[float]] = {label: [] for label in ours if batch == 1}
+            for seconds, measure in ((times, event_samples), (waits, samples)):
+                for i in range((run.sizes.warm_up + run.sizes.rounds) * bool(seconds)):
+                    turn = [*(pair for model in ready for pair in model.turn(measure)), *ready[0].turn(measure, [first], " again")]
+                    for label, own in turn if i >= run.sizes.warm_up else ():
+                        seconds[label].append(own)
+            facts = {model.candidate.name: model.facts for model in ready}
+            bounds = {candidate(row["model"]).name: row["bound_ms"] for row in of_group}
+            rows += [model_row(label, dtype, batch, values, waits.get(label), facts, bounds) for label, values in times.items()]
+            run.write(rows)
+
+
+class Model:
+    """A model in a process of its own, which is there while the context is.
+
+    Attributes:
+        labels: "model, mode" of all that it can run, once it is ready.
+        facts: what ``prepare`` of models.py says of it.
+    """
+
+    def __init__(self, name: str, run: Run):
+        self.name, self.candidate, self.labels, self.facts = name, candidate(name), list[str](), dict()
+        self.connection, theirs = get_context("spawn").Pipe()
+        self.process = get_context("spawn").Process(target=serve, args=(name, run.sizes, run.device, theirs), daemon=True)
+
+    def __enter__(self) -> Model:
+        self.process.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.kill()
+
+    def prepare(self, dtype: str, batch: int, modes: list[str]) -> None:
+        self.connection.send((dtype, batch, modes))
+
+    def is_ready(self) -> bool:
+        """Waits for it. If it cannot be prepared, the reason is said, and the other models go on."""
+        try:
+            self.labels, self.facts = self._answer()
+        except RuntimeError as error:
+            self.labels = []
+            say(f"without {self.name}: {error}")
+        return bool(self.labels)
+
+    def turn(self, measure: Callable, labels: list[str] | None = None, suffix: str = "") -> list[tuple[str, float]]:
+        """The seconds of each function, by label."""
+        self.connection.send((measure, labels or self.labels))
+        return [(label + suffix, *values) for label, values in self._answer().items()]
+
+    def _answer(self) -> Any:
+        answer = self.connection.recv()
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        return answer
+
+
+def serve(name: str, sizes: Sizes, device: str, connection: Connection) -> None:
+    """Answers what ``Model`` asks, an error with a line of text."""
+    functions: dict[str, Callable[[], object]] = {}
+    while True:
+        order = connection.recv()
+        try:
+            if len(order) == 3:
+                dtype, batch, modes = order
+                functions.clear()
+                torch._dynamo.reset()
+                gc.collect()
+                torch.cuda.empty_cache()
+                facts: dict[str, dict] = {}
+                functions |= prepared(name, dtype, random_images(batch, sizes, device), modes, facts)
+                connection.send((list(functions), *facts.values()))
+            else:
+                measure, labels = order
+                functions[labels[-1]]()  # until it ends, the processor has queued what is timed
+                connection.send(measure({label: functions[label] for label in labels}, 1, 0, device=device))
+        except Exception as error:
+            connection.send(f"{type(error).__name__}: {in_a_line(error)}")
 
 
 def model_row(
@@ -272,10 +342,13 @@ def main() -> None:
     flags.add_argument("--out", type=stem, required=True, metavar="STEM")
     flags.add_argument("--results", type=Path, metavar="FILE", help="what gpu.py has written so far")
     flags.add_argument("--device", type=device_name, default="cuda")
+    flags.add_argument("--dtypes", nargs="+", metavar="NAME")
+    flags.add_argument("--batch-sizes", nargs="+", type=positive, metavar="N")
     flags.add_argument("--tiny", action="store_true")
     args = flags.parse_args()
     results = json.loads(args.results.read_text()) if args.results else dict(stages={}, ceilings=None)
     sizes = TINY if args.tiny else FULL
+    sizes = replace(sizes, dtypes=tuple(args.dtypes or sizes.dtypes), batches=tuple(args.batch_sizes or sizes.batches))
     if args.device == "cpu":
         sizes = replace(sizes, dtypes=("float32",))
     before = {name: stage.get("rows", []) for name, stage in results["stages"].items()}

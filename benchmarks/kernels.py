@@ -23,17 +23,20 @@ from torch import Tensor, nn
 from harness import device_name, event_samples, milliseconds, parser, positive, publish, rounded, say
 from hilo import HiLo
 from litv2.errors import run_program
-from litv2.layers import DeformableTokenMerging, DepthwiseConv
+from litv2.layers import DeformableTokenMerging, DepthwiseConv, PatchEmbed
 from litv2.ops import OPERATORS, triton
+from runtime_modes import captured
 
 COMPILED = "compiled"
 PASSES = ("forward", "forward + backward")
-INFERENCE = ("token_merging",)  # kernels without gradients
+INFERENCE = ("patch_embed", "pooled_attention", "token_merging")  # kernels without gradients
 STAGES = ((56, 96), (28, 192), (14, 384), (7, 768))  # side and width of LITv2-S's maps
 Case = tuple[str, str, tuple]  # operator, description, arguments
 
 
 def cases(batch_size: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
+    images = torch.randn(batch_size, 3, 224, 224, device=device, dtype=dtype)
+    yield "patch_embed", "224 x 224 x 3", (images, PatchEmbed(3, 96, 4).to(device, dtype))
     for side, dim in STAGES:
         x = torch.randn(batch_size, side, side, 4 * dim, device=device, dtype=dtype, requires_grad=True)
         conv = DepthwiseConv(4 * dim).dwconv.to(device, dtype)
@@ -48,6 +51,9 @@ def cases(batch_size: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
     for s in (2, 4):
         product = torch.randn(batch_size, side, side, 192, device=device, dtype=dtype, requires_grad=True)
         yield "window_attention", f"{side} x {side}, 2 heads, windows {s} x {s}", (product, product.new_zeros(192), s, 2, attn.scale)
+    q = torch.randn(batch_size, side, side, 512, device=device, dtype=dtype)[..., 192:]  # where the folded form's product has them
+    kv = torch.randn(batch_size, side // 2, side // 2, 640, device=device, dtype=dtype)
+    yield "pooled_attention", f"{side} x {side}, 10 heads, pooled 2 x 2", (q, kv, 10, attn.scale)
 
 
 def main() -> None:
@@ -62,6 +68,8 @@ def main() -> None:
         say(f"{name}, {description}")
         for kind in PASSES[: 1 if name in INFERENCE else 2]:
             functions = {form: timed(run, arguments, kind) for form, run in forms(name, arguments, kind).items()}
+            if args.device != "cpu":  # launched by Python, the smaller ones would take as long as Python does
+                functions = {form: captured(run) for form, run in functions.items()}
             seconds = event_samples(functions, args.rounds, args.warm_up, args.device)
             compiled = statistics.median(seconds[COMPILED])
             for form, own in seconds.items():

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hilo import HiLo
@@ -64,9 +63,7 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = ops.pad_to_multiple(x, self.patch_size)
-        x = self.proj(x.contiguous(memory_format=torch.channels_last))
-        return self.norm(channels_last(x))
+        return ops.patch_embed(x, self)
 
     def flops(self, H: int, W: int) -> int:
         """Returns the multiply-adds; H and W are the numbers of patches here."""

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,6 +108,28 @@ class Resources:
         return len(re.findall(rf"\b{instruction}\b", self.code))
 
 
+def _changed_in_loops(kernel: Any) -> list[int]:
+    """The number of variables that each loop of a kernel's source changes and that existed before it: it must carry them on.
+
+    Triton leaves out a variable that gets the tensor that it, or another one, had before the loop. The interpreter, which runs the source,
+    does not.
+    """
+    tree = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn)))
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    arguments = {argument.arg for argument in ast.walk(tree) if isinstance(argument, ast.arg)}
+    counts = []
+    for loop in ast.walk(tree):
+        if isinstance(loop, ast.For) and not ast.unparse(loop.iter).startswith("tl.static_range"):
+            before = arguments | {name.id for name in names if name.lineno < loop.lineno}
+            counts.append(len({name.id for part in loop.body for name in ast.walk(part) if name in names} & before))
+    return counts
+
+
+def _carried_in(code: str) -> list[int]:
+    """The same of Triton's intermediate code."""
+    return [line.partition("iter_args(")[2].partition(") ->")[0].count(" = ") for line in code.splitlines() if "scf.for" in line]
+
+
 def compile_for(kernel: Any, signature: dict[str, str], constexprs: dict[str, Any], capability: int, **options: int) -> Resources:
     """Compiles a kernel for GPUs of a compute capability (90 is 9.0), as a launch with aligned tensors would; skips without cuobjdump.
 
@@ -121,6 +146,7 @@ def compile_for(kernel: Any, signature: dict[str, str], constexprs: dict[str, An
     types = {name: POINTERS.get(kind, "i32" if kind == "aligned" else kind) for name, kind in types.items()}
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(ASTSource(kernel, types, constexprs, aligned), target=target, options=options)
+    assert set(_carried_in(compiled.asm["source"])) == set(_changed_in_loops(kernel)), "a loop does not carry all that it changes"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

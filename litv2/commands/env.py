@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from ..layers import Block, DeformableTokenMerging
+from ..layers import Block, DeformableTokenMerging, PatchEmbed
 from ..ops import OPERATORS, native, triton
 from . import print_table
 
@@ -62,7 +62,7 @@ def _machine() -> Iterator[tuple[str, str]]:
 
 
 def _cases() -> Iterator[tuple[str, str, tuple, AbstractContextManager]]:
-    """Yields (operator, description, arguments, context) for typical calls: eight images in the third stage of LITv2-S."""
+    """Yields (operator, description, arguments, context) for typical calls: eight images in LITv2-S, most of them in its third stage."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:
         for dtype in (torch.float32, torch.bfloat16):
@@ -72,12 +72,16 @@ def _cases() -> Iterator[tuple[str, str, tuple, AbstractContextManager]]:
             image = tokens.permute(0, 3, 1, 2)
             offset, weight = image.new_zeros(8, 8, 7, 7, dtype=torch.float32), image.new_zeros(768, 384, 2, 2)
             where = f"{str(dtype).removeprefix('torch.')} on {device}"
+            images, embed = torch.zeros(8, 3, 224, 224, device=device, dtype=dtype), PatchEmbed(3, 96, 4).to(device, dtype)
+            yield "patch_embed", f"inference, {where}", (images, embed), torch.no_grad()
             yield "block", f"training, {where}", (block, tokens), nullcontext()
             inference = Block(384, 12, 2, 0.9).to(device, dtype).eval()
             yield "block", f"inference, {where}", (inference, tokens), torch.no_grad()
             yield "attention", f"training, {where}", (tokens, block.attn), nullcontext()
             qkv, bias = tokens.new_zeros(8, 14, 14, 3 * block.attn.h_dim), block.attn.h_qkv.bias
             yield "window_attention", where, (qkv, bias, 2, block.attn.h_heads, block.attn.scale), nullcontext()
+            q, kv = tokens.new_zeros(8, 14, 14, block.attn.l_dim), tokens.new_zeros(8, 7, 7, 2 * block.attn.l_dim)
+            yield "pooled_attention", f"inference, {where}", (q, kv, block.attn.l_heads, block.attn.scale), torch.no_grad()
             merging = DeformableTokenMerging(384, 768).to(device, dtype).eval()
             yield "token_merging", f"inference, {where}", (tokens, merging), torch.no_grad()
             yield "depthwise_gelu", where, (hidden, block.mlp.dwconv.dwconv), nullcontext()

@@ -23,7 +23,7 @@ from mm_modules.torch_state import is_exporting
 
 from ..layers import Block, DeformableTokenMerging
 from ..model import LITv2
-from ..ops import whole_windows, window_attention
+from ..ops import pooled_attention, whole_windows, window_attention
 from ..ops.folding import inference_copy, is_plain, merging_weights, token_projections, weight_and_bias
 
 __all__ = ["FusedHiLo", "fuse"]
@@ -96,8 +96,7 @@ class FusedHiLo(nn.Module):
 
     def __init__(self, attn: HiLo, norm: nn.LayerNorm):
         super().__init__()
-        self.window_size, self.head_dim = attn.window_size, attn.head_dim
-        self.h_heads, self.l_heads = attn.h_heads, attn.l_heads
+        self.window_size, self.h_heads, self.l_heads = attn.window_size, attn.h_heads, attn.l_heads
         parts = token_projections(attn, lambda linear: _after_norm(linear, norm))  # the projections to merge, as (weight, bias, shift)
         if attn.h_heads:
             self.register_buffer("h_bias", parts[0][1])
@@ -136,10 +135,7 @@ class FusedHiLo(nn.Module):
 
     def _lofi(self, q: Tensor, kv: Tensor) -> Tensor:
         """Queries (B, H, W, l_dim), keys and values of the pooled map (B, nh, nw, 2 * l_dim) -> (B, H, W, l_dim), not projected."""
-        heads, d = self.l_heads, self.head_dim
-        k, v = kv.flatten(1, 2).unflatten(-1, (2, heads, d)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, M, d)
-        y = F.scaled_dot_product_attention(q.flatten(1, 2).unflatten(-1, (heads, d)).transpose(1, 2), k, v, scale=1.0)
-        return y.transpose(1, 2).reshape(q.shape)
+        return pooled_attention(q, kv, self.l_heads, 1.0)
 
     def _pooled_kv(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> keys and values (B, nh, nw, 2 * l_dim) of the s x s average-pooled map."""

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators of the network that have more than one backend: a folder per operator, a file per backend.
 
+* ``patch_embed``: the patch embedding with its norm;
 * ``depthwise_gelu``: the depthwise convolution of the feed-forward network with its GELU;
 * ``block``: a whole block;
 * ``attention``: its attention;
 * ``window_attention``: that of Hi-Fi's windows, between HiLo's projections;
+* ``pooled_attention``: Lo-Fi's, to the pooled map, also between them;
 * ``token_merging``: the layer between stages;
 * ``deform_conv2d``, in :mod:`mm_modules.DCN`: the deformable convolution of token merging.
 
@@ -17,8 +19,10 @@ from mm_modules.dispatch import OPERATORS, use
 from .attention_forward import attention
 from .block_forward import block
 from .depthwise import depthwise_gelu
+from .embedding import patch_embed
 from .merging import token_merging
 from .padding import pad_to_multiple, whole_windows
+from .pooled import pooled_attention
 from .windows import window_attention
 
 __all__ = [
@@ -27,6 +31,8 @@ __all__ = [
     "block",
     "depthwise_gelu",
     "pad_to_multiple",
+    "patch_embed",
+    "pooled_attention",
     "token_merging",
     "use",
     "whole_windows",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gpu_helpers import DEVICES
 from helpers import fill, normal
 from hilo import HiLo
-from litv2.layers import Block, DeformableTokenMerging
+from litv2.layers import Block, DeformableTokenMerging, PatchEmbed
 from litv2.ops import OPERATORS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -65,8 +65,19 @@ def window_attention(H: int, W: int, window: int = 2, beside: int = 0, **_) -> t
     return qkv, pad, window, 2, 0.3, side
 
 
+def pooled_attention(H: int, W: int, pool: int = 2, **_) -> tuple:
+    """Two heads of 16 channels."""
+    tensors = normal(1, 2, H, W, 32), normal(2, 2, -(-H // pool), -(-W // pool), 64)
+    q, kv = (tensor.requires_grad_() for tensor in tensors)
+    return q, kv, 2, 0.3
+
+
 def token_merging(H: int, W: int, **_) -> tuple:
     return normal(1, 2, max(H, 2), max(W, 2), 32), fill(DeformableTokenMerging(32, 272)).eval()
+
+
+def patch_embed(H: int, W: int, **_) -> tuple:
+    return normal(1, 2, 3, H, W), fill(PatchEmbed(3, 48, 4))
 
 
 CASES: dict[str, list[tuple[str, Callable[..., tuple]]]] = {
@@ -78,7 +89,9 @@ CASES: dict[str, list[tuple[str, Callable[..., tuple]]]] = {
         (f"window {window}", lambda window=window, beside=beside, **size: window_attention(window=window, beside=beside, **size))
         for window, beside in ((2, 32), (3, 0), (4, 16))
     ],
+    "pooled_attention": [(f"pool {pool}", lambda pool=pool, **size: pooled_attention(pool=pool, **size)) for pool in (1, 2)],
     "token_merging": [("", token_merging)],
+    "patch_embed": [("", patch_embed)],
 }
 BACKENDS = [
     pytest.param(operator.name, backend, case, make, id=" ".join(filter(None, (operator.name, backend, case))))

@@ -28,7 +28,7 @@ def why_not(x: Tensor, conv: nn.Conv2d) -> str | None:
 
 
 def why_rather_not(x: Tensor, conv: nn.Conv2d) -> str | None:
-    return triton.why_rather_not() or ("torch.compile makes one kernel of the shifted form" if torch.compiler.is_compiling() else None)
+    return triton.why_rather_not()
 
 
 def depthwise_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``token_merging`` for inference by a Triton kernel: samples, product, batch norm and GELU in one pass.
-
-The offsets come from torch, in float32.
-"""
+"""``token_merging`` for inference by two Triton kernels: the offsets, in float32; samples, product, batch norm and GELU in one pass."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from mm_modules.DCN import DeformConv2dPack
 from mm_modules.dispatch import Backend
 from mm_modules.torch_state import compute_dtype, has_global_hooks, has_hooks
 
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
 
 CHANNELS = 32  # that a product takes at once
 CELLS = 2**31 - 1
+GEOMETRY = 8, (2, 2), (2, 2), (0, 0), (1, 1), 1  # outputs, kernel, stride, padding, dilation, groups of the convolution of the offsets
 
 
 def why_not(x: Tensor, merging: DeformableTokenMerging) -> str | None:
@@ -54,7 +53,32 @@ def token_merging(x: Tensor, merging: DeformableTokenMerging) -> Tensor:
     dtype, conv = compute_dtype(x), merging.dconv
     weight, bias = (conv.weight, conv.bias) if type(merging.norm_layer) is nn.Identity else merging_weights(merging)
     weight = weight.to(dtype).permute(0, 2, 3, 1).flatten(1)  # (N, 4 * C), ordered (tap, channel)
-    return _forward(x.to(dtype), conv.predict_offset(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), weight, bias)
+    return _forward(x.to(dtype), predict_offset(x, conv), weight, bias)
+
+
+def predict_offset(x: Tensor, conv: DeformConv2dPack) -> Tensor:
+    """(B, H, W, C) -> (B, H // 2, W // 2, 8) in float32, also under autocast: from x as it is."""
+    first = conv.conv_offset
+    plain = type(conv) is DeformConv2dPack and type(first) is nn.Conv2d and first.bias is not None and x.dtype in triton.DTYPES
+    if not plain or _geometry(first) != GEOMETRY:
+        return conv.predict_offset(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return _predict_offset(x, first.weight.permute(0, 2, 3, 1).flatten(1), first.bias)
+
+
+def _geometry(conv: nn.Conv2d) -> tuple:
+    return conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
+
+
+@torch.library.custom_op("litv2::triton_predict_offset", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor bias) -> Tensor")
+def _predict_offset(x, weight, bias):
+    from ..triton import offsets
+
+    return offsets.predict_offset(x, weight, bias)
+
+
+@_predict_offset.register_fake
+def _(x, weight, bias):
+    return x.new_empty(len(x), x.shape[1] // 2, x.shape[2] // 2, len(weight), dtype=torch.float32)
 
 
 @torch.library.custom_op(

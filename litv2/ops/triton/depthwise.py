@@ -2,7 +2,8 @@
 """3 x 3 depthwise convolution with zero padding, bias and GELU over (B, H, W, C), and its gradients without atomic additions.
 
 A program walks down a strip of COLUMNS columns and CHANNELS channels. It reads each row three times, shifted by a column, of which the
-cache serves two, and adds the products to the three rows of the result that the row belongs to. Sums are in float32.
+cache serves two, and adds the products to the three rows of the result that the row belongs to. The next row is read before this one is
+used. Sums are in float32.
 """
 
 from __future__ import annotations
@@ -12,16 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gelu import gelu
+from .gelu import gelu, gelu_slope
 
-FORWARD = dict(ROWS=14, COLUMNS=4, CHANNELS=128, num_warps=2)
-BACKWARD = dict(COLUMNS=4, CHANNELS=64, num_warps=2)
-PROGRAMS = 2048  # of the backward pass: enough for every GPU; each writes sums of its own, whose order must not depend on the GPU
-
-
-@triton.jit
-def _gelu_slope(z):
-    return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+FORWARD = dict(COLUMNS=2, CHANNELS=128, num_warps=1)
+BACKWARD = dict(COLUMNS=2, CHANNELS=128, num_warps=2)
+ROWS = 28  # of a program, or fewer where there would be less than PROGRAMS
+PROGRAMS = 4096  # enough for every GPU; in the backward pass each writes sums of its own, whose order must not depend on the GPU
 
 
 @triton.jit
@@ -42,10 +39,8 @@ def _shifted(row, is_row, column, c, W, C):
     return left, middle, right
 
 
-@triton.jit(do_not_specialize=("H", "W"))
-def forward_kernel(
-    x, weight, bias, y, H, W, C, FINISH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr
-):  # fmt: skip
+@triton.jit(do_not_specialize=("H", "W", "ROWS"))
+def forward_kernel(x, weight, bias, y, H, W, C, ROWS, FINISH: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):
     """A program is for ROWS rows of an image. Without FINISH there is no bias and no GELU, and the taps are turned around."""
     strips, chunks = tl.cdiv(W, COLUMNS), tl.cdiv(H, ROWS)
     chunk = tl.program_id(0) // strips
@@ -55,6 +50,7 @@ def forward_kernel(
     x += chunk // chunks * H * pitch
     y += chunk // chunks * H * pitch
     first = chunk % chunks * ROWS
+    end = tl.minimum(first + ROWS, H)
     w00, w01, w02 = _tap(weight, c, C, 0, not FINISH), _tap(weight, c, C, 1, not FINISH), _tap(weight, c, C, 2, not FINISH)
     w10, w11, w12 = _tap(weight, c, C, 3, not FINISH), _tap(weight, c, C, 4, not FINISH), _tap(weight, c, C, 5, not FINISH)
     w20, w21, w22 = _tap(weight, c, C, 6, not FINISH), _tap(weight, c, C, 7, not FINISH), _tap(weight, c, C, 8, not FINISH)
@@ -62,17 +58,20 @@ def forward_kernel(
     if FINISH:
         b += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     above = tl.zeros((COLUMNS, CHANNELS), tl.float32) + b  # what row r - 1 of the result has so far
-    here = above  # row r
-    for r in range(first - 1, tl.minimum(first + ROWS, H) + 1):
-        left, middle, right = _shifted(x + r * pitch, (r >= 0) & (r < H), column, c, W, C)
-        left, middle, right = left.to(tl.float32), middle.to(tl.float32), right.to(tl.float32)
-        z = above + left * w20 + middle * w21 + right * w22
-        if FINISH:
-            z = gelu(z)
-        inside = (r > first) & (column < W)[:, None] & (c < C)[None, :]
-        tl.store(y + (r - 1) * pitch + (column[:, None] * C + c[None, :]), z, mask=inside)
-        above = here + left * w10 + middle * w11 + right * w12
-        here = b + left * w00 + middle * w01 + right * w02
+    here = tl.zeros((COLUMNS, CHANNELS), tl.float32) + b  # row r
+    next0, next1, next2 = _shifted(x + (first - 1) * pitch, first > 0, column, c, W, C)
+    for pair in range(first - 1, end + 1, 2):
+        for odd in tl.static_range(2):  # two rows in a turn: the next row becomes this one without being moved
+            r = pair + odd
+            left, middle, right = next0.to(tl.float32), next1.to(tl.float32), next2.to(tl.float32)
+            next0, next1, next2 = _shifted(x + (r + 1) * pitch, r + 1 < H, column, c, W, C)
+            z = above + left * w20 + middle * w21 + right * w22
+            if FINISH:
+                z = gelu(z)
+            inside = (r > first) & (r <= end) & (column < W)[:, None] & (c < C)[None, :]
+            tl.store(y + (r - 1) * pitch + (column[:, None] * C + c[None, :]), z, mask=inside)
+            above = here + left * w10 + middle * w11 + right * w12
+            here = b + left * w00 + middle * w01 + right * w02
 
 
 @triton.jit(do_not_specialize=("items", "H", "W"))
@@ -100,16 +99,22 @@ def backward_kernel(
         image = item // strips * H * pitch
         here = none + b
         above = here
-        x00 = tl.zeros((COLUMNS, CHANNELS), x.dtype.element_ty)  # rows r - 2 and r - 1 of x, shifted
-        x01, x02, x10, x11, x12 = x00, x00, x00, x00, x00
+        # Rows r - 2 and r - 1 of x, shifted. They are two tensors: a name that in a loop gets the tensor which it has before the loop
+        # is not carried to the next turn, and rows are handed on from name to name.
+        x00 = tl.zeros((COLUMNS, CHANNELS), x.dtype.element_ty)
+        x10 = tl.zeros((COLUMNS, CHANNELS), x.dtype.element_ty)
+        x01, x02, x11, x12 = x00, x00, x10, x10
+        next0, next1, next2 = _shifted(x + image, H > 0, column, c, W, C)
+        cell, inside = image + column[:, None] * C + c[None, :], (column < W)[:, None] & (c < C)[None, :]
+        next_gradient = tl.zeros((COLUMNS, CHANNELS), gradient.dtype.element_ty)  # of row r - 1
         for r in range(0, H + 1):
-            x20, x21, x22 = _shifted(x + image + r * pitch, r < H, column, c, W, C)
+            x20, x21, x22, dy = next0, next1, next2, next_gradient
+            next0, next1, next2 = _shifted(x + image + (r + 1) * pitch, r + 1 < H, column, c, W, C)
+            next_gradient = tl.load(gradient + cell + r * pitch, mask=inside & (r < H), other=0.0)
             left, middle, right = x20.to(tl.float32), x21.to(tl.float32), x22.to(tl.float32)
             z = above + left * w20 + middle * w21 + right * w22
-            at = image + (r - 1) * pitch + (column[:, None] * C + c[None, :])
-            inside = (r > 0) & (column < W)[:, None] & (c < C)[None, :]
-            d = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32) * _gelu_slope(z)
-            tl.store(before_gelu + at, d, mask=inside)
+            d = dy.to(tl.float32) * gelu_slope(z)
+            tl.store(before_gelu + cell + (r - 1) * pitch, d, mask=inside & (r > 0))
             s00, s01, s02 = s00 + d * x00.to(tl.float32), s01 + d * x01.to(tl.float32), s02 + d * x02.to(tl.float32)
             s10, s11, s12 = s10 + d * x10.to(tl.float32), s11 + d * x11.to(tl.float32), s12 + d * x12.to(tl.float32)
             s20, s21, s22 = s20 + d * left, s21 + d * middle, s22 + d * right
@@ -158,7 +163,9 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor, finish: bool) -> Tensor:
     y = torch.empty_like(x)
     B, H, W, C = x.shape
     if x.numel():
-        grid = B * triton.cdiv(H, FORWARD["ROWS"]) * triton.cdiv(W, FORWARD["COLUMNS"]), triton.cdiv(C, FORWARD["CHANNELS"])
+        strips, blocks, rows = B * triton.cdiv(W, FORWARD["COLUMNS"]), triton.cdiv(C, FORWARD["CHANNELS"]), ROWS
+        while rows > 1 and strips * blocks * triton.cdiv(H, rows) < PROGRAMS:
+            rows //= 2
         with torch.cuda.device_of(x):
-            forward_kernel[grid](x, weight, bias, y, H, W, C, FINISH=finish, **FORWARD)
+            forward_kernel[strips * triton.cdiv(H, rows), blocks](x, weight, bias, y, H, W, C, rows, FINISH=finish, **FORWARD)
     return y

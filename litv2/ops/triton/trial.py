@@ -15,10 +15,12 @@ from torch import Tensor
 
 from mm_modules.torch_state import without_modes
 
+from ..pooled.reference import pooled_attention
 from ..windows.reference import window_attention
-from . import depthwise, merging, windows
+from . import depthwise, embedding, merging, offsets, pooled, windows
 
 TOLERANCE = 0.02  # of the largest value: float16, and TF32 in torch's convolution; what goes wrong is as large as the values
+FLOAT32 = 1e-5  # what float32 is better than, and TF32 is not
 
 
 def compare(device: torch.device) -> None:
@@ -45,10 +47,27 @@ def compare(device: torch.device) -> None:
         gradients = torch.autograd.grad(expected, (qkv, pad), gradient)
         _agree("the gradient of window_attention", windows.window_attention_backward(gradient, qkv, pad, *options), gradients)
 
+        for side in (3, 9):  # of the pooled map: one block of keys, and two
+            q, kv = normal(2, 5, 7, 3 * 64)[..., 64:128], normal(2, side, side, 2 * 64)
+            expected = pooled_attention(q, kv, *options[1:])
+            _agree("pooled_attention", [pooled.pooled_attention(q, kv, *options[1:])], [expected])
+
         x, weight, bias = normal(2, 5, 7, 32), normal(48, 32, 2, 2), normal(48)
         expected = F.gelu(F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride=2)).permute(0, 2, 3, 1)
         offset = torch.zeros(*expected.shape[:3], 8, device=device)
         _agree("token_merging", [merging.token_merging(x, offset, weight.permute(0, 2, 3, 1).flatten(1), bias.float())], [expected])
+
+        weight, bias = normal(8, 32, 2, 2).float() / 3, normal(8)  # of more bits than TF32 holds
+        expected = F.conv2d(x.double().permute(0, 3, 1, 2), weight.double(), bias.double(), stride=2).permute(0, 2, 3, 1)
+        offset = offsets.predict_offset(x, weight.permute(0, 2, 3, 1).flatten(1), bias)
+        _agree("predict_offset", [offset], [expected], FLOAT32)
+
+        images, weight, bias, scale, shift = normal(2, 3, 5, 7), normal(32, 3, 4, 4), normal(32), normal(32), normal(32)
+        expected = F.conv2d(F.pad(images, (0, 1, 0, 3)), weight, bias, stride=4).permute(0, 2, 3, 1)
+        expected = F.layer_norm(expected, (32,), scale, shift)
+        weight = weight.permute(0, 2, 3, 1).flatten(1)
+        tokens = embedding.patch_embed(images, weight, bias, scale, shift, 4, 1e-5, images.dtype)
+        _agree("patch_embed", [tokens], [expected])
 
 
 def _normal(*shape: int, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -59,7 +78,7 @@ def _depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=len(weight))).permute(0, 2, 3, 1)
 
 
-def _agree(name: str, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+def _agree(name: str, ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float = TOLERANCE) -> None:
     for a, b in zip(ours, theirs):
-        if not (a.float() - b.float()).abs().amax() <= TOLERANCE * b.float().abs().amax():  # NaN does not agree
+        if not (a.float() - b.float()).abs().amax() <= tolerance * b.float().abs().amax():  # NaN does not agree
             raise ArithmeticError(f"{name} differs from torch's")

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .rows import cells_as_rows
+
 TILE = dict(T=16, TILES=4, num_warps=4)  # a tile for each warp
 
 
@@ -118,12 +120,6 @@ def backward_kernel(
         tl.store(row + width, tl.sum(tl.sum(tl.where(outside[:, :, None], dv, 0.0), 1), 0))
 
 
-def _cells_as_rows(x: Tensor) -> Tensor:
-    """(B, H, W, C) -> (B * H * W, C): a view where rows of the map lie one after the other, as in a part of a product's columns."""
-    x = x.flatten(0, 2)
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _geometry(qkv: Tensor, window_size: int, heads: int) -> tuple[tuple[int, ...], dict[str, int], int]:
     """Returns the kernels' (windows, H, W, rows, columns), compile-time arguments, and programs of a head."""
     B, H, W, C = qkv.shape
@@ -140,8 +136,8 @@ def window_attention(qkv: Tensor, pad: Tensor, window_size: int, heads: int, sca
     y = qkv.new_empty(*qkv.shape[:3], width)
     if y.numel():
         map, sizes, programs = _geometry(qkv, window_size, heads)
-        x = _cells_as_rows(qkv)
-        side = x if beside is None else _cells_as_rows(beside)
+        x = cells_as_rows(qkv)
+        side = x if beside is None else cells_as_rows(beside)
         with torch.cuda.device_of(x):
             forward_kernel[(programs * (width // D),)](
                 x, pad.contiguous(), side, y, *map, heads, width // D, scale, x.stride(0), side.stride(0), width, **sizes
@@ -158,7 +154,7 @@ def window_attention_backward(
     if of_qkv.numel():
         map, sizes, programs = _geometry(qkv, window_size, heads)
         of_padding = torch.empty(programs if sizes["PADDED"] else 0, C // 3 * 2, device=qkv.device)
-        x, dy = _cells_as_rows(qkv), _cells_as_rows(gradient)
+        x, dy = cells_as_rows(qkv), cells_as_rows(gradient)
         with torch.cuda.device_of(x):
             backward_kernel[(programs * heads,)](
                 dy, x, pad.contiguous(), of_qkv, of_padding, *map, heads, scale, dy.stride(0), x.stride(0), **sizes
