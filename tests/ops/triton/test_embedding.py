@@ -41,6 +41,7 @@ def error(ours: Tensor, exact: Tensor) -> Tensor:
 def test_against_torch(H, W, in_chans, dim, patch):
     """Sides that are no multiples of the patch, or smaller than it; channels first and last; a part of a larger image; one for all."""
     layer, x = fill(PatchEmbed(in_chans, dim, patch)), normal(5, 2, in_chans, H, W)
+    layer.norm.eps = 0.1
     true, ours = exact(x, layer), triton.patch_embed(x, layer)
     assert error(ours, true) < 1e-5
     larger = torch.full((2, in_chans, H + 3, W + 5), float("nan"))
