@@ -38,8 +38,6 @@ from roofline import GPU_MODELS, Ceilings, totals, trace
 
 Key = tuple[str, str, int]  # a model's name in timm, dtype, batch
 COMPILERS = 10  # processes
-# For all models alike, products and convolutions are the libraries': to try Triton's variants takes minutes per model.
-torch._inductor.config.max_autotune_gemm_backends = torch._inductor.config.max_autotune_conv_backends = "ATEN"
 torch._inductor.config.compile_threads = 2  # of each process
 
 

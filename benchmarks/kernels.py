@@ -4,9 +4,9 @@
     python benchmarks/kernels.py --device cuda --batch-size 64 --dtype float16
     python benchmarks/kernels.py --batch-size 8    # the native operators of a CPU
 
-A kernel is worth having on a GPU where it is a fifth faster than "compiled" here, or where the whole model is a twentieth faster with it.
+A kernel is worth having on a GPU where it is a fifth faster than "torch.compile" here, or where the whole model is a twentieth faster with it.
 Backends that cannot compute a case, or that the operator would not choose, are left out, saying why. ``times_as_fast`` is relative to
-"compiled". Writes JSON and CSV.
+"torch.compile". Writes JSON and CSV.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from litv2.layers import DeformableTokenMerging, DepthwiseConv, PatchEmbed
 from litv2.ops import OPERATORS, triton
 from runtime_modes import captured
 
-COMPILED = "compiled"
+COMPILED = "torch.compile"
 PASSES = ("forward", "forward + backward")
 INFERENCE = ("patch_embed", "pooled_attention", "token_merging")  # kernels without gradients
 STAGES = ((56, 96), (28, 192), (14, 384), (7, 768))  # side and width of LITv2-S's maps

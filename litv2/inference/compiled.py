@@ -18,7 +18,9 @@ CUDA_OPTIONS: dict[str, Any] = {
     # HiLo's window attention is computed where its result is joined with the other branch, instead of in a kernel of its own.
     "realize_opcount_threshold": 64,
     "force_pointwise_cat": True,
-    "max_autotune": True,
+    # Of kernels that are generated. Where products are tuned, their bias is often written to memory before them: the ways are timed once,
+    # and the faster one is missed.
+    "max_autotune_pointwise": True,
     "triton.cudagraphs": True,
 }
 

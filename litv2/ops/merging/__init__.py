@@ -3,8 +3,8 @@
 
 from mm_modules.dispatch import Operator
 
-from . import reference, triton
+from . import compiled, reference, triton
 
 __all__ = ["token_merging"]
 
-token_merging = Operator("token_merging", [triton.BACKEND, reference.BACKEND])
+token_merging = Operator("token_merging", [compiled.BACKEND, triton.BACKEND, reference.BACKEND])

@@ -51,9 +51,14 @@ def why_rather_not(x: Tensor, merging: DeformableTokenMerging) -> str | None:
 
 def token_merging(x: Tensor, merging: DeformableTokenMerging) -> Tensor:
     dtype, conv = compute_dtype(x), merging.dconv
-    weight, bias = (conv.weight, conv.bias) if type(merging.norm_layer) is nn.Identity else merging_weights(merging)
+    weight, bias = folded(merging)
     weight = weight.to(dtype).permute(0, 2, 3, 1).flatten(1)  # (N, 4 * C), ordered (tap, channel)
     return _forward(x.to(dtype), predict_offset(x, conv), weight, bias)
+
+
+def folded(merging: DeformableTokenMerging) -> tuple[Tensor, Tensor]:
+    """The weight and bias with the norm, if there still is one, folded in."""
+    return (merging.dconv.weight, merging.dconv.bias) if type(merging.norm_layer) is nn.Identity else merging_weights(merging)
 
 
 def predict_offset(x: Tensor, conv: DeformConv2dPack) -> Tensor:

@@ -16,9 +16,9 @@ from torch import Tensor
 from .gelu import gelu, gelu_slope
 
 FORWARD = dict(COLUMNS=2, CHANNELS=128, num_warps=1)
-BACKWARD = dict(COLUMNS=2, CHANNELS=128, num_warps=2)
+BACKWARD = dict(COLUMNS=2, CHANNELS=128, num_warps=4)
 ROWS = 28  # of a program, or fewer where there would be less than PROGRAMS
-PROGRAMS = 4096  # enough for every GPU; in the backward pass each writes sums of its own, whose order must not depend on the GPU
+PROGRAMS = 2048  # enough for every GPU; in the backward pass each writes sums of its own, whose order must not depend on the GPU
 
 
 @triton.jit
