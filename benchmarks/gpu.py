@@ -2,13 +2,12 @@
 """Everything that is worth knowing about LITv2 on a GPU, in one command of under ten minutes on an H100 with 16 cores.
 
     python benchmarks/gpu.py
-    python benchmarks/gpu.py --only environment compile models    # with what an earlier run has written of the others
+    python benchmarks/gpu.py --only environment models            # with what an earlier run has written of the others
     python benchmarks/gpu.py --dry-run --device cpu               # every stage with tiny sizes, to find mistakes without a GPU
 
 Stages, in this order: the machine and its ceilings; the deformable convolution's extension is built; the tests on a GPU; models are
-compiled, several at a time, and their bounds traced; models are timed in turns (LITv2 and rivals; eager, CUDA graph, compiled; float16 and
-bfloat16; batch 64 and 1) on the GPU's clock, batch 1 also as a caller waits for it; a profile; attention layers; HiLo's alpha; the kernels
-beside compiled code; backends of the deformable convolution; training steps with their memory and synchronisations. Each is a process of
+compiled, all at a time, and timed in turns (LITv2 and rivals; eager, CUDA graph, compiled; float16 and bfloat16; batch 64 and 1) on the
+GPU's clock, batch 1 also as a caller waits for it; a profile; attention layers; HiLo's alpha; the kernels beside compiled code; backends of the deformable convolution; training steps with their memory and synchronisations. Each is a process of
 its own with a deadline: one that fails or is stopped is recorded with the reason, and the others run. STEM.json is rewritten whenever there
 are new rows. ``share`` is of the bound (roofline.py) at the ceilings that this GPU was measured to have, ``predicted_ms`` an estimate
 (gpu_predictions.py).
@@ -56,8 +55,8 @@ def stages(device: str, results: Path, groups: list[str] | None = None) -> list[
     dtypes = dict(half="float16", training="bfloat16") if on_gpu else dict.fromkeys(("half", "training"), "float32")
 
     def own(name: str, limit: int) -> Stage:
-        command = [sys.executable, str(benchmarks / "gpu_stages.py"), name, "--device", device, "--results", str(results), *(groups or [])]
-        return Stage(name, limit, command, ["--tiny"])
+        command = [sys.executable, str(benchmarks / "gpu_stages.py"), name, "--device", device, "--results", str(results)]
+        return Stage(name, limit, command + (groups or []), ["--tiny"])
 
     def other(name: str, limit: int, flags: str, tiny: str) -> Stage:
         script, *words = flags.split()
@@ -71,8 +70,7 @@ def stages(device: str, results: Path, groups: list[str] | None = None) -> list[
         own("environment", 40),
         Stage("build", 120, [*setup, "--inplace"], ["--help"], rows=False),
         own("tests", 100),
-        own("compile", 150),
-        own("models", 200),
+        own("models", 350),
         own("profile", 40),
         other("attention", 60, attention, "--layers HiLo MSA --batch-size 1"),
         other("alpha", 30, f"{attention} --over alpha", "--alphas 0.9 --batch-size 1"),

@@ -13,9 +13,7 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
@@ -31,14 +29,25 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from gpu_predictions import predicted_ms
-from harness import ROOT, device_name, environment, event_samples, percentiles, positive, rounded, samples, say, stem, synchronise, write_json
+from harness import (
+    ROOT,
+    device_name,
+    environment,
+    event_samples,
+    percentiles,
+    positive,
+    rounded,
+    samples,
+    say,
+    stem,
+    synchronise,
+    write_json,
+)
 from litv2.errors import UserError, listed, run_program
 from models import CANDIDATES, GEMM_SIZE, Candidate, in_a_line, prepare
-from roofline import GPU_MODELS, Ceilings, totals, trace
+from roofline import GPU_MODELS, Ceilings, trace
 
-Key = tuple[str, str, int]  # a model's name in timm, dtype, batch
-COMPILERS = 10  # processes
-torch._inductor.config.compile_threads = 2  # of each process
+torch._inductor.config.compile_threads = 2  # of each process, one of which there is for a model
 
 
 @dataclass(frozen=True)
@@ -67,15 +76,16 @@ class Run:
     """What a stage is called with.
 
     Attributes:
-        before: rows of the stages that ran earlier, by stage.
         ceilings: of this GPU, if they were measured.
     """
 
     device: str
     sizes: Sizes
     out: Path
-    before: dict[str, list[dict]]
     ceilings: Ceilings | None
+
+    def modes(self, dtype: str) -> list[str]:
+        return ["eager", *(["graph"] if self.device != "cpu" else []), *(["compiled"] if dtype == self.sizes.dtypes[0] else [])]
 
     def write(self, rows: list[dict], **about) -> None:
         write_json(self.out.with_suffix(".json"), dict(about, rows=rows))
@@ -128,35 +138,6 @@ def tests_stage(run: Run) -> None:
         raise UserError(f"{len(rows)} tests; " + "; ".join(f"{outcome}: {listed(names)}" for outcome, names in wrong.items() if names))
 
 
-def compile_stage(run: Run) -> None:
-    """Fills torch.compile's caches for the models to come, several models at a time, and traces their bounds meanwhile."""
-    rows = []
-    keys = [(name, dtype, batch) for dtype, batch in run.sizes.groups() for name in run.sizes.models]
-    processes = min(COMPILERS, max(1, (os.cpu_count() or 1) // 2))
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        jobs = [pool.submit(compile_one, key, run.sizes, run.device, run.ceilings) for key in keys]
-        for job in as_completed(jobs):
-            rows.append(job.result())
-            run.write(rows)
-
-
-def compile_one(key: Key, sizes: Sizes, device: str, ceilings: Ceilings | None) -> dict:
-    """Returns a row: the sums of a model's trace, and the seconds of compiling it; or why that is not possible."""
-    name, dtype, batch = key
-    row = dict(model=name, dtype=dtype, batch=batch) | dict.fromkeys(("kernels", "MB", "GFLOPs", "bound_ms", "compile_s", "error"))
-    try:
-        kernels = trace(name, batch, sizes.image, getattr(torch, dtype))
-        row |= totals(kernels, batch) | dict(bound_ms=rounded(ceilings and 1e3 * ceilings.seconds(kernels), 4))
-        if dtype == sizes.dtypes[0]:
-            start = time.perf_counter()
-            functions = prepared(name, dtype, random_images(batch, sizes, device), ["compiled"], {})
-            row |= dict(compile_s=round(time.perf_counter() - start, 1), error=None if functions else "the log of this stage says why")
-    except Exception as error:  # the other models go on
-        row["error"] = f"{type(error).__name__}: {in_a_line(error)}"
-    torch._dynamo.reset()  # so that the next batch is no dynamic size
-    return row
-
-
 def random_images(batch: int, sizes: Sizes, device: str) -> Tensor:
     torch.manual_seed(0)
     return torch.randn(batch, 3, sizes.image, sizes.image, device=device)
@@ -173,35 +154,41 @@ def candidate(name: str) -> Candidate:
     return next(each for each in CANDIDATES if each.timm == name)
 
 
-def modes_of(name: str, of_group: list[dict], run: Run) -> list[str]:
-    """The modes to time of a model: compiled only where the stage "compile" has filled the cache."""
-    is_compiled = any(row["model"] == name and row["compile_s"] and not row["error"] for row in of_group)
-    return ["eager", *(["graph"] if run.device != "cpu" else []), *(["compiled"] if is_compiled else [])]
-
-
 def models_stage(run: Run) -> None:
     """The table: all models prepare at the same time, each in a process of its own, and then run in turns."""
     rows: list[dict] = []
     with contextlib.ExitStack() as stack:
-        models = {name: stack.enter_context(Model(name, run)) for name in run.sizes.models}
+        models = [stack.enter_context(Model(name, run)) for name in run.sizes.models]
         for dtype, batch in run.sizes.groups():
-            of_group = [row for row in run.before.get("compile", []) if (row["dtype"], row["batch"]) == (dtype, batch)]
-            for name, model in models.items():
-                model.prepare(dtype, batch, modes_of(name, of_group, run))
-            ready = [model for model in models.values() if model.is_ready()]
-            first = ready[0].labels[0]
-            ours = [label for model in ready for label in model.labels] + [f"{first} again"]  # a drift within a round shows in the difference
-            times: dict[str, list[float]] = {label: [] for label in ours}
-            waits: dict[str, list[float]] = {label: [] for label in ours if batch == 1}
-            for seconds, measure in ((times, event_samples), (waits, samples)):
-                for i in range((run.sizes.warm_up + run.sizes.rounds) * bool(seconds)):
-                    turn = [*(pair for model in ready for pair in model.turn(measure)), *ready[0].turn(measure, [first], " again")]
-                    for label, own in turn if i >= run.sizes.warm_up else ():
-                        seconds[label].append(own)
-            facts = {model.candidate.name: model.facts for model in ready}
-            bounds = {candidate(row["model"]).name: row["bound_ms"] for row in of_group}
-            rows += [model_row(label, dtype, batch, values, waits.get(label), facts, bounds) for label, values in times.items()]
-            run.write(rows)
+            for model in models:
+                model.prepare(dtype, batch, run.modes(dtype))
+            ready = [model for model in models if model.is_ready()]
+            done, rows = rows, []
+            for times, waits in timed_in_turns(ready, run, batch == 1):
+                rows = [model_row(model, label, dtype, batch, times[label], waits.get(label)) for model, label in times_of(ready)]
+                run.write(done + rows)
+            rows = done + rows
+
+
+def times_of(ready: list[Model]) -> list[tuple[Model, str]]:
+    """What is timed of each model; the first once more as the last, so that a drift within a round shows in the difference."""
+    return [(model, label) for model in ready for label in model.labels] + [(ready[0], f"{ready[0].labels[0]} again")]
+
+
+Times = dict[str, list[float]]
+
+
+def timed_in_turns(ready: list[Model], run: Run, with_waits: bool) -> Iterator[tuple[Times, Times]]:
+    """Yields the seconds by label on the GPU's clock and, with waits, as a caller sees them, now and then, so that they can be written."""
+    times, waits = {label: [] for _, label in times_of(ready)}, {label: [] for _, label in times_of(ready)}
+    for seconds, measure in ((times, event_samples), (waits, samples))[: 1 + with_waits]:
+        for i in range(run.sizes.warm_up + run.sizes.rounds):
+            turns = [model.turn(measure) for model in ready] + [ready[0].turn(measure, ready[0].labels[:1], " again")]
+            for label, own in (pair for turn in turns for pair in turn if i >= run.sizes.warm_up):
+                seconds[label].append(own)
+            if i >= run.sizes.warm_up and i % 10 == 0:
+                yield times, waits
+    yield times, waits
 
 
 class Model:
@@ -209,13 +196,13 @@ class Model:
 
     Attributes:
         labels: "model, mode" of all that it can run, once it is ready.
-        facts: what ``prepare`` of models.py says of it.
+        facts: what ``prepare`` of models.py says of it, and ``bound_ms``, at the ceilings that were measured.
     """
 
     def __init__(self, name: str, run: Run):
-        self.name, self.candidate, self.labels, self.facts = name, candidate(name), list[str](), dict()
+        self.name, self.labels, self.facts = name, list[str](), dict[str, Any]()
         self.connection, theirs = get_context("spawn").Pipe()
-        self.process = get_context("spawn").Process(target=serve, args=(name, run.sizes, run.device, theirs), daemon=True)
+        self.process = get_context("spawn").Process(target=serve, args=(name, run, theirs), daemon=True)
 
     def __enter__(self) -> Model:
         self.process.start()
@@ -248,7 +235,7 @@ class Model:
         return answer
 
 
-def serve(name: str, sizes: Sizes, device: str, connection: Connection) -> None:
+def serve(name: str, run: Run, connection: Connection) -> None:
     """Answers what ``Model`` asks, an error with a line of text."""
     functions: dict[str, Callable[[], object]] = {}
     while True:
@@ -257,35 +244,34 @@ def serve(name: str, sizes: Sizes, device: str, connection: Connection) -> None:
             if len(order) == 3:
                 dtype, batch, modes = order
                 functions.clear()
-                torch._dynamo.reset()
+                torch._dynamo.reset()  # so that the next batch is no dynamic size
                 gc.collect()
                 torch.cuda.empty_cache()
-                facts: dict[str, dict] = {}
-                functions |= prepared(name, dtype, random_images(batch, sizes, device), modes, facts)
-                connection.send((list(functions), *facts.values()))
+                kernels, facts = trace(name, batch, run.sizes.image, getattr(torch, dtype)), dict[str, dict]()
+                functions |= prepared(name, dtype, random_images(batch, run.sizes, run.device), modes, facts)
+                bound = rounded(run.ceilings and 1e3 * run.ceilings.seconds(kernels), 4)
+                connection.send((list(functions), dict(*facts.values(), bound_ms=bound)))
             else:
                 measure, labels = order
                 functions[labels[-1]]()  # until it ends, the processor has queued what is timed
-                connection.send(measure({label: functions[label] for label in labels}, 1, 0, device=device))
+                connection.send(measure({label: functions[label] for label in labels}, 1, 0, device=run.device))
         except Exception as error:
             connection.send(f"{type(error).__name__}: {in_a_line(error)}")
 
 
-def model_row(
-    name: str, dtype: str, batch: int, seconds: list[float], waits: list[float] | None, facts: dict, bounds: dict[str, float | None]
-) -> dict:
+def model_row(of: Model, label: str, dtype: str, batch: int, seconds: list[float], waits: list[float] | None) -> dict:
     """A line of the table: ms on the GPU's clock, latency_ms with the wait for the result; share is of the bound."""
-    model, mode = name.split(", ")
-    own, bound = spread(seconds), bounds.get(model)
+    model, mode = label.split(", ")
+    own, bound = spread(seconds), of.facts["bound_ms"]
     return dict(
         model=model,
         mode=mode,
         dtype=dtype,
         batch=batch,
         **own,
-        latency_ms=waits and spread(waits)["ms"],
+        latency_ms=spread(waits)["ms"] if waits else None,
         images_per_s=rounded(batch / statistics.median(seconds), 1),
-        MiB=rounded(facts[model]["memory"], 1) if mode == "eager" else None,
+        MiB=rounded(of.facts["memory"], 1) if mode == "eager" else None,
         bound_ms=bound,
         share=rounded(bound and bound / own["ms"], 3),
         predicted_ms=predicted_ms(model, mode, dtype, batch, bound),
@@ -301,8 +287,7 @@ def profile_stage(run: Run) -> None:
     """Where the time of LITv2-S's forward pass goes, by kernel; on a CPU by operator."""
     dtype, batch = next(run.sizes.groups())
     name, rows = run.sizes.models[0], []
-    of_group = [row for row in run.before.get("compile", []) if (row["dtype"], row["batch"]) == (dtype, batch)]
-    functions = prepared(name, dtype, random_images(batch, run.sizes, run.device), modes_of(name, of_group, run), {})
+    functions = prepared(name, dtype, random_images(batch, run.sizes, run.device), run.modes(dtype), {})
     for label, function in functions.items():
         model, mode = label.split(", ")
         rows += [dict(model=model, mode=mode, dtype=dtype, batch=batch, **row) for row in kernels_of(function, run)]
@@ -330,7 +315,7 @@ def kernels_of(function: Callable[[], Tensor], run: Run) -> list[dict]:
 
 
 STAGES: dict[str, Callable[[Run], None]] = dict(
-    environment=environment_stage, tests=tests_stage, compile=compile_stage, models=models_stage, profile=profile_stage
+    environment=environment_stage, tests=tests_stage, models=models_stage, profile=profile_stage
 )
 
 
@@ -344,14 +329,13 @@ def main() -> None:
     flags.add_argument("--batch-sizes", nargs="+", type=positive, metavar="N")
     flags.add_argument("--tiny", action="store_true")
     args = flags.parse_args()
-    results = json.loads(args.results.read_text()) if args.results else dict(stages={}, ceilings=None)
+    results = json.loads(args.results.read_text()) if args.results else dict(ceilings=None)
     sizes = TINY if args.tiny else FULL
     sizes = replace(sizes, dtypes=tuple(args.dtypes or sizes.dtypes), batches=tuple(args.batch_sizes or sizes.batches))
     if args.device == "cpu":
         sizes = replace(sizes, dtypes=("float32",))
-    before = {name: stage.get("rows", []) for name, stage in results["stages"].items()}
     ceilings = Ceilings(**results["ceilings"]) if results["ceilings"] else None
-    STAGES[args.stage](Run(args.device, sizes, args.out, before, ceilings))
+    STAGES[args.stage](Run(args.device, sizes, args.out, ceilings))
 
 
 if __name__ == "__main__":

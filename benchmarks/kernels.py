@@ -4,9 +4,9 @@
     python benchmarks/kernels.py --device cuda --batch-size 64 --dtype float16
     python benchmarks/kernels.py --batch-size 8    # the native operators of a CPU
 
-A kernel is worth having on a GPU where it is a fifth faster than "torch.compile" here, or where the whole model is a twentieth faster with it.
-Backends that cannot compute a case, or that the operator would not choose, are left out, saying why. ``times_as_fast`` is relative to
-"torch.compile". Writes JSON and CSV.
+A kernel is worth having on a GPU where it is a fifth faster than "torch.compile" here, or where the whole model is a twentieth faster with
+it. On a GPU all are timed in CUDA graphs, without the time that Python takes to launch them. Backends that cannot compute a case, or that
+the operator would not choose, are left out, saying why. ``times_as_fast`` is relative to "torch.compile". Writes JSON and CSV.
 """
 
 from __future__ import annotations

@@ -36,7 +36,9 @@ H100 = SimpleNamespace(
     L2_cache_size=50 << 20, shared_memory_per_block=49152, shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472,
 )  # fmt: skip
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "_reshape_alias"}
-OPTIONS = {name: value for name, value in CUDA_OPTIONS.items() if name not in ("max_autotune_pointwise", "triton.cudagraphs")}  # these need a device
+OPTIONS = dict(CUDA_OPTIONS)
+for name in ("max_autotune_pointwise", "triton.cudagraphs"):  # they need a device
+    del OPTIONS[name]
 
 
 @dataclass

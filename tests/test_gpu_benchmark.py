@@ -26,7 +26,6 @@ import harness  # noqa: E402
 import models  # noqa: E402
 import runtime_modes  # noqa: E402
 from gpu_predictions import predicted_ms  # noqa: E402
-from roofline import Ceilings  # noqa: E402
 
 STAGES = [stage.name for stage in gpu.stages("cpu", Path())]
 DRY = ("--dry-run", "--device", "cpu")
@@ -153,7 +152,7 @@ def test_the_extension_is_built_for_this_gpu(session):
 
 
 def a_run(tmp_path: Path, stage: str = "x", **sizes) -> gpu_stages.Run:
-    return gpu_stages.Run("cpu", replace(gpu_stages.TINY, dtypes=("float32",), **sizes), tmp_path / stage, {}, None)
+    return gpu_stages.Run("cpu", replace(gpu_stages.TINY, dtypes=("float32",), **sizes), tmp_path / stage, None)
 
 
 def test_tests_that_fail(tmp_path):
@@ -166,7 +165,7 @@ import dataclasses, pathlib, sys
 sys.path.insert(0, "benchmarks")
 from gpu_stages import TINY, Run, run_program, tests_stage
 sizes = dataclasses.replace(TINY, tests=("-n", "0", "-c", "pyproject.toml", {str(tmp_path)!r}))
-run = Run("cpu", sizes, pathlib.Path({str(tmp_path / "tests")!r}), {{}}, None)
+run = Run("cpu", sizes, pathlib.Path({str(tmp_path / "tests")!r}), None)
 sys.exit(run_program(lambda: tests_stage(run)))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -176,27 +175,11 @@ sys.exit(run_program(lambda: tests_stage(run)))
     assert done.returncode == 2 and done.stderr.startswith("error: 3 tests; failed: ") and "test_bad; not collected: " in done.stderr
 
 
-def test_a_model_that_is_not_compiled(tmp_path, monkeypatch):
-    """The others go on, and it is not timed in that mode."""
-
-    def broken(name, dtype, images, modes, facts):
-        raise RuntimeError(f"no {modes} of {name}\nfor {tuple(images.shape)}")
-
-    monkeypatch.setattr(gpu_stages, "prepared", broken)
+def test_only_the_first_dtype_is_compiled(tmp_path):
     work = a_run(tmp_path)
-    row = gpu_stages.compile_one(("resnet50", "float32", 2), work.sizes, "cpu", Ceilings(1e9, dict(float32=1e12)))
-    assert row["error"] == "RuntimeError: no ['compiled'] of resnet50 for (2, 3, 64, 64)" and row["compile_s"] is None
-    assert row["kernels"] > 100 and row["bound_ms"] == pytest.approx(row["MB"], abs=0.1)
-    good = row | dict(model="litv2_small", compile_s=1.0, error=None)
-    assert gpu_stages.modes_of("resnet50", [row, good], work) == ["eager"]
-    assert gpu_stages.modes_of("litv2_small", [row, good], work) == ["eager", "compiled"]
-    assert gpu_stages.modes_of("litv2_small", [row, good], replace(work, device="cuda")) == ["eager", "graph", "compiled"]
-
-
-def test_other_dtypes_are_not_compiled(tmp_path):
-    sizes = replace(a_run(tmp_path).sizes, dtypes=("float16", "float32"))
-    row = gpu_stages.compile_one(("resnet50", "float32", 1), sizes, "cpu", None)
-    assert row["compile_s"] is row["error"] is row["bound_ms"] is None and row["MB"] > 0
+    on_gpu = replace(work, device="cuda", sizes=gpu_stages.FULL)
+    assert work.modes("float32") == ["eager", "compiled"]
+    assert on_gpu.modes("float16") == ["eager", "graph", "compiled"] and on_gpu.modes("bfloat16") == ["eager", "graph"]
 
 
 def test_a_model_that_fails_is_left_out(tmp_path, capsys):

@@ -87,8 +87,7 @@ def optimize(
             in this dtype, float16 and bfloat16 included: nothing is cast on the way, as autocast would. With int8
             ("int8" or ``torch.int8``) images and outputs keep the model's dtype, and the form is "native-int8": see
             ``packed_model``. It needs no calibration, since each token is scaled by its own largest and smallest value.
-        forms: names from ``FORMS`` to try; None for all that this machine supports. Compiling takes about a minute,
-            on CUDA, where kernels are tuned, several.
+        forms: names from ``FORMS`` to try; None for all that this machine supports. Compiling takes about a minute.
         report: function that is called with each line of progress; None for no output.
 
     Raises:

@@ -31,7 +31,7 @@ def results(run, tensors: list[Tensor | None], s: int) -> list[Tensor]:
     """The output and all gradients."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors if tensor is not None]
     y = run(*leaves[:2], s, 2, 0.3, *leaves[2:])
-    return [y, *torch.autograd.grad(y, leaves, normal(3, *y.shape).to(y.dtype), materialize_grads=True)]  # of padding that is not there
+    return [y, *torch.autograd.grad(y, leaves, normal(3, *y.shape).to(y), materialize_grads=True)]  # of padding that is not there
 
 
 def assert_as_precise(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor]) -> None:
