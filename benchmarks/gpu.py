@@ -7,10 +7,10 @@
 
 Stages, in this order: the machine and its ceilings; the deformable convolution's extension is built; the tests on a GPU; models are
 compiled, all at a time, and timed in turns (LITv2 and rivals; eager, CUDA graph, compiled; float16 and bfloat16; batch 64 and 1) on the
-GPU's clock, batch 1 also as a caller waits for it; a profile; attention layers; HiLo's alpha; the kernels beside compiled code; backends of the deformable convolution; training steps with their memory and synchronisations. Each is a process of
-its own with a deadline: one that fails or is stopped is recorded with the reason, and the others run. STEM.json is rewritten whenever there
-are new rows. ``share`` is of the bound (roofline.py) at the ceilings that this GPU was measured to have, ``predicted_ms`` an estimate
-(gpu_predictions.py).
+GPU's clock, batch 1 also as a caller waits for it; a profile; attention layers; HiLo's alpha; the kernels beside compiled code; backends of
+the deformable convolution; training steps with their memory and synchronisations. Each is a process of its own with a deadline: one that
+fails or is stopped is recorded with the reason, and the others run. STEM.json is rewritten whenever there are new rows. ``share`` is of the
+bound (roofline.py) at the ceilings that this GPU was measured to have, ``predicted_ms`` an estimate (gpu_predictions.py).
 """
 
 from __future__ import annotations
@@ -93,8 +93,9 @@ def main() -> int:
     if args.device == "cpu" and not args.dry_run:
         raise UserError("--device cpu: a CPU would take days for these sizes; add --dry-run")
     results = args.out.with_suffix(".json")
-    groups = [word for name in ("dtypes", "batch_sizes") if (words := getattr(args, name)) for word in (f"--{name.replace('_', '-')}", *words)]
-    chosen = stages(args.device, results, list(map(str, groups)))
+    groups = ["--dtypes", *args.dtypes] if args.dtypes else []
+    groups += ["--batch-sizes", *map(str, args.batch_sizes)] if args.batch_sizes else []
+    chosen = stages(args.device, results, groups)
     chosen = [stage for stage in chosen if not args.only or stage.name in args.only]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that what a stage has done is recorded, and its process ends
     session = Session(results, args.device, args.dry_run)
@@ -207,9 +208,7 @@ def card() -> dict[str, str] | None:
 
 def summary(results: dict) -> str:
     """The stages, and the table of the models."""
-    lines = [
-        [name, str(stage["seconds"]), str(len(stage["rows"])), stage.get("error", "")] for name, stage in results["stages"].items()
-    ]
+    lines = [[name, str(stage["seconds"]), str(len(stage["rows"])), stage.get("error", "")] for name, stage in results["stages"].items()]
     parts = [table(["stage", "seconds", "rows", "error"], lines)]
     models = results["stages"].get("models", {}).get("rows", [])
     if models:

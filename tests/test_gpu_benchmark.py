@@ -182,14 +182,15 @@ def test_only_the_first_dtype_is_compiled(tmp_path):
     assert on_gpu.modes("float16") == ["eager", "graph", "compiled"] and on_gpu.modes("bfloat16") == ["eager", "graph"]
 
 
-def test_a_model_that_fails_is_left_out(tmp_path, capsys):
+def test_a_model_that_fails_is_left_out(tmp_path, capsys, monkeypatch):
     """Swin Transformers are built for one size of images."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes a minute
     swin = "swin_tiny_patch4_window7_224"
     gpu_stages.models_stage(a_run(tmp_path, batches=(1,), models=(swin, "resnet50")))
     rows = json.loads((tmp_path / "x.json").read_text())["rows"]
-    assert [(row["model"], row["mode"]) for row in rows] == [("ResNet-50", "eager"), ("ResNet-50", "eager again")]
+    assert [(row["model"], row["mode"]) for row in rows] == [("ResNet-50", mode) for mode in ("eager", "compiled", "eager again")]
     assert rows[0]["ms"] > 0 and rows[0]["latency_ms"] > 0 and rows[0]["bound_ms"] is rows[0]["share"] is None
-    assert f"without {swin}: UserError: --img-size 64: Swin-T does not support it" in capsys.readouterr().err
+    assert f"without {swin}: AssertionError: Input height (64) doesn't match model (224)" in capsys.readouterr().err
 
 
 def test_every_model_is_a_candidate():

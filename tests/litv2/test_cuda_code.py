@@ -38,7 +38,8 @@ def model() -> tuple[nn.Module, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def code(model) -> Kernels:
-    return generated(*model)
+    with use(token_merging="triton"):  # the other one depends on what the extension was built for
+        return generated(*model)
 
 
 def test_the_model(code):
@@ -64,7 +65,8 @@ def test_the_layout_optimization_would_transpose():
 
 
 def test_the_model_without_compilation(model):
-    trace = operators(*model)
+    with use(token_merging="triton"):
+        trace = operators(*model)
     assert len(trace.names) <= 140 and trace.bytes <= 5.6e9
     ours = dict(patch_embed=1, depthwise_gelu=12, window_attention=6, pooled_attention=8, predict_offset=3, token_merging=3)
     assert {name: trace.names.count(f"litv2::triton_{name}") for name in ours} == ours and "gelu" not in trace.names[:-1]

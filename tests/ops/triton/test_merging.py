@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from helpers import fill, normal
 from litv2.layers import DeformableTokenMerging
 from litv2.ops import use
-from litv2.ops.merging import reference, triton
+from litv2.ops.merging import compiled, reference, triton
 from litv2.ops.triton import merging
 from mm_modules.DCN import deform_conv2d
-from triton_helpers import CAPABILITIES, compile_for
+from triton_helpers import CAPABILITIES, Called, compile_for
 
 SIZES = [(2, 2), (2, 6), (5, 7), (7, 5), (14, 14)]  # smaller maps have no patch
 
@@ -55,6 +55,23 @@ def test_against_torch(H, W):
         plain = reference.token_merging(x, layer)
     ours = triton.token_merging(x, layer)
     assert ours.dtype == torch.bfloat16 and error(ours, exact) <= 4 * error(plain, exact)  # the interpreter truncates
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("H, W", SIZES)
+def test_by_the_compiled_convolution(H, W):
+    """With offsets from the kernel; the backend is another one's for the rest."""
+    x, layer = case(H, W)
+    if reason := compiled.why_not(x, layer):
+        pytest.skip(reason)
+    exact = reference.token_merging(x.double(), copy.deepcopy(layer).double())
+    with Called() as called:
+        assert error(compiled.token_merging(x, layer), exact) < 1e-6
+    assert called.names == ["predict_offset"]
+    x, layer = x.bfloat16(), layer.bfloat16()
+    exact = reference.token_merging(x.double(), copy.deepcopy(layer).double())
+    ours, plain = compiled.token_merging(x, layer), reference.token_merging(x, layer)
+    assert ours.dtype == torch.bfloat16 and error(ours, exact) <= 2 * error(plain, exact)
 
 
 @pytest.mark.usefixtures("interpreter")

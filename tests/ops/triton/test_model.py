@@ -6,29 +6,16 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import assert_as_precise, normal, tiny_model
 from litv2 import fuse
 from litv2.ops import OPERATORS, use
+from triton_helpers import Called
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = [pytest.mark.extra, pytest.mark.usefixtures("interpreter")]
 PLAIN = dict.fromkeys(set(OPERATORS) - {"deform_conv2d"}, "torch")
 KERNELS = dict(block="torch", depthwise_gelu="triton")  # the native operators would be preferred, as the tensors are on the CPU
-
-
-class Called(TorchDispatchMode):
-    """The Triton kernels that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.name().startswith("litv2::triton_"):
-            self.names.append(function.name().removeprefix("litv2::triton_"))
-        return function(*args, **(kwargs or {}))
 
 
 def model(**settings) -> nn.Module:
@@ -55,7 +42,7 @@ def test_inference_in_bfloat16(form):
     exact, x = model().eval(), normal(0, 1, 3, 32, 64)
     with use(**PLAIN):
         expected, plain = exact(x), form(model().eval()).bfloat16()(x.bfloat16())
-    with use(**KERNELS), Called() as called:
+    with use(**KERNELS, token_merging="triton"), Called() as called:
         ours = form(model().eval()).bfloat16()(x.bfloat16())
     folded = {"pooled_attention"} if form is fuse else set()
     assert {"patch_embed", "depthwise_gelu", "window_attention", "predict_offset", "token_merging"} | folded == set(called.names)
