@@ -32,6 +32,7 @@ from pathlib import Path
 
 import timm
 import torch
+from timm.models.pvt_v2 import OverlapPatchEmbed
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -99,9 +100,7 @@ def resnet(size: Size, classes: int) -> nn.Module:
 
 def convnext(size: Size, classes: int) -> nn.Module:
     dims = tuple(size.width * 2**i for i in range(4))
-    model = timm.create_model(
-        "convnext_tiny", num_classes=classes, depths=DEPTHS, dims=dims, patch_size=PATCH, drop_path_rate=DROP_PATH
-    )
+    model = timm.create_model("convnext_tiny", num_classes=classes, depths=DEPTHS, dims=dims, patch_size=PATCH, drop_path_rate=DROP_PATH)
     model.stages[0].downsample = nn.Identity()  # timm halves the map once more after patches of 2 x 2
     return model
 
@@ -111,6 +110,17 @@ def swin(size: Size, classes: int) -> nn.Module:
         "swin_tiny_patch4_window7_224", num_classes=classes, img_size=size.image, patch_size=PATCH, window_size=size.image // 16,
         embed_dim=size.width, depths=DEPTHS, num_heads=HEADS, drop_path_rate=DROP_PATH,
     )  # fmt: skip
+
+
+def pvt(size: Size, classes: int) -> nn.Module:
+    heads = (1, 2, 5, 8)  # timm's, and so are the channels: as many to each head
+    model = timm.create_model(
+        "pvt_v2_b2", num_classes=classes, embed_dims=tuple(size.width * count for count in heads), depths=DEPTHS, num_heads=heads,
+        drop_path_rate=DROP_PATH,
+    )  # fmt: skip
+    patches = OverlapPatchEmbed(patch_size=2 * PATCH - 1, stride=PATCH, embed_dim=size.width)  # timm's of 4 pixels reach over 7
+    model.patch_embed = patches.apply(model._init_weights)
+    return model
 
 
 def xcit(size: Size, classes: int) -> nn.Module:
@@ -140,7 +150,7 @@ def matched_width(make: Callable[[Size, int], nn.Module], size: Size) -> int:
 OURS = "LITv2"
 ATTENTION = {"MSA": "msa", "SRA": "sra", "W-MSA": "w-msa", "T-MSA": "t-msa"}
 ALPHA = (0.0, 0.25, 0.5, 1.0)
-RIVALS = {"ResNet-50-D": resnet, "Swin-T": swin, "XCiT-S12/8": xcit, "ConvNeXt-T": convnext}
+RIVALS = {"ResNet-50-D": resnet, "Swin-T": swin, "PVTv2-B2": pvt, "XCiT-S12/8": xcit, "ConvNeXt-T": convnext}
 ROWS: dict[str, Callable[[Size, int], nn.Module]] = {
     OURS: litv2,
     **{name: partial(litv2, attention=attention) for name, attention in ATTENTION.items()},

@@ -55,6 +55,9 @@ def test_the_models_of_the_rows():
         assert model.no_weight_decay() <= {name.removesuffix(".*") for name, _ in model.named_parameters()} | {"network.pos_embed.*"}
         assert {module.window for module in model.modules() if isinstance(module, WindowAttention)} <= {3}
         assert [module.side for module in model.modules() if isinstance(module, RelativeSelfAttention)] in ([], [6, 6, 3])
+        if name in ("ResNet-50-D", "Swin-T", "PVTv2-B2", "ConvNeXt-T"):  # the pyramids: as many tokens as LITv2 has
+            maps = model.network.forward_intermediates(torch.zeros(1, 3, 48, 48), intermediates_only=True)[-4:]
+            assert [values.shape[-1] for values in maps] == [24, 12, 6, 3], name
     attentions = {alpha: proxies.litv2(SIZE, 7, alpha=alpha).layers[2].blocks[0].attn for alpha in (*proxies.ALPHA, 0.9)}
     assert {alpha: attention.l_heads for alpha, attention in attentions.items()} == {0: 0, 0.25: 1, 0.5: 2, 0.9: 3, 1: 4}
 
