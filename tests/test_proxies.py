@@ -39,8 +39,8 @@ def test_claims():
     curves = {"LITv2": [{1: 10.0, 2: 50.0}, {1: 90.0, 2: 60.0}], "SRA": [{1: 80.0, 2: 45.0}, {1: 0.0, 2: 55.5}]}
     curves["ConvNeXt-T"] = [{2: 49.0}, {2: 59.0}]
     sra, above = proxies.claimed(curves)
-    assert above == "ConvNeXt-T above LITv2: not seen (-1.0, -1.0 to -1.0)"
-    assert sra.startswith("LITv2 above SRA: seen (+4.8, +1.6 to +7.9)")  # differences 5.0 and 4.5; Student's t is 12.7
+    assert above == "ConvNeXt-T above LITv2 (top-1 at full size): not seen (-1.0, -1.0 to -1.0)"
+    assert sra.startswith("LITv2 above SRA (in words): seen (+4.8, +1.6 to +7.9)")  # differences 5.0 and 4.5; Student's t is 12.7
 
 
 @pytest.mark.extra
@@ -101,10 +101,10 @@ def test_the_command(command, tmp_path, monkeypatch, capsys):
     own = [trainings.evaluations(runs / f"LITv2-{seed}")[1] for seed in (0, 1)]
     assert rows["LITv2"]["top1"] == pytest.approx(np.mean(own), abs=0.05)
     assert rows["LIT"]["over_LITv2"] == pytest.approx(41.5 - np.mean(own), abs=0.05)
-    assert "* LIT + ConvFFN above LIT: seen (+5.0, +5.0 to +5.0)" in (tmp_path / "results.md").read_text()
+    assert "* LIT + ConvFFN above LIT (in words): seen (+5.0, +5.0 to +5.0)" in (tmp_path / "results.md").read_text()
     assert (tmp_path / "results.png").stat().st_size > 10_000
 
     monkeypatch.setattr(main, "main", None)  # a call would fail
     capsys.readouterr()
     run_here(monkeypatch, command, *flags, files=dict(DIR=tmp_path / "data"))
-    assert "* LIT + ConvFFN above LIT: seen (+5.0, +5.0 to +5.0)" in capsys.readouterr().out
+    assert "* LIT + ConvFFN above LIT (in words): seen (+5.0, +5.0 to +5.0)" in capsys.readouterr().out

@@ -23,6 +23,10 @@ class Table:
 
 
 MEMORY = "Measured in float32; MiB are what a training step, or a forward pass, allocates beyond weights, images and optimizer state."
+OTHERS = (
+    "Of the paper's accuracies, images/s and memory, those of LITv2-S alone are at hand, which the release repeats (one RTX 3090, batches "
+    "of 64); the other cells are empty for that."
+)
 DENSE = (
     "Accuracies are published; those of weights and data at hand are measured by {task}/tools/test.py CONFIG FILE. Multiply-adds are the "
     "release's count, without the deformable convolutions. FPS are of one random image at a time, from image to result, with random "
@@ -40,14 +44,15 @@ TABLES = {
         "LITv2-S with other attention (table 4)",
         "SRA's 3.920 G are printed as 4.0. A formula that counts the reducing convolution at the ratio of 1 too, in the last stage, where "
         "PVT and the printed 32 M have none, would give 3.977, and 3.992 for T-MSA; no public source says that this was done. Softmax, "
-        f"norms and biases, which counters treat differently, are much less than the missing 0.03 G. {MEMORY}",
+        "norms and biases, which counters treat differently, are much less than the missing 0.03 G. W-MSA has no shift here, which would "
+        f"cost no multiply-adds. {OTHERS} {MEMORY}",
     ),
     "lit": Table(
         classifiers.lit_table,
         "From LIT to LITv2 (table 5), and LIT's sizes",
         "bare_M is without the classifier and the tables of relative positions: LIT-S, M and B have the printed digits so, but LIT-S + "
         "ConvFFN, which the same paper prints as 28, has not. LIT's repository prints 27, 48 and 86 too, its trainer logs the number of "
-        f"all parameters, and no public source says what was left out. {MEMORY}",
+        f"all parameters, and no public source says what was left out. {OTHERS} {MEMORY}",
     ),
     "figure2": Table(
         layers.figure2, f"Multiply-adds (G) of a layer of {layers.WIDTH} channels and {layers.HEADS} heads by side of the image (figure 2)"
