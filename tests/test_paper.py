@@ -104,7 +104,7 @@ def test_models_are_measured(command, tmp_path, monkeypatch):
     rows = rows_of(tmp_path, "attention")
     assert all(row["images_per_s"] > 0 and row["train_MiB"] > row["test_MiB"] > 0 for row in rows)
     assert (tmp_path / "paper-attention.png").exists()
-    assert "batches of 1 images" in (tmp_path / "paper.md").read_text()
+    assert "float32, batch size 1; MiB" in (tmp_path / "paper.md").read_text()
     published = [row["model"] for row in rows if row["RTX3090_images_per_s"]]
     assert (published, rows[-1]["RTX3090_train_GB"], rows[-1]["paper_top-1"]) == (["hilo"], 5.1, 82.0)
 

@@ -26,11 +26,11 @@ class Table:
         """The paragraph below it."""
         if not (self.measured and setting.measure):
             return self.note
-        measured = f"Measured in float32 on {self.measured.format(batch=setting.batch_size)}"
-        return f"{self.note} {measured}. Times are medians of {setting.rounds} rounds, p10 and p90 percentiles over them."
+        measured = f"Measured in float32, {self.measured.format(batch=setting.batch_size)}"
+        return f"{self.note} {measured}. Timed rounds: {setting.rounds}; times are their medians, p10 and p90 percentiles."
 
 
-MEMORY = "batches of {batch} images; MiB are what a training step, or a forward pass, allocates beyond weights, images and optimizer state"
+MEMORY = "batch size {batch}; MiB are what a training step, or a forward pass, allocates beyond weights, images and optimizer state"
 OTHERS = (
     "Of the paper's accuracies, images/s and memory, those of LITv2-S alone are at hand, which the release repeats (one RTX 3090, batches "
     "of 64); the other cells are empty for that."
@@ -98,7 +98,7 @@ TABLES = {
         layers.layers_table,
         "One attention layer of 768 channels and 12 heads, 14 x 14 tokens",
         "Published are images/s with batches of 64 on a Core i9-10900X and an RTX 3090.",
-        "batches of {batch}; MiB are what a forward pass allocates beyond input and weights",
+        "batch size {batch}; MiB are what a forward pass allocates beyond input and weights",
     ),
     "detection": Table(dense.detection_table, "Detectors on COCO, at 1280 x 800", DENSE.format(task="detection"), FRAMES),
     "segmentation": Table(dense.segmentation_table, "Segmenters on ADE20K, at 512 x 512", DENSE.format(task="segmentation"), FRAMES),
