@@ -286,12 +286,12 @@ def draw(rows: list[dict], path: Path, curves: Curves) -> None:
     tables = [table for table in TABLES if any(table in row["tables"].split() for row in rows)]
     with figure(path, len(tables), (3.6 * len(tables), 3.4)) as panels:
         for axes, table in zip(panels if len(tables) > 1 else [panels], tables):
-            others = (colour for name, colour in COLOURS.items() if name != "ours")
+            styles = ((colour, line) for line in (".-", "x--") for name, colour in COLOURS.items() if name != "ours")
             for name in TABLES[table]:
                 epochs = list(curves[name][0])
                 means = [statistics.fmean(curve[epoch] for curve in curves[name]) for epoch in epochs]
-                colour = COLOURS["ours"] if name == OURS else next(others)
-                axes.plot(epochs, means, ".-", label=name, linewidth=2 if name == OURS else 1, color=colour)
+                colour, line = (COLOURS["ours"], ".-") if name == OURS else next(styles)
+                axes.plot(epochs, means, line, label=name, linewidth=2 if name == OURS else 1, color=colour)
             axes.set(title=table, xlabel="epoch", ylabel="top-1 (%), mean of the seeds")
             axes.legend(fontsize=7, frameon=False)
 
