@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import torch
 from scipy import stats
 
 from command_helpers import run_here
-from document_helpers import documented
+from document_helpers import documented, table
 from helpers import ROOT, write_images
 from litv2.attentions import RelativeSelfAttention, WindowAttention
 from litv2.errors import UserError
@@ -41,6 +42,24 @@ def test_claims():
     sra, above = proxies.claimed(curves)
     assert above == "ConvNeXt-T above LITv2 (top-1 at full size): not seen (-1.0, -1.0 to -1.0)"
     assert sra.startswith("LITv2 above SRA (in words): seen (+4.8, +1.6 to +7.9)")  # differences 5.0 and 4.5; Student's t is 12.7
+
+
+def test_the_plot(tmp_path):
+    """A panel for each table, with all of its rows."""
+    rows = [dict(tables=" ".join(table for table, names in proxies.TABLES.items() if name in names)) for name in proxies.ROWS]
+    proxies.draw(rows, tmp_path / "curves.png", {name: [{1: 10.0 + i, 2: 20.0 + i}] for i, name in enumerate(proxies.ROWS)})
+    assert (tmp_path / "curves.png").stat().st_size > 50_000
+
+
+def test_the_orders_of_the_document():
+    """All of them, with where each is published, and the word that the interval beside it gives."""
+    rows = table("docs/results.md", "order", "verdict")
+    claims = {f"{better} above {worse}": source for source, orders in proxies.CLAIMS.items() for better, worse in orders}
+    assert {row["order"]: row["of"].partition(", ")[2] for row in rows} == claims
+    for row in rows:
+        mean, low, high = map(float, re.fullmatch(r"(\S+) \((\S+) to (\S+)\)", row["difference"]).groups())
+        assert low <= mean <= high
+        assert row["verdict"] == ("seen" if low > 0 else "not seen" if high < 0 else "undecided"), row
 
 
 @pytest.mark.extra
