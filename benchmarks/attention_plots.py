@@ -81,14 +81,21 @@ def plot_modes(rows: list[dict], path: Path) -> None:
 
 
 def _plot_over_side(rows: list[dict], path: Path, panels: dict[str, Callable[[dict], float | None]]) -> None:
-    """A panel for the multiply-adds, and one for each of ``panels``: what its value is called, and the value of a row, None without one."""
+    """A panel for the multiply-adds, and one for each of ``panels``: what its value is called, and the value of a row, None without one.
+
+    Three stand in a row, and the names of the layers where one is free.
+    """
+    import numpy as np
+    from matplotlib.ticker import LogLocator
+
     panels = {"GFLOPs (multiply-adds)": lambda row: row["GFLOPs"]} | panels
     others = [("today", "-", "."), ("paper", "-", "s"), ("second", "-", "^"), ("third", "--", "v"), ("today", ":", "D")]
     names = list(dict.fromkeys(row["layer"] for row in rows))
     rivals = [name for name in names if not name.startswith("HiLo")]
     sides = sorted({row["side"] for row in rows})
-    with figure(path, len(panels), (4 * len(panels), 4)) as drawn:
-        axes = [drawn] if len(panels) == 1 else drawn
+    columns, lines = min(3, len(panels)), -(-len(panels) // 3)
+    with figure(path, columns, (4 * columns, 3.6 * lines), lines) as drawn:
+        axes = np.atleast_1d(drawn).ravel()
         for axis, (label, value) in zip(axes, panels.items()):
             for name in names:
                 own = [row for row in rows if row["layer"] == name and value(row) is not None]
@@ -101,10 +108,14 @@ def _plot_over_side(rows: list[dict], path: Path, panels: dict[str, Callable[[di
             axis.set_xticks(sides, [str(side) for side in sides], rotation=45)
             axis.minorticks_off()
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter("")
             axis.set(xlabel="side of the map, tokens", ylabel=label)
-        axes[0].legend(fontsize=8, handlelength=3)
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
+        free = axes[-1] if len(axes) > len(panels) else axes[0]
+        free.legend(*axes[0].get_legend_handles_labels(), fontsize=8, handlelength=3, loc="center" if free is axes[-1] else "best")
 
 
 def plot_choice(key: str, rows: list[dict], path: Path) -> None:

@@ -281,14 +281,14 @@ COLOURS = dict(ours="#d1495b", paper="#30638e", today="#8d96a3", second="#edae49
 
 
 @contextlib.contextmanager
-def figure(path: Path, columns: int = 1, size: tuple[float, float] = (8, 5)) -> Iterator:
-    """Yields a row of axes in the common style and saves it to ``path`` at the end: ``with figure(path) as axes: axes.plot(...)``."""
+def figure(path: Path, columns: int = 1, size: tuple[float, float] = (8, 5), rows: int = 1) -> Iterator:
+    """Yields axes, a row or several, in the common style and saves them to ``path`` at the end: ``with figure(path) as axes: ...``."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context({"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
         drawing = Figure(figsize=size, layout="constrained")
-        yield drawing.subplots(1, columns)
+        yield drawing.subplots(rows, columns)
         drawing.savefig(path, dpi=150)
 
 

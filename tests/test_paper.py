@@ -45,6 +45,7 @@ def test_counts(command, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     rows = {name: rows_of(tmp_path, name) for name in COUNTED}
     wrong = {row["model"]: row for name in rows for row in rows[name] if row.get("as_printed") == "no"}
+    assert not any("Measured" in (tmp_path / f"paper-{name}.md").read_text() for name in COUNTED)
     assert list(wrong) == ["sra", "LIT-S", "LIT-M", "LIT-B", "litv2_small_alpha10"]
     assert {name: len(rows[name]) for name in ("main", "attention", "lit", "alpha")} == dict(main=4, attention=5, lit=6, alpha=7)
     text = " ".join(documents()[DOCUMENT].split())
@@ -103,6 +104,9 @@ def test_models_are_measured(command, tmp_path, monkeypatch):
     rows = rows_of(tmp_path, "attention")
     assert all(row["images_per_s"] > 0 and row["train_MiB"] > row["test_MiB"] > 0 for row in rows)
     assert (tmp_path / "paper-attention.png").exists()
+    assert "float32, batch size 1; MiB" in (tmp_path / "paper.md").read_text()
+    published = [row["model"] for row in rows if row["RTX3090_images_per_s"]]
+    assert (published, rows[-1]["RTX3090_train_GB"], rows[-1]["paper_top-1"]) == (["hilo"], 5.1, 82.0)
 
 
 def test_figure3(monkeypatch, setting, tmp_path):
@@ -201,7 +205,8 @@ def test_what_cannot_be_made_is_left_out(monkeypatch, tmp_path):
     monkeypatch.setattr(program, "TABLES", {name: entry for name, entry in TABLES.items() if name == "figure2" or name not in COUNTED})
     call(monkeypatch, "--out", tmp_path / "paper")
     page = (tmp_path / "paper.md").read_text()
-    assert "Left out was windows: mmdet is missing" in page and "Left out was figure5: " in page and TABLES["figure2"].title in page
+    assert "Left out: windows, detection, segmentation. The reason: mmdet is missing" in page
+    assert "Left out: figure5. " in page and TABLES["figure2"].title in page
     for name, words in (("detection", "pip install mmdet"), ("figure5", "--images DIR")):
         with pytest.raises(UserError, match=words):
             call(monkeypatch, name, "--out", tmp_path / "paper")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import torch
 from scipy import stats
 
 from command_helpers import run_here
-from document_helpers import documented
+from document_helpers import documented, table
 from helpers import ROOT, write_images
 from litv2.attentions import RelativeSelfAttention, WindowAttention
 from litv2.errors import UserError
@@ -39,8 +40,26 @@ def test_claims():
     curves = {"LITv2": [{1: 10.0, 2: 50.0}, {1: 90.0, 2: 60.0}], "SRA": [{1: 80.0, 2: 45.0}, {1: 0.0, 2: 55.5}]}
     curves["ConvNeXt-T"] = [{2: 49.0}, {2: 59.0}]
     sra, above = proxies.claimed(curves)
-    assert above == "ConvNeXt-T above LITv2: not seen (-1.0, -1.0 to -1.0)"
-    assert sra.startswith("LITv2 above SRA: seen (+4.8, +1.6 to +7.9)")  # differences 5.0 and 4.5; Student's t is 12.7
+    assert above == "ConvNeXt-T above LITv2 (top-1 at full size): not seen (-1.0, -1.0 to -1.0)"
+    assert sra.startswith("LITv2 above SRA (in words): seen (+4.8, +1.6 to +7.9)")  # differences 5.0 and 4.5; Student's t is 12.7
+
+
+def test_the_plot(tmp_path):
+    """A panel for each table, with all of its rows."""
+    rows = [dict(tables=" ".join(table for table, names in proxies.TABLES.items() if name in names)) for name in proxies.ROWS]
+    proxies.draw(rows, tmp_path / "curves.png", {name: [{1: 10.0 + i, 2: 20.0 + i}] for i, name in enumerate(proxies.ROWS)})
+    assert (tmp_path / "curves.png").stat().st_size > 50_000
+
+
+def test_the_orders_of_the_document():
+    """All of them, with where each is published, and the word that the interval beside it gives."""
+    rows = table("docs/results.md", "order", "verdict")
+    claims = {f"{better} above {worse}": source for source, orders in proxies.CLAIMS.items() for better, worse in orders}
+    assert {row["order"]: row["of"].partition(", ")[2] for row in rows} == claims
+    for row in rows:
+        mean, low, high = map(float, re.fullmatch(r"(\S+) \((\S+) to (\S+)\)", row["difference"]).groups())
+        assert low <= mean <= high
+        assert row["verdict"] == ("seen" if low > 0 else "not seen" if high < 0 else "undecided"), row
 
 
 @pytest.mark.extra
@@ -55,6 +74,9 @@ def test_the_models_of_the_rows():
         assert model.no_weight_decay() <= {name.removesuffix(".*") for name, _ in model.named_parameters()} | {"network.pos_embed.*"}
         assert {module.window for module in model.modules() if isinstance(module, WindowAttention)} <= {3}
         assert [module.side for module in model.modules() if isinstance(module, RelativeSelfAttention)] in ([], [6, 6, 3])
+        if name in ("ResNet-50-D", "Swin-T", "PVTv2-B2", "ConvNeXt-T"):  # the pyramids: as many tokens as LITv2 has
+            maps = model.network.forward_intermediates(torch.zeros(1, 3, 48, 48), intermediates_only=True)[-4:]
+            assert [values.shape[-1] for values in maps] == [24, 12, 6, 3], name
     attentions = {alpha: proxies.litv2(SIZE, 7, alpha=alpha).layers[2].blocks[0].attn for alpha in (*proxies.ALPHA, 0.9)}
     assert {alpha: attention.l_heads for alpha, attention in attentions.items()} == {0: 0, 0.25: 1, 0.5: 2, 0.9: 3, 1: 4}
 
@@ -98,10 +120,10 @@ def test_the_command(command, tmp_path, monkeypatch, capsys):
     own = [trainings.evaluations(runs / f"LITv2-{seed}")[1] for seed in (0, 1)]
     assert rows["LITv2"]["top1"] == pytest.approx(np.mean(own), abs=0.05)
     assert rows["LIT"]["over_LITv2"] == pytest.approx(41.5 - np.mean(own), abs=0.05)
-    assert "* LIT + ConvFFN above LIT: seen (+5.0, +5.0 to +5.0)" in (tmp_path / "results.md").read_text()
+    assert "* LIT + ConvFFN above LIT (in words): seen (+5.0, +5.0 to +5.0)" in (tmp_path / "results.md").read_text()
     assert (tmp_path / "results.png").stat().st_size > 10_000
 
     monkeypatch.setattr(main, "main", None)  # a call would fail
     capsys.readouterr()
     run_here(monkeypatch, command, *flags, files=dict(DIR=tmp_path / "data"))
-    assert "* LIT + ConvFFN above LIT: seen (+5.0, +5.0 to +5.0)" in capsys.readouterr().out
+    assert "* LIT + ConvFFN above LIT (in words): seen (+5.0, +5.0 to +5.0)" in capsys.readouterr().out

@@ -76,7 +76,7 @@ def main() -> None:
             say(f"left out: {name}: {reason}")
             continue
         about = dict(batch_size=args.batch_size, rounds=args.rounds) if args.measure else {}
-        publish(rows, args.out.with_name(f"{args.out.name}-{name}"), table.title, draw, table.note, device=args.device, **about)
+        publish(rows, args.out.with_name(f"{args.out.name}-{name}"), table.title, draw, table.text(setting), device=args.device, **about)
     print(f"collected in {write_page(args.out, left_out)}")
 
 

@@ -66,15 +66,21 @@ def released(names: list[str], setting: Setting) -> list[dict]:
     return [row | {"paper_top-1": entries[row["model"]].figures["top-1"]} for row in model_rows(models, setting)]
 
 
+def published(name: str | None) -> dict:
+    """The columns that are published of a released classifier, and their empty cells for None."""
+    figures = (ZOO[name].figures["top-1"], *SPEEDS[name]) if name else (None,) * 4
+    return dict(zip(("paper_top-1", "RTX3090_images_per_s", "RTX3090_train_GB", "RTX3090_test_GB"), figures))
+
+
 def main_table(setting: Setting) -> Result:
-    published = {name: dict(zip(("RTX3090_images_per_s", "RTX3090_train_GB", "RTX3090_test_GB"), speed)) for name, speed in SPEEDS.items()}
-    rows = [row | published[row["model"]] for row in released(list(SPEEDS), setting)]
+    rows = [row | published(row["model"]) for row in released(list(SPEEDS), setting)]
     return rows, plot_measured if setting.measure else None
 
 
 def attention_table(setting: Setting) -> Result:
     models: Models = {name: (lambda name=name: litv2_small(attention=name), *printed, 224) for name, printed in ATTENTION.items()}
-    return model_rows(models, setting), plot_measured if setting.measure else None
+    rows = [row | published("litv2_small" if row["model"] == "hilo" else None) for row in model_rows(models, setting)]
+    return rows, plot_measured if setting.measure else None
 
 
 def lit_table(setting: Setting) -> Result:
@@ -86,7 +92,7 @@ def lit_table(setting: Setting) -> Result:
     for row, (make, *_) in zip(rows, models.values()):
         with torch.device("meta"):
             parts = [p.numel() for name, p in make().named_parameters() if not name.startswith("head.") and "relative_position" not in name]
-        row["bare_M"] = round(sum(parts) / 1e6, 3)
+        row |= dict(bare_M=round(sum(parts) / 1e6, 3)) | published("litv2_small" if row["model"].startswith("LITv2") else None)
     return rows, plot_measured if setting.measure else None
 
 

@@ -104,7 +104,9 @@ def windows_table(setting: Setting) -> Result:
 def plot_windows(rows: list[dict], path: Path) -> None:
     """Plots multiply-adds, and images/s if they are measured, of each detector with both windows."""
     panels = dict(flops_G="multiply-adds (G)") | (dict(FPS="images/s, measured") if "FPS_s2" in rows[0] else {})
-    names = [row["model"].replace("_litv2", "").replace("_fpn_1x_coco", "").replace("_", " ") for row in rows]
+    kinds = dict(retinanet="RetinaNet", mask_rcnn="Mask R-CNN")
+    parts = [row["model"].removesuffix("_fpn_1x_coco").split("_litv2_") for row in rows]
+    names = [f"{kinds[kind]} {size.upper()}" for kind, size in parts]
     with figure(path, len(panels), (4.5 * len(panels) + 1.5, 3.2)) as axes:
         for axis, (column, label) in zip(axes if len(panels) > 1 else [axes], panels.items()):
             for shift, window, colour in ((0.2, 2, "paper"), (-0.2, 4, "ours")):

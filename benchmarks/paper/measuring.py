@@ -61,7 +61,7 @@ def measured(models: dict[str, Callable[[], nn.Module]], side: int, setting: Set
     del networks, calls
     gc.collect()
     train = {name: training_memory(make(), side, setting) for name, make in models.items()}
-    memory = {name: dict(train_MiB=round(train[name] / 2**20), test_MiB=round(test[name] / 2**20)) for name in models}
+    memory = {name: dict(train_MiB=round(train[name] / 2**20, 1), test_MiB=round(test[name] / 2**20, 1)) for name in models}
     return {name: speeds[name] | memory[name] for name in models}
 
 
