@@ -163,6 +163,8 @@ def models_stage(run: Run) -> None:
             for model in models:
                 model.prepare(dtype, batch, run.modes(dtype))
             ready = [model for model in models if model.is_ready()]
+            if not ready:
+                raise UserError(f"no model could be prepared in {dtype} at batch {batch}; the log of this stage says why")
             done, rows = rows, []
             for times, waits in timed_in_turns(ready, run, batch == 1):
                 rows = [model_row(model, label, dtype, batch, times[label], waits.get(label)) for model, label in times_of(ready)]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``token_merging`` for inference by the compiled deformable convolution, with offsets from a Triton kernel and the batch norm folded.
 
-Its samples lie in memory, but a library multiplies them, and on an H200 that takes half the time of doing both in one kernel.
+Its samples lie in memory, where one kernel for both would need none (``triton.py``), but a library multiplies them, and that is the faster
+way on the card that was measured (docs/gpu.md).
 """
 
 from __future__ import annotations
