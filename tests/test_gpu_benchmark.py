@@ -182,6 +182,7 @@ def test_only_the_first_dtype_is_compiled(tmp_path):
     assert on_gpu.modes("float16") == ["eager", "graph", "compiled"] and on_gpu.modes("bfloat16") == ["eager", "graph"]
 
 
+@pytest.mark.extra
 def test_a_model_that_fails_is_left_out(tmp_path, capsys, monkeypatch):
     """Swin Transformers are built for one size of images."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes a minute

@@ -22,6 +22,7 @@ def test_it_agrees_whatever_surrounds_it():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize(
     ("module", "function"),
     [
