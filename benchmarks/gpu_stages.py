@@ -203,18 +203,20 @@ class Model:
 
     def __init__(self, name: str, run: Run):
         self.name, self.labels, self.facts = name, list[str](), dict[str, Any]()
-        self.connection, theirs = get_context("spawn").Pipe()
-        self.process = get_context("spawn").Process(target=serve, args=(name, run, theirs), daemon=True)
+        self.connection, self.theirs = get_context("spawn").Pipe()
+        self.process = get_context("spawn").Process(target=serve, args=(name, run, self.theirs))
 
     def __enter__(self) -> Model:
         self.process.start()
+        self.theirs.close()  # so that nobody waits for a process that is gone
         return self
 
     def __exit__(self, *_) -> None:
         self.process.kill()
 
     def prepare(self, dtype: str, batch: int, modes: list[str]) -> None:
-        self.connection.send((dtype, batch, modes))
+        with contextlib.suppress(OSError):  # of a process that is gone, is_ready() says so
+            self.connection.send((dtype, batch, modes))
 
     def is_ready(self) -> bool:
         """Waits for it. If it cannot be prepared, the reason is said, and the other models go on."""
@@ -231,7 +233,10 @@ class Model:
         return [(label + suffix, *values) for label, values in self._answer().items()]
 
     def _answer(self) -> Any:
-        answer = self.connection.recv()
+        try:
+            answer = self.connection.recv()
+        except (EOFError, OSError):
+            answer = "its process ended"
         if isinstance(answer, str):
             raise RuntimeError(answer)
         return answer
@@ -241,7 +246,10 @@ def serve(name: str, run: Run, connection: Connection) -> None:
     """Answers what ``Model`` asks, an error with a line of text."""
     functions: dict[str, Callable[[], object]] = {}
     while True:
-        order = connection.recv()
+        try:
+            order = connection.recv()
+        except EOFError:  # the stage was killed
+            return
         try:
             if len(order) == 3:
                 dtype, batch, modes = order

@@ -175,6 +175,16 @@ sys.exit(run_program(lambda: tests_stage(run)))
     assert done.returncode == 2 and done.stderr.startswith("error: 3 tests; failed: ") and "test_bad; not collected: " in done.stderr
 
 
+def test_a_model_whose_process_is_killed(tmp_path, capsys):
+    """Nobody waits for it."""
+    with gpu_stages.Model("resnet50", a_run(tmp_path)) as model:
+        model.process.kill()
+        for _ in range(2):
+            model.prepare("float32", 2, ["eager"])
+            assert not model.is_ready()
+    assert capsys.readouterr().err == 2 * "without resnet50: its process ended\n"
+
+
 def test_only_the_first_dtype_is_compiled(tmp_path):
     work = a_run(tmp_path)
     on_gpu = replace(work, device="cuda", sizes=gpu_stages.FULL)
