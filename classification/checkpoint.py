@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,11 @@ def save(path: Path, state: dict, previous: Path | None = None) -> None:
     """Writes the file atomically, so that a reader finds the old one or the new one; the old one is kept as ``previous``, if given."""
     with atomic_write(path) as draft:
         with open(draft, "wb") as file:  # given a path, torch.save would store the draft's name in the file
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except BaseException as error:  # an interrupt or a killed worker may come between any two of its steps
+                traceback.clear_frames(error.__traceback__)  # torch's writer, when deleted, aborts the process if its file is closed
+                raise
         if previous is not None and path.exists():
             os.replace(path, previous)
 
