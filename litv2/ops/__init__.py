@@ -7,6 +7,9 @@
 * ``attention``: its attention;
 * ``window_attention``: that of Hi-Fi's windows, between HiLo's projections;
 * ``pooled_attention``: Lo-Fi's, to the pooled map, also between them;
+* ``hilo_attention``: both of them;
+* ``pooled_linear``: Lo-Fi's keys and values of the map, which it pools;
+* ``norm_linear``, ``linear_add``, ``linear_add_norm``: linear layers with the norm and the residual around them;
 * ``token_merging``: the layer between stages;
 * ``deform_conv2d``, in :mod:`mm_modules.DCN`: the deformable convolution of token merging.
 
@@ -20,9 +23,12 @@ from .attention_forward import attention
 from .block_forward import block
 from .depthwise import depthwise_gelu
 from .embedding import patch_embed
+from .hilo_attention import hilo_attention
+from .linear import linear_add, linear_add_norm, norm_linear
 from .merging import token_merging
 from .padding import pad_to_multiple, whole_windows
 from .pooled import pooled_attention
+from .pooled_linear import pooled_linear
 from .windows import window_attention
 
 __all__ = [
@@ -30,9 +36,14 @@ __all__ = [
     "attention",
     "block",
     "depthwise_gelu",
+    "hilo_attention",
+    "linear_add",
+    "linear_add_norm",
+    "norm_linear",
     "pad_to_multiple",
     "patch_embed",
     "pooled_attention",
+    "pooled_linear",
     "token_merging",
     "use",
     "whole_windows",

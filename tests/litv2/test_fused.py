@@ -45,9 +45,9 @@ def test_one_product_and_no_batch_norm():
     model = tiny_model(alpha=0.5)
     fused = fuse(model)
     count = {kind: sum(isinstance(m, kind) for m in fused.modules()) for kind in (nn.BatchNorm2d, nn.Linear, nn.LayerNorm)}
-    # Per block fc1, fc2; per HiLo the product, h_proj, l_kv, l_proj, in the last stage the product and l_proj; the head.
-    assert count == {nn.BatchNorm2d: 0, nn.Linear: 5 * 2 + 2 * 4 + 2 + 1, nn.LayerNorm: 10}
-    kept = [name for name, module in fused.named_modules() if isinstance(module, nn.LayerNorm) and module.elementwise_affine]
+    # Per block fc1, fc2; per HiLo a product before and one after attention, and l_kv but in the last stage; the head.
+    assert count == {nn.BatchNorm2d: 0, nn.Linear: 5 * 2 + 2 * 3 + 2 + 1, nn.LayerNorm: 2}
+    kept = [name for name, module in fused.named_modules() if isinstance(module, nn.LayerNorm)]
     assert kept == ["patch_embed.norm", "norm"]
 
 
