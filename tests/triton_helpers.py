@@ -109,7 +109,20 @@ class Resources:
         return len(re.findall(rf"\b{instruction}\b", self.code))
 
 
-def _changed_in_loops(kernel: Any) -> set[int]:
+class _Decide(ast.NodeTransformer):
+    """Leaves of each ``if NAME:`` only the branch that a compile-time argument takes."""
+
+    def __init__(self, constexprs: dict[str, Any]):
+        self.constexprs = constexprs
+
+    def visit_If(self, node: ast.If) -> Any:
+        self.generic_visit(node)
+        if isinstance(node.test, ast.Name) and node.test.id in self.constexprs:
+            return (node.body if self.constexprs[node.test.id] else node.orelse) or ast.Pass()
+        return node
+
+
+def _changed_in_loops(kernel: Any, constexprs: dict[str, Any]) -> set[int]:
     """The numbers of variables that the loops of a kernel's source change and that exist before: a loop must carry them on.
 
     Triton leaves out a variable that gets the tensor that it, or another one, had before the loop. The interpreter, which runs the source,
@@ -133,7 +146,7 @@ def _changed_in_loops(kernel: Any) -> set[int]:
                 known = known | stored([node])
         return known
 
-    (function,) = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn))).body
+    (function,) = _Decide(constexprs).visit(ast.parse(textwrap.dedent(inspect.getsource(kernel.fn)))).body
     assert isinstance(function, ast.FunctionDef)
     visit(function.body, {argument.arg for argument in function.args.args})
     return found
@@ -160,7 +173,7 @@ def compile_for(kernel: Any, signature: dict[str, str], constexprs: dict[str, An
     types = {name: POINTERS.get(kind, "i32" if kind == "aligned" else kind) for name, kind in types.items()}
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(ASTSource(kernel, types, constexprs, aligned), target=target, options=options)
-    assert _carried_in(compiled.asm["source"]) <= _changed_in_loops(kernel), "a loop does not carry all that it changes"
+    assert _carried_in(compiled.asm["source"]) <= _changed_in_loops(kernel, constexprs), "a loop does not carry all that it changes"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

@@ -10,10 +10,10 @@
 
 from mm_modules.dispatch import Operator
 
-from . import reference
+from . import reference, triton
 
 __all__ = ["linear_add", "linear_add_norm", "norm_linear"]
 
-norm_linear = Operator("norm_linear", [reference.NORM_LINEAR])
-linear_add = Operator("linear_add", [reference.LINEAR_ADD])
-linear_add_norm = Operator("linear_add_norm", [reference.LINEAR_ADD_NORM])
+norm_linear = Operator("norm_linear", [triton.NORM_LINEAR, reference.NORM_LINEAR])
+linear_add = Operator("linear_add", [triton.LINEAR_ADD, reference.LINEAR_ADD])
+linear_add_norm = Operator("linear_add_norm", [triton.LINEAR_ADD_NORM, reference.LINEAR_ADD_NORM])

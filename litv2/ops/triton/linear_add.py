@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A linear layer and the residual, added before anything is written, and LayerNorm without scale and shift of the sum.
+
+A program computes all outputs of ROWS rows, so that it has what the norm needs. They lie in one or two blocks, whose sizes are powers of two.
+Sums and statistics are in float32; the norm is that of the sum as it is stored.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .rows import blocks, cells_as_rows
+
+OUTPUTS = 384  # at most: for more a program's threads would not have enough registers
+OPTIONS = dict(num_warps=8, num_stages=3)
+
+
+@triton.jit
+def _sum(product, bias, residual, y, at, n, N, live):
+    """Adds bias and residual to a block of the product, and stores it. Returns it as it is stored, and which values exist."""
+    kept = live & (n < N)[None, :]
+    product += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    product += tl.load(residual + at, mask=kept, other=0.0).to(tl.float32)
+    rounded = product.to(y.dtype.element_ty)
+    tl.store(y + at, rounded, mask=kept)
+    return tl.where(kept, rounded.to(tl.float32), 0.0), kept
+
+
+@triton.jit(do_not_specialize=["rows"])
+def forward_kernel(
+    x, weight, bias, residual, y, normed, rows, stride, eps, K: tl.constexpr, N: tl.constexpr, NORM: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, ROWS: tl.constexpr, INPUTS: tl.constexpr,
+):  # fmt: skip
+    row, n, n2 = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, FIRST), FIRST + tl.arange(0, SECOND or 1)
+    live, of_row = (row < rows)[:, None], row.to(tl.int64)[:, None]
+    product = tl.zeros((ROWS, FIRST), tl.float32)
+    product2 = tl.zeros((ROWS, SECOND or 1), tl.float32)
+    for start in range(0, K, INPUTS):
+        k = start + tl.arange(0, INPUTS)
+        values = tl.load(x + of_row * stride + k[None, :], mask=live & (k < K)[None, :], other=0.0)
+        factors = tl.load(weight + n[None, :] * K + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0.0)
+        product = tl.dot(values, factors, product, input_precision="ieee")
+        if SECOND:
+            factors2 = tl.load(weight + n2[None, :] * K + k[:, None], mask=(n2 < N)[None, :] & (k < K)[:, None], other=0.0)
+            product2 = tl.dot(values, factors2, product2, input_precision="ieee")
+    at = of_row * N + n[None, :]
+    result, kept = _sum(product, bias, residual, y, at, n, N, live)
+    total = tl.sum(result, 1)
+    if SECOND:
+        at2 = of_row * N + n2[None, :]
+        result2, kept2 = _sum(product2, bias, residual, y, at2, n2, N, live)
+        total += tl.sum(result2, 1)
+    if NORM:
+        mean = (total / N)[:, None]
+        result = tl.where(kept, result - mean, 0.0)
+        squares = tl.sum(result * result, 1)
+        if SECOND:
+            result2 = tl.where(kept2, result2 - mean, 0.0)
+            squares += tl.sum(result2 * result2, 1)
+        scale = tl.rsqrt(squares / N + eps)[:, None]
+        tl.store(normed + at, result * scale, mask=kept)
+        if SECOND:
+            tl.store(normed + at2, result2 * scale, mask=kept2)
+
+
+def tile(outputs: int) -> dict[str, int]:
+    """The compile-time arguments for a number of outputs."""
+    first, second = blocks(outputs)
+    width = first + second
+    return dict(OPTIONS, N=outputs, FIRST=first, SECOND=second, ROWS=128 if width <= 192 else 64, INPUTS=64 if width <= 128 else 32)
+
+
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, eps: float | None) -> tuple[Tensor, Tensor | None]:
+    """(B, H, W, K), (N, K), (N,), (B, H, W, N) -> the sum, (B, H, W, N), and it normalised if there is an eps."""
+    N, K = weight.shape
+    y = x.new_empty(*x.shape[:-1], N)
+    normed = None if eps is None else torch.empty_like(y)
+    if y.numel():
+        rows, sizes = cells_as_rows(x), tile(N)
+        with torch.cuda.device_of(x):
+            forward_kernel[(triton.cdiv(len(rows), sizes["ROWS"]),)](
+                rows, weight.contiguous(), bias.contiguous(), residual.contiguous(), y, y if normed is None else normed,
+                len(rows), rows.stride(0), eps or 0.0, K=K, NORM=normed is not None, **sizes
+            )  # fmt: skip
+    return y, normed
