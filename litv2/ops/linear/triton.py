@@ -55,9 +55,7 @@ def why_rather_not_linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual:
     return triton.why_rather_not()
 
 
-@torch.library.custom_op(
-    "litv2::triton_norm_linear", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor"
-)
+@torch.library.custom_op("litv2::triton_norm_linear", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor")
 def _norm_linear(x, weight, bias, eps):
     from ..triton import norm_linear
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A linear layer and the residual, added before anything is written, and LayerNorm without scale and shift of the sum.
 
-A program computes all outputs of ROWS rows, so that it has what the norm needs. They lie in one or two blocks, whose sizes are powers of two.
-Sums and statistics are in float32; the norm is that of the sum as it is stored.
+A program computes all outputs of ROWS rows, so that it has what the norm needs. They lie in one or two blocks, whose sizes are powers of
+two. Sums and statistics are in float32; the norm is that of the sum as it is stored.
 """
 
 from __future__ import annotations

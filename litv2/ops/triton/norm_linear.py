@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A linear layer of normalised rows: LayerNorm without scale and shift as the beginning of the product.
 
-A program reads ROWS rows of x once, normalises them, and multiplies them by the weights of all outputs, OUTPUTS at a time. The inputs lie in
-one or two blocks, whose sizes are powers of two. Sums and statistics are in float32; what is normalised is rounded to the dtype of x.
+A program reads ROWS rows of x once, normalises them, and multiplies them by the weights of all outputs, OUTPUTS at a time. The inputs lie
+in one or two blocks, whose sizes are powers of two. Sums and statistics are in float32; what is normalised is rounded to the dtype of x.
 """
 
 from __future__ import annotations

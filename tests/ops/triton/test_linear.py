@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels of a block's linear layers: interpreted, against torch; compiled, within their ceilings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import litv2.ops
+from gpu_helpers import on_gpu
+from helpers import normal
+from litv2.ops import triton as room
+from litv2.ops.linear import reference
+from litv2.ops.triton import linear_add, norm_linear, rows
+from triton_helpers import CAPABILITIES, compile_for
+
+SIZES = [(1, 1), (1, 6), (5, 7), (7, 5), (14, 14)]
+WIDTHS = [(96, 48), (16, 100), (48, 192), (40, 24), (192, 96)]  # inputs and outputs: one block or two, full or not
+EPS = 1e-3  # large enough to be seen
+KERNELS = ("norm_linear", "linear_add", "linear_add_norm")
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+def case(H: int, W: int, K: int, N: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """x, as a part of a wider product's columns and far from 0; weight, bias, residual."""
+    x = (normal(1, 2, H, W, K + 8) + 3).to(dtype)[..., 8:]
+    return [x, *(tensor.to(dtype) for tensor in (normal(2, N, K) / K**0.5, normal(3, N), 2 + normal(4, 2, H, W, N)))]
+
+
+def arguments(name: str, tensors: list[Tensor]) -> tuple:
+    x, weight, bias, residual = tensors
+    return dict(norm_linear=(x, weight, bias, EPS), linear_add=(x, weight, bias, residual), linear_add_norm=(*tensors, EPS))[name]
+
+
+def by_kernel(name: str, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """What the custom operator of this name returns, whatever a backend would say."""
+    results = getattr(torch.ops.litv2, f"triton_{name}")(*arguments(name, tensors))
+    return results if isinstance(results, tuple) else (results,)
+
+
+def written_out(name: str, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """In float64, without torch's norm and linear layer."""
+
+    def norm(x: Tensor) -> Tensor:
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
+
+    x, weight, bias, residual = (tensor.double() for tensor in tensors)
+    if name == "norm_linear":
+        return (norm(x) @ weight.mT + bias,)
+    y = residual + x @ weight.mT + bias
+    return (y,) if name == "linear_add" else (y, norm(y))
+
+
+def error(ours: Tensor, exact: Tensor) -> float:
+    assert ours.shape == exact.shape and ours.is_contiguous()
+    return float((ours.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("H, W", SIZES)
+def test_against_torch(H, W, name):
+    """Rows that fill a program and that do not, in every combination with widths; in bfloat16 the interpreter truncates."""
+    for K, N in WIDTHS:
+        tensors = case(H, W, K, N)
+        for ours, exact in zip(by_kernel(name, tensors), written_out(name, tensors), strict=True):
+            assert error(ours, exact) < 1e-6
+    tensors = case(H, W, 48, 96, torch.bfloat16)
+    plain = getattr(reference, name)(*arguments(name, tensors))
+    plain = plain if isinstance(plain, tuple) else (plain,)
+    for ours, theirs, exact in zip(by_kernel(name, tensors), plain, written_out(name, tensors), strict=True):
+        assert ours.dtype == torch.bfloat16 and error(ours, exact) <= 4 * error(theirs, exact)
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_norm_is_of_what_is_stored(name):
+    """And exact where channels differ by little from a large mean."""
+    x, weight, bias, residual = case(5, 7, 48, 96)
+    for tensors in ([x + 300, weight, bias, residual], [x, weight, bias, residual + 300]):
+        for ours, exact in zip(by_kernel(name, tensors), written_out(name, tensors), strict=True):
+            assert error(ours, exact) < 2e-5  # what float32 leaves of it; the mean of squares minus the mean's square leaves 1e-2
+    if name == "linear_add_norm":
+        tensors = [tensor.bfloat16() for tensor in tensors]
+        y, normed = by_kernel(name, tensors)
+        assert error(normed, F.layer_norm(y.double(), (96,), eps=EPS)) < 1e-2 < error(normed, written_out(name, tensors)[1])
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("name", KERNELS)
+def test_memory_formats(name):
+    """Maps and weights whose channels do not lie side by side; a batch that is a part of a larger one, or empty."""
+    tensors = case(5, 7, 24, 40)
+    expected = by_kernel(name, tensors)[-1]
+    transposed = [tensor.transpose(0, -1).contiguous().transpose(0, -1) for tensor in tensors]
+    assert torch.equal(by_kernel(name, transposed)[-1], expected)
+    x, weight, bias, residual = tensors
+    assert torch.equal(by_kernel(name, [x[1:], weight, bias, residual[1:]])[-1], expected[1:])
+    assert by_kernel(name, [x[:0], weight, bias, residual[:0]])[-1].shape == (0, 5, 7, 40)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_row(name, value):
+    tensors = case(5, 7, 48, 96)
+    before = by_kernel(name, tensors)
+    tensors[0][1, 2, 3, 5] = value
+    for ours, old in zip(by_kernel(name, tensors), before, strict=True):
+        changed = (ours != old).any(-1)
+        assert changed.sum() == 1 and not ours[1, 2, 3].isfinite().all()
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("name", KERNELS)
+def test_opcheck(name):
+    torch.library.opcheck(getattr(torch.ops.litv2, f"triton_{name}"), arguments(name, case(1, 3, 16, 40)))
+
+
+@pytest.mark.parametrize(
+    ("channels", "expected"),
+    [(1, (16, 0)), (16, (16, 0)), (17, (16, 16)), (96, (64, 32)), (128, (128, 0)), (192, (128, 64)), (200, (128, 128)), (384, (256, 128))],
+)
+def test_blocks(channels, expected):
+    assert rows.blocks(channels) == expected
+
+
+def test_reasons(monkeypatch):
+    monkeypatch.setattr(room, "why_not", lambda x: None)  # as on a GPU
+
+    def said(name: str, K: int, N: int, dtype: torch.dtype = torch.float16, **changes: Tensor) -> str:
+        names = ("x", "weight", "bias", "residual")
+        shapes = (2, 5, 7, K), (N, K), (N,), (2, 5, 7, N)
+        tensors = [changes.get(key, torch.empty(1, dtype=dtype).expand(shape)) for key, shape in zip(names, shapes)]
+        return str(getattr(litv2.ops, name).explain(*arguments(name, tensors))["triton"])
+
+    for name in KERNELS:
+        assert said(name, 96, 384) == "None"
+        assert said(name, 96, 96, torch.float32) == "it supports float16 and bfloat16, got torch.float32"
+        assert said(name, 96, 96, bias=torch.zeros(96)) == "x is torch.float16, but the weights or the residual are not"
+        trained = torch.zeros(96, dtype=torch.float16, requires_grad=True)
+        assert said(name, 96, 96, bias=trained) == "None"
+        with torch.enable_grad():
+            assert said(name, 96, 96, bias=trained).startswith("gradients are enabled")
+        with torch.autocast("cpu", torch.float16):
+            assert said(name, 96, 96).startswith("autocast is enabled")
+    assert said("norm_linear", 384, 96) == "it supports up to 256 inputs, got 384"
+    assert said("linear_add_norm", 96, 768) == "it supports up to 384 outputs, got 768"
+    assert said("linear_add", 1536, 384) == "a library's products of more than 512 inputs with more than 256 outputs are faster"
+    assert said("linear_add", 768, 192) == "None" == said("linear_add_norm", 384, 384)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_on_a_gpu(name, dtype):
+    """At the sizes of LITv2-S and B, as it is and in generated code."""
+    widths = dict(norm_linear=[(96, 384), (192, 768), (256, 1024)], linear_add=[(384, 96), (768, 192), (1024, 256)])
+    for K, N in widths.get(name, [(384, 384), (40, 24)]):
+        tensors = [tensor.cuda() for tensor in case(14, 28, K, N, dtype)]
+        plain = getattr(reference, name)(*arguments(name, tensors))
+        ours, compiled = by_kernel(name, tensors), torch.compile(by_kernel)(name, tensors)
+        exact = written_out(name, tensors)
+        for a, b, c, d in zip(ours, plain if isinstance(plain, tuple) else (plain,), exact, compiled, strict=True):
+            assert error(a, c) <= 2 * error(b, c) and torch.equal(a, d)
+
+
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a program can have
+TYPES = dict.fromkeys(("x", "weight", "bias", "residual", "y", "normed"), "float16") | dict(rows="i32", eps="fp32")
+COMPILED = [  # kernel, tile, registers on any of the GPUs
+    (norm_linear, dict(norm_linear.tile(96), N=384), 112),
+    (norm_linear, dict(norm_linear.tile(192), N=768), 136),
+    (norm_linear, dict(norm_linear.tile(256), N=1024), 112),
+    (linear_add, dict(linear_add.tile(96), K=384, NORM=False), 152),
+    (linear_add, dict(linear_add.tile(192), K=768, NORM=False), 216),
+    (linear_add, dict(linear_add.tile(256), K=1024, NORM=False), 168),
+    (linear_add, dict(linear_add.tile(384), K=384, NORM=True), 208),
+]
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("module, sizes, registers", COMPILED)
+def test_machine_code(module, sizes, registers, capability):
+    """float16: two programs' registers fit, or one's with its stages; 8 values at once to and from memory; nothing spilled."""
+    constexprs = {name: value for name, value in sizes.items() if not name.startswith("num_")}
+    found = compile_for(
+        module.forward_kernel, {n: t for n, t in TYPES.items() if n in module.forward_kernel.arg_names}, constexprs, capability,
+        num_warps=sizes["num_warps"], num_stages=sizes["num_stages"],
+    )  # fmt: skip
+    assert found.stack == 0 and found.registers <= registers
+    assert found.shared <= SHARED[capability] << 10
+    assert found.count("STG.E.128") and not found.count("STG.E.U16") and found.count("LDG.E.U16") <= 1  # a thread's part of the bias
+    assert found.count(r"LDGSTS[.\w]*128[.\w]*") and found.count(r"LDGSTS[.\w]*128[.\w]*") == found.count(r"LDGSTS[.\w]*")
+    assert found.count(r"(H|HG|UTCH)MMA[.\w]*")
