@@ -29,7 +29,9 @@ from runtime_modes import captured
 
 COMPILED = "torch.compile"
 PASSES = ("forward", "forward + backward")
-INFERENCE = ("patch_embed", "pooled_attention", "token_merging")  # kernels without gradients
+INFERENCE = (  # kernels without gradients
+    "linear_add", "linear_add_norm", "norm_linear", "patch_embed", "pooled_attention", "token_merging",
+)  # fmt: skip
 STAGES = ((56, 96), (28, 192), (14, 384), (7, 768))  # side and width of LITv2-S's maps
 Case = tuple[str, str, tuple]  # operator, description, arguments
 
@@ -41,6 +43,14 @@ def cases(batch_size: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
         x = torch.randn(batch_size, side, side, 4 * dim, device=device, dtype=dtype, requires_grad=True)
         conv = DepthwiseConv(4 * dim).dwconv.to(device, dtype)
         yield "depthwise_gelu", f"{side} x {side} x {4 * dim}", (x, conv)
+    normal = partial(torch.randn, device=device, dtype=dtype)
+    for side, dim in STAGES[:2]:
+        x, hidden = normal(batch_size, side, side, dim), normal(batch_size, side, side, 4 * dim)
+        yield "norm_linear", f"{side} x {side}, {dim} -> {4 * dim}", (x, normal(4 * dim, dim), normal(4 * dim), 1e-5)
+        yield "linear_add", f"{side} x {side}, {4 * dim} -> {dim}", (hidden, normal(dim, 4 * dim), normal(dim), x)
+    side, dim = STAGES[2]
+    x = normal(batch_size, side, side, dim)
+    yield "linear_add_norm", f"{side} x {side}, {dim} -> {dim}", (x, normal(dim, dim), normal(dim), x, 1e-5)
     for side, dim in STAGES[:-1]:
         x = torch.randn(batch_size, side, side, dim, device=device, dtype=dtype)
         yield "token_merging", f"{side} x {side} x {dim}", (x, DeformableTokenMerging(dim, 2 * dim).eval().to(device, dtype))

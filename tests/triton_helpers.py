@@ -63,6 +63,8 @@ def interpreted() -> dict[str, ModuleType]:
     """A copy of each module of kernels, by name; to be called within ``interpreting``."""
     names = {path.stem: f"{room.__name__}.{path.stem}" for path in Path(room.__file__).parent.glob("[a-z]*.py")}
     before = {stem: sys.modules.pop(name) for stem, name in names.items() if name in sys.modules}
+    for stem in before:
+        delattr(room, stem)  # where they would find each other before they are copied
     copies = {stem: importlib.import_module(name) for stem, name in names.items()}  # they also import each other
     for stem, name in names.items():
         del sys.modules[name]

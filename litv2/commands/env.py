@@ -85,4 +85,11 @@ def _cases() -> Iterator[tuple[str, str, tuple, AbstractContextManager]]:
             merging = DeformableTokenMerging(384, 768).to(device, dtype).eval()
             yield "token_merging", f"inference, {where}", (tokens, merging), torch.no_grad()
             yield "depthwise_gelu", where, (hidden, block.mlp.dwconv.dwconv), nullcontext()
+            second = Block(192, 6, 0, 0.9).to(device, dtype)
+            for name, linear in (("norm_linear", second.mlp.fc1), ("linear_add", second.mlp.fc2)):
+                x, y = (tokens.new_zeros(8, 28, 28, size) for size in (linear.in_features, linear.out_features))
+                rest = (1e-5,) if name == "norm_linear" else (y,)
+                yield name, f"inference, {where}", (x, linear.weight, linear.bias, *rest), torch.no_grad()
+            weight = tokens.new_zeros(384, 384)
+            yield "linear_add_norm", f"inference, {where}", (tokens, weight, weight[0], tokens, 1e-5), torch.no_grad()
             yield "deform_conv2d", where, (image, offset, weight, None, (2, 2), (0, 0), (1, 1), None), nullcontext()

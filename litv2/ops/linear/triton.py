@@ -68,7 +68,7 @@ def _norm_linear(x, weight, bias, eps):
 def _linear_add(x, weight, bias, residual):
     from ..triton import linear_add
 
-    return linear_add.linear_add(x, weight, bias, residual, None)[0]
+    return linear_add.linear_add(x, weight, bias, residual)
 
 
 @torch.library.custom_op(
@@ -79,7 +79,7 @@ def _linear_add(x, weight, bias, residual):
 def _linear_add_norm(x, weight, bias, residual, eps):
     from ..triton import linear_add
 
-    return linear_add.linear_add(x, weight, bias, residual, eps)
+    return linear_add.linear_add_norm(x, weight, bias, residual, eps)
 
 
 @_norm_linear.register_fake

@@ -73,16 +73,25 @@ def tile(outputs: int) -> dict[str, int]:
     return dict(OPTIONS, N=outputs, FIRST=first, SECOND=second, ROWS=128 if width <= 192 else 64, INPUTS=64 if width <= 128 else 32)
 
 
-def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, eps: float | None) -> tuple[Tensor, Tensor | None]:
-    """(B, H, W, K), (N, K), (N,), (B, H, W, N) -> the sum, (B, H, W, N), and it normalised if there is an eps."""
-    N, K = weight.shape
-    y = x.new_empty(*x.shape[:-1], N)
-    normed = None if eps is None else torch.empty_like(y)
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    """(B, H, W, K), (N, K), (N,), (B, H, W, N) -> (B, H, W, N)."""
+    y = residual.new_empty(residual.shape)
+    _launch(x, weight, bias, residual, y, None, 0.0)
+    return y
+
+
+def linear_add_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(B, H, W, K), (N, K), (N,), (B, H, W, N) -> the sum and it normalised, both (B, H, W, N)."""
+    y, normed = residual.new_empty(residual.shape), residual.new_empty(residual.shape)
+    _launch(x, weight, bias, residual, y, normed, eps)
+    return y, normed
+
+
+def _launch(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, y: Tensor, normed: Tensor | None, eps: float) -> None:
     if y.numel():
-        rows, sizes = cells_as_rows(x), tile(N)
+        (N, K), rows = weight.shape, cells_as_rows(x)
+        sizes = dict(tile(N), K=K, NORM=normed is not None)
         with torch.cuda.device_of(x):
             forward_kernel[(triton.cdiv(len(rows), sizes["ROWS"]),)](
-                rows, weight.contiguous(), bias.contiguous(), residual.contiguous(), y, y if normed is None else normed,
-                len(rows), rows.stride(0), eps or 0.0, K=K, NORM=normed is not None, **sizes
-            )  # fmt: skip
-    return y, normed
+                rows, weight.contiguous(), bias.contiguous(), residual.contiguous(), y, normed, len(rows), rows.stride(0), eps, **sizes
+            )

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from mm_modules.torch_state import without_modes
 
+from ..linear import reference as linear
 from ..pooled.reference import pooled_attention
 from ..windows.reference import window_attention
-from . import depthwise, embedding, merging, offsets, pooled, windows
+from . import depthwise, embedding, linear_add, merging, norm_linear, offsets, pooled, windows
 
 TOLERANCE = 0.02  # of the largest value: float16, and TF32 in torch's convolution; what goes wrong is as large as the values
 FLOAT32 = 1e-5  # what float32 is better than, and TF32 is not
@@ -51,6 +52,13 @@ def compare(device: torch.device) -> None:
             q, kv = normal(2, 5, 7, 3 * 64)[..., 64:128], normal(2, side, side, 2 * 64)
             expected = pooled_attention(q, kv, *options[1:])
             _agree("pooled_attention", [pooled.pooled_attention(q, kv, *options[1:])], [expected])
+
+        x, weight, bias = normal(2, 5, 7, 96), normal(48, 96), normal(48)
+        _agree("norm_linear", [norm_linear.norm_linear(x, weight, bias, 1e-5)], [linear.norm_linear(x, weight, bias, 1e-5)])
+        added = x, weight, bias, normal(2, 5, 7, 48)
+        _agree("linear_add", [linear_add.linear_add(*added)], [linear.linear_add(*added)])
+        added = x, normal(384, 96), normal(384), normal(2, 5, 7, 384)
+        _agree("linear_add_norm", linear_add.linear_add_norm(*added, 1e-5), linear.linear_add_norm(*added, 1e-5))
 
         x, weight, bias = normal(2, 5, 7, 32), normal(48, 32, 2, 2), normal(48)
         expected = F.gelu(F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride=2)).permute(0, 2, 3, 1)

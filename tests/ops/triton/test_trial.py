@@ -34,6 +34,9 @@ def test_it_agrees_whatever_surrounds_it():
         ("merging", "token_merging"),
         ("offsets", "predict_offset"),
         ("embedding", "patch_embed"),
+        ("norm_linear", "norm_linear"),
+        ("linear_add", "linear_add"),
+        ("linear_add", "linear_add_norm"),
     ],
 )
 @pytest.mark.parametrize("factor", [1.1, float("nan")])
