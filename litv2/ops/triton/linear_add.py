@@ -15,7 +15,7 @@ from torch import Tensor
 from .rows import blocks, cells_as_rows
 
 OUTPUTS = 384  # at most: for more a program's threads would not have enough registers
-OPTIONS = dict(num_warps=8, num_stages=3)
+STAGES = 3
 
 
 @triton.jit
@@ -67,10 +67,11 @@ def forward_kernel(
 
 
 def tile(outputs: int) -> dict[str, int]:
-    """The compile-time arguments for a number of outputs."""
+    """The compile-time arguments for a number of outputs: a thread holds at most 96 results."""
     first, second = blocks(outputs)
     width = first + second
-    return dict(OPTIONS, N=outputs, FIRST=first, SECOND=second, ROWS=128 if width <= 192 else 64, INPUTS=64 if width <= 128 else 32)
+    sizes = dict(N=outputs, FIRST=first, SECOND=second, INPUTS=64 if width <= 128 else 32)
+    return dict(sizes, ROWS=128 if width <= 192 else 64, num_warps=8 if width <= 256 else 16, num_stages=STAGES)
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:

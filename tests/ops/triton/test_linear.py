@@ -183,7 +183,7 @@ COMPILED = [  # kernel, tile, registers on any of the GPUs
     (linear_add, dict(linear_add.tile(96), K=384, NORM=False), 152),
     (linear_add, dict(linear_add.tile(192), K=768, NORM=False), 216),
     (linear_add, dict(linear_add.tile(256), K=1024, NORM=False), 168),
-    (linear_add, dict(linear_add.tile(384), K=384, NORM=True), 208),
+    (linear_add, dict(linear_add.tile(384), K=384, NORM=True), 128),
 ]
 
 
@@ -200,5 +200,6 @@ def test_machine_code(module, sizes, registers, capability):
     assert found.stack == 0 and found.registers <= registers
     assert found.shared <= SHARED[capability] << 10
     assert found.count("STG.E.128") and not found.count("STG.E.U16") and found.count("LDG.E.U16") <= 1  # a thread's part of the bias
-    assert found.count(r"LDGSTS[.\w]*128[.\w]*") and found.count(r"LDGSTS[.\w]*128[.\w]*") == found.count(r"LDGSTS[.\w]*")
+    copies = found.count(r"LDGSTS[.\w]*")  # of 8 values; where 512 threads share few of x, of 4
+    assert found.count(r"LDGSTS[.\w]*128[.\w]*") > copies / 2 and found.count(r"LDGSTS[.\w]*(128|64)[.\w]*") == copies
     assert found.count(r"(H|HG|UTCH)MMA[.\w]*")
