@@ -148,8 +148,9 @@ def test_reasons(monkeypatch):
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_on_a_gpu(dtype):
-    """At the sizes of LITv2-S, of a detector and others, as it is and in generated code; under autocast; values further apart than 2**31."""
-    for H, W, s, k, n in ((14, 14, 2, 384, 640), (50, 84, 2, 384, 640), (25, 42, 4, 512, 896), (5, 7, 3, 40, 136), (7, 5, 2, 33, 130)):
+    """At the sizes of LITv2-S, of a detector and others, as it is and in generated code; under autocast; values 2**31 apart."""
+    sizes = [(14, 14, 2, 384, 640), (50, 84, 2, 384, 640), (25, 42, 4, 512, 896), (5, 7, 3, 40, 136), (7, 5, 2, 33, 130)]
+    for H, W, s, k, n in sizes:
         x, *others = (tensor.cuda() for tensor in case(H, W, dtype, k, n))
         ours, plain = (run(x, s, *others) for run in (triton.pooled_linear, reference.pooled_linear))
         exact = written_out(x, s, *others)
