@@ -13,7 +13,7 @@ from litv2.ops.pooled_linear import reference, triton
 from litv2.ops.triton import pooled_linear
 from triton_helpers import CAPABILITIES, compile_for
 
-SIZES = [(1, 1), (1, 6), (5, 7), (7, 5), (14, 14)]
+SIZES = [(1, 1), (1, 6), (6, 1), (5, 7), (7, 5), (14, 14)]
 K, N = 40, 136  # two steps of a product and two blocks of columns, the second of each partly filled
 
 
