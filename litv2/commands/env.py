@@ -82,6 +82,8 @@ def _cases() -> Iterator[tuple[str, str, tuple, AbstractContextManager]]:
             yield "window_attention", where, (qkv, bias, 2, block.attn.h_heads, block.attn.scale), nullcontext()
             q, kv = tokens.new_zeros(8, 14, 14, block.attn.l_dim), tokens.new_zeros(8, 7, 7, 2 * block.attn.l_dim)
             yield "pooled_attention", f"inference, {where}", (q, kv, block.attn.l_heads, block.attn.scale), torch.no_grad()
+            l_kv, shift = block.attn.l_kv, kv.new_zeros(kv.shape[-1])
+            yield "pooled_linear", f"inference, {where}", (tokens, 2, l_kv.weight, l_kv.bias, shift), torch.no_grad()
             merging = DeformableTokenMerging(384, 768).to(device, dtype).eval()
             yield "token_merging", f"inference, {where}", (tokens, merging), torch.no_grad()
             yield "depthwise_gelu", where, (hidden, block.mlp.dwconv.dwconv), nullcontext()

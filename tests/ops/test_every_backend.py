@@ -72,6 +72,12 @@ def pooled_attention(H: int, W: int, pool: int = 2, **_) -> tuple:
     return q, kv, 2, 0.3
 
 
+def pooled_linear(H: int, W: int, pool: int = 2, **_) -> tuple:
+    tensors = normal(1, 2, H, W, 80), normal(2, 200, 80), normal(3, 200), normal(4, 200)
+    x, *others = (tensor.requires_grad_() for tensor in tensors)
+    return x, pool, *others
+
+
 def token_merging(H: int, W: int, **_) -> tuple:
     return normal(1, 2, max(H, 2), max(W, 2), 32), fill(DeformableTokenMerging(32, 272)).eval()
 
@@ -90,6 +96,7 @@ CASES: dict[str, list[tuple[str, Callable[..., tuple]]]] = {
         for window, beside in ((2, 32), (3, 0), (4, 16))
     ],
     "pooled_attention": [(f"pool {pool}", lambda pool=pool, **size: pooled_attention(pool=pool, **size)) for pool in (1, 2)],
+    "pooled_linear": [(f"pool {pool}", lambda pool=pool, **size: pooled_linear(pool=pool, **size)) for pool in (2, 3)],
     "token_merging": [("", token_merging)],
     "patch_embed": [("", patch_embed)],
 }

@@ -15,8 +15,8 @@ of HiLo.
 
 from mm_modules.dispatch import Operator
 
-from . import reference
+from . import reference, triton
 
 __all__ = ["pooled_linear"]
 
-pooled_linear = Operator("pooled_linear", [reference.BACKEND])
+pooled_linear = Operator("pooled_linear", [triton.BACKEND, reference.BACKEND])

@@ -17,8 +17,9 @@ from mm_modules.torch_state import without_modes
 
 from ..linear import reference as linear
 from ..pooled.reference import pooled_attention
+from ..pooled_linear.reference import pooled_linear as linear_of_pooled
 from ..windows.reference import window_attention
-from . import depthwise, embedding, linear_add, merging, norm_linear, offsets, pooled, windows
+from . import depthwise, embedding, linear_add, merging, norm_linear, offsets, pooled, pooled_linear, windows
 
 TOLERANCE = 0.02  # of the largest value: float16, and TF32 in torch's convolution; what goes wrong is as large as the values
 FLOAT32 = 1e-5  # what float32 is better than, and TF32 is not
@@ -59,6 +60,10 @@ def compare(device: torch.device) -> None:
         _agree("linear_add", [linear_add.linear_add(*added)], [linear.linear_add(*added)])
         added = x, normal(384, 96), normal(384), normal(2, 5, 7, 384)
         _agree("linear_add_norm", linear_add.linear_add_norm(*added, 1e-5), linear.linear_add_norm(*added, 1e-5))
+
+        x, weight, bias, shift = normal(2, 5, 7, 48), normal(72, 48), normal(72), normal(72)
+        expected = linear_of_pooled(x, 2, weight, bias, shift)
+        _agree("pooled_linear", [pooled_linear.pooled_linear(x, 2, weight, bias, shift)], [expected])
 
         x, weight, bias = normal(2, 5, 7, 32), normal(48, 32, 2, 2), normal(48)
         expected = F.gelu(F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride=2)).permute(0, 2, 3, 1)

@@ -44,6 +44,6 @@ def test_inference_in_bfloat16(form):
         expected, plain = exact(x), form(model().eval()).bfloat16()(x.bfloat16())
     with use(**KERNELS, token_merging="triton"), Called() as called:
         ours = form(model().eval()).bfloat16()(x.bfloat16())
-    folded = {"pooled_attention", "norm_linear", "linear_add", "linear_add_norm"} if form is fuse else set()
+    folded = {"pooled_attention", "pooled_linear", "norm_linear", "linear_add", "linear_add_norm"} if form is fuse else set()
     assert {"patch_embed", "depthwise_gelu", "window_attention", "predict_offset", "token_merging"} | folded == set(called.names)
     assert_as_precise(ours, plain, expected, factor=4)  # the interpreter truncates to bfloat16
