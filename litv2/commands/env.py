@@ -82,6 +82,8 @@ def _cases() -> Iterator[tuple[str, str, tuple, AbstractContextManager]]:
             yield "window_attention", where, (qkv, bias, 2, block.attn.h_heads, block.attn.scale), nullcontext()
             q, kv = tokens.new_zeros(8, 14, 14, block.attn.l_dim), tokens.new_zeros(8, 7, 7, 2 * block.attn.l_dim)
             yield "pooled_attention", f"inference, {where}", (q, kv, block.attn.l_heads, block.attn.scale), torch.no_grad()
+            both = block.attn.window[0], block.attn.h_heads, block.attn.l_heads, block.attn.scale
+            yield "hilo_attention", f"inference, {where}", (qkv, bias, q, kv, *both), torch.no_grad()
             merging = DeformableTokenMerging(384, 768).to(device, dtype).eval()
             yield "token_merging", f"inference, {where}", (tokens, merging), torch.no_grad()
             yield "depthwise_gelu", where, (hidden, block.mlp.dwconv.dwconv), nullcontext()

@@ -58,11 +58,9 @@ def attention(H: int, W: int, window: int = 2, **_) -> tuple:
     return normal(1, 3, H, W, 64).requires_grad_(), fill(HiLo(64, 4, qkv_bias=True, window_size=window))
 
 
-def window_attention(H: int, W: int, window: int = 2, beside: int = 0, **_) -> tuple:
+def window_attention(H: int, W: int, window: int = 2, **_) -> tuple:
     """Two heads of 16 channels."""
-    tensors = [normal(1, 2, H, W, 96), normal(2, 96), normal(3, 2, H, W, beside) if beside else None]
-    qkv, pad, side = [None if tensor is None else tensor.requires_grad_() for tensor in tensors]
-    return qkv, pad, window, 2, 0.3, side
+    return normal(1, 2, H, W, 96).requires_grad_(), normal(2, 96).requires_grad_(), window, 2, 0.3
 
 
 def pooled_attention(H: int, W: int, pool: int = 2, **_) -> tuple:
@@ -70,6 +68,12 @@ def pooled_attention(H: int, W: int, pool: int = 2, **_) -> tuple:
     tensors = normal(1, 2, H, W, 32), normal(2, 2, -(-H // pool), -(-W // pool), 64)
     q, kv = (tensor.requires_grad_() for tensor in tensors)
     return q, kv, 2, 0.3
+
+
+def hilo_attention(H: int, W: int, window: int = 2, **_) -> tuple:
+    """Two heads of 16 channels in each branch."""
+    hifi, lofi = window_attention(H, W, window), pooled_attention(H, W, window)
+    return *hifi[:2], *lofi[:2], window, 2, 2, 0.3
 
 
 def token_merging(H: int, W: int, **_) -> tuple:
@@ -86,10 +90,10 @@ CASES: dict[str, list[tuple[str, Callable[..., tuple]]]] = {
     "block": [(f"window {window}", lambda window=window, **size: block(window=window, **size)) for window in (0, 1, 2, 3)],
     "attention": [(f"window {window}", lambda window=window, **size: attention(window=window, **size)) for window in (2, 4)],
     "window_attention": [
-        (f"window {window}", lambda window=window, beside=beside, **size: window_attention(window=window, beside=beside, **size))
-        for window, beside in ((2, 32), (3, 0), (4, 16))
+        (f"window {window}", lambda window=window, **size: window_attention(window=window, **size)) for window in (2, 3, 4)
     ],
     "pooled_attention": [(f"pool {pool}", lambda pool=pool, **size: pooled_attention(pool=pool, **size)) for pool in (1, 2)],
+    "hilo_attention": [(f"window {window}", lambda window=window, **size: hilo_attention(window=window, **size)) for window in (2, 3, 4)],
     "token_merging": [("", token_merging)],
     "patch_embed": [("", patch_embed)],
 }
