@@ -28,7 +28,7 @@ def forward_kernel(
     ONE_BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    if program < lofi_programs:  # they take longer: those of Hi-Fi are left for the end, when not all multiprocessors are busy
+    if program < lofi_programs:  # they have more to do: the shorter ones of Hi-Fi are left for the end
         lofi = y + h_heads * D
         attend_to_pooled(program, q, kv, lofi, H * W, M, l_heads, scale, q_stride, kv_stride, y_stride, D, ONE_BLOCK, QUERIES, KEYS)
     else:
