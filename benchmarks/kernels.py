@@ -30,7 +30,7 @@ from runtime_modes import captured
 COMPILED = "torch.compile"
 PASSES = ("forward", "forward + backward")
 INFERENCE = (  # kernels without gradients
-    "linear_add", "linear_add_norm", "norm_linear", "patch_embed", "pooled_attention", "pooled_linear", "token_merging",
+    "hilo_attention", "linear_add", "linear_add_norm", "norm_linear", "patch_embed", "pooled_attention", "pooled_linear", "token_merging",
 )  # fmt: skip
 STAGES = ((56, 96), (28, 192), (14, 384), (7, 768))  # side and width of LITv2-S's maps
 Case = tuple[str, str, tuple]  # operator, description, arguments
@@ -61,11 +61,13 @@ def cases(batch_size: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
     for s in (2, 4):
         product = torch.randn(batch_size, side, side, 192, device=device, dtype=dtype, requires_grad=True)
         yield "window_attention", f"{side} x {side}, 2 heads, windows {s} x {s}", (product, product.new_zeros(192), s, 2, attn.scale)
-    q = torch.randn(batch_size, side, side, 512, device=device, dtype=dtype)[..., 192:]  # where the folded form's product has them
+    qkv, q = torch.randn(batch_size, side, side, 512, device=device, dtype=dtype).split((192, 320), dim=-1)  # as in the folded form
     kv = torch.randn(batch_size, side // 2, side // 2, 640, device=device, dtype=dtype)
     yield "pooled_attention", f"{side} x {side}, 10 heads, pooled 2 x 2", (q, kv, 10, attn.scale)
     weight, bias = attn.l_kv.weight.detach(), attn.l_kv.bias.detach()
     yield "pooled_linear", f"{side} x {side} x {dim}, pooled 2 x 2", (x.detach(), 2, weight, bias, torch.zeros_like(bias))
+    both = qkv, qkv.new_zeros(192), q, kv, 2, 2, 10, attn.scale
+    yield "hilo_attention", f"{side} x {side}, 2 heads in windows 2 x 2, 10 to the map pooled 2 x 2", both
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import pkgutil
 import re
 import subprocess
 import sys
@@ -154,9 +155,15 @@ def _changed_in_loops(kernel: Any, constexprs: dict[str, Any]) -> set[int]:
     return found
 
 
-def _carried_in(code: str) -> set[int]:
-    """The same of Triton's intermediate code, without loops that are not compiled."""
-    return {line.partition("iter_args(")[2].partition(") ->")[0].count(" = ") for line in code.splitlines() if "scf.for" in line}
+def _carried_in(code: str) -> dict[str, set[int]]:
+    """The same of Triton's intermediate code, by function: the kernel and what it calls, without loops that are not compiled."""
+    found: dict[str, set[int]] = {}
+    for line in code.splitlines():
+        if (head := re.search(r'tt\.func \w+ @"?([\w.]+?)(?:__|"?\()', line)) is not None:  # two underscores precede the types
+            loops = found.setdefault(head[1], set())
+        elif "scf.for" in line:
+            loops.add(line.partition("iter_args(")[2].partition(") ->")[0].count(" = "))
+    return found
 
 
 def compile_for(kernel: Any, signature: dict[str, str], constexprs: dict[str, Any], capability: int, **options: int) -> Resources:
@@ -175,7 +182,10 @@ def compile_for(kernel: Any, signature: dict[str, str], constexprs: dict[str, An
     types = {name: POINTERS.get(kind, "i32" if kind == "aligned" else kind) for name, kind in types.items()}
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(ASTSource(kernel, types, constexprs, aligned), target=target, options=options)
-    assert _carried_in(compiled.asm["source"]) <= _changed_in_loops(kernel, constexprs), "a loop does not carry all that it changes"
+    for name, carried in _carried_in(compiled.asm["source"]).items():
+        function = kernel if name == kernel.fn.__name__ else pkgutil.resolve_name(name)
+        changed = _changed_in_loops(function, constexprs)  # a compile-time argument has the same name in what the kernel calls
+        assert carried <= changed, f"a loop of {name} does not carry all that it changes"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

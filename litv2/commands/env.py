@@ -84,6 +84,8 @@ def _cases() -> Iterator[tuple[str, str, tuple, AbstractContextManager]]:
             yield "pooled_attention", f"inference, {where}", (q, kv, block.attn.l_heads, block.attn.scale), torch.no_grad()
             l_kv, shift = block.attn.l_kv, kv.new_zeros(kv.shape[-1])
             yield "pooled_linear", f"inference, {where}", (tokens, 2, l_kv.weight, l_kv.bias, shift), torch.no_grad()
+            both = block.attn.window[0], block.attn.h_heads, block.attn.l_heads, block.attn.scale
+            yield "hilo_attention", f"inference, {where}", (qkv, bias, q, kv, *both), torch.no_grad()
             merging = DeformableTokenMerging(384, 768).to(device, dtype).eval()
             yield "token_merging", f"inference, {where}", (tokens, merging), torch.no_grad()
             yield "depthwise_gelu", where, (hidden, block.mlp.dwconv.dwconv), nullcontext()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -58,11 +60,9 @@ def attention(H: int, W: int, window: int = 2, **_) -> tuple:
     return normal(1, 3, H, W, 64).requires_grad_(), fill(HiLo(64, 4, qkv_bias=True, window_size=window))
 
 
-def window_attention(H: int, W: int, window: int = 2, beside: int = 0, **_) -> tuple:
+def window_attention(H: int, W: int, window: int = 2, **_) -> tuple:
     """Two heads of 16 channels."""
-    tensors = [normal(1, 2, H, W, 96), normal(2, 96), normal(3, 2, H, W, beside) if beside else None]
-    qkv, pad, side = [None if tensor is None else tensor.requires_grad_() for tensor in tensors]
-    return qkv, pad, window, 2, 0.3, side
+    return normal(1, 2, H, W, 96).requires_grad_(), normal(2, 96).requires_grad_(), window, 2, 0.3
 
 
 def pooled_attention(H: int, W: int, pool: int = 2, **_) -> tuple:
@@ -76,6 +76,19 @@ def pooled_linear(H: int, W: int, pool: int = 2, **_) -> tuple:
     tensors = normal(1, 2, H, W, 80), normal(2, 200, 80), normal(3, 200), normal(4, 200)
     x, *others = (tensor.requires_grad_() for tensor in tensors)
     return x, pool, *others
+
+
+def hilo_attention(H: int, W: int, window: int = 2, **_) -> tuple:
+    """Two heads of 16 channels in each branch."""
+    hifi, lofi = window_attention(H, W, window), pooled_attention(H, W, window)
+    return *hifi[:2], *lofi[:2], window, 2, 2, 0.3
+
+
+def linear(name: str, H: int, W: int) -> tuple:
+    """48 inputs, 96 outputs."""
+    x, weight, bias, residual = normal(1, 2, H, W, 48), normal(2, 96, 48), normal(3, 96), normal(4, 2, H, W, 96)
+    tensors = (x, weight, bias) if name == "norm_linear" else (x, weight, bias, residual)
+    return *(tensor.requires_grad_() for tensor in tensors), *(() if name == "linear_add" else (1e-3,))
 
 
 def token_merging(H: int, W: int, **_) -> tuple:
@@ -92,11 +105,12 @@ CASES: dict[str, list[tuple[str, Callable[..., tuple]]]] = {
     "block": [(f"window {window}", lambda window=window, **size: block(window=window, **size)) for window in (0, 1, 2, 3)],
     "attention": [(f"window {window}", lambda window=window, **size: attention(window=window, **size)) for window in (2, 4)],
     "window_attention": [
-        (f"window {window}", lambda window=window, beside=beside, **size: window_attention(window=window, beside=beside, **size))
-        for window, beside in ((2, 32), (3, 0), (4, 16))
+        (f"window {window}", lambda window=window, **size: window_attention(window=window, **size)) for window in (2, 3, 4)
     ],
     "pooled_attention": [(f"pool {pool}", lambda pool=pool, **size: pooled_attention(pool=pool, **size)) for pool in (1, 2)],
     "pooled_linear": [(f"pool {pool}", lambda pool=pool, **size: pooled_linear(pool=pool, **size)) for pool in (2, 3)],
+    "hilo_attention": [(f"window {window}", lambda window=window, **size: hilo_attention(window=window, **size)) for window in (2, 3, 4)],
+    **{name: [("", partial(linear, name))] for name in ("norm_linear", "linear_add", "linear_add_norm")},
     "token_merging": [("", token_merging)],
     "patch_embed": [("", patch_embed)],
 }
@@ -109,11 +123,12 @@ BACKENDS = [
 ]
 
 
-def results(run: Callable[..., Tensor], arguments: tuple, with_gradients: bool) -> list[Tensor]:
-    """The output, and with gradients those of all tensors and parameters that have some."""
+def results(run: Callable[..., Any], arguments: tuple, with_gradients: bool) -> list[Tensor]:
+    """The outputs, and with gradients those of all tensors and parameters that have some."""
     if not with_gradients:
         with torch.no_grad():
-            return [run(*arguments)]
+            y = run(*arguments)
+        return [y] if isinstance(y, Tensor) else [*y]
     leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
     leaves += [p for a in arguments if isinstance(a, nn.Module) for p in a.parameters()]
     y = run(*arguments)

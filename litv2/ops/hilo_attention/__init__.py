@@ -12,8 +12,8 @@ It returns (B, H, W, (h_heads + l_heads) * D). In :mod:`litv2.inference.fused` i
 
 from mm_modules.dispatch import Operator
 
-from . import reference
+from . import reference, triton
 
 __all__ = ["hilo_attention"]
 
-hilo_attention = Operator("hilo_attention", [reference.BACKEND])
+hilo_attention = Operator("hilo_attention", [triton.BACKEND, reference.BACKEND])

@@ -18,12 +18,19 @@ CELLS = 2**31 - 64  # of either map, times heads: blocks of 64 are counted in 32
 def why_not(q: Tensor, kv: Tensor, heads: int, scale: float) -> str | None:
     if (reason := triton.why_not(q)) is not None:
         return reason
-    if torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad):
-        return "gradients are enabled; use torch.no_grad or torch.inference_mode"
+    if (reason := why_not_gradients(q, kv)) is not None:
+        return reason
     if (d := q.shape[-1] // heads) not in CHANNELS:
         return f"it supports heads of {', '.join(map(str, CHANNELS))} channels, got {d}"
     if any(x[..., 0].numel() * heads > CELLS for x in (q, kv)):
         return f"it supports maps of up to {CELLS} cells times heads, got {tuple(q.shape[:3])} and {tuple(kv.shape[:3])}"
+    return None
+
+
+def why_not_gradients(*tensors: Tensor) -> str | None:
+    """Returns the reason why a kernel without gradients does not take the tensors, or None."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return "gradients are enabled; use torch.no_grad or torch.inference_mode"
     return None
 
 

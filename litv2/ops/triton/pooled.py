@@ -29,13 +29,15 @@ def _keys(queries, at, m, M, width, kv_stride, scale):
     return tl.where((m < M)[None, :], logits, float("-inf")), v
 
 
-@triton.jit(do_not_specialize=["N", "M"])
-def forward_kernel(
-    q, kv, y, N, M, heads, scale, q_stride, kv_stride, D: tl.constexpr, ONE_BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr
+@triton.jit
+def attend_to_pooled(
+    program, q, kv, y, N, M, heads, scale, q_stride, kv_stride, y_stride,
+    D: tl.constexpr, ONE_BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
+    """What a program computes: one head of its cells, into the first heads * D channels of ``y``."""
     blocks, width = tl.cdiv(N, QUERIES), heads * D
-    head, image = tl.program_id(0) // blocks % heads, (tl.program_id(0) // blocks // heads).to(tl.int64)
-    n = tl.program_id(0) % blocks * QUERIES + tl.arange(0, QUERIES)
+    head, image = program // blocks % heads, (program // blocks // heads).to(tl.int64)
+    n = program % blocks * QUERIES + tl.arange(0, QUERIES)
     m = tl.arange(0, KEYS)
     of_head = head * D + tl.arange(0, D)[None, :]
     cell, live = (image * N + n)[:, None], (n < N)[:, None]
@@ -58,7 +60,15 @@ def forward_kernel(
             total = total * shrink + tl.sum(weights, 1)
             result = result * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
             largest = larger
-    tl.store(y + cell * width + of_head, result / total[:, None], mask=live)
+    tl.store(y + cell * y_stride + of_head, result / total[:, None], mask=live)
+
+
+@triton.jit(do_not_specialize=["N", "M"])
+def forward_kernel(
+    q, kv, y, N, M, heads, scale, q_stride, kv_stride, y_stride,
+    D: tl.constexpr, ONE_BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    attend_to_pooled(tl.program_id(0), q, kv, y, N, M, heads, scale, q_stride, kv_stride, y_stride, D, ONE_BLOCK, QUERIES, KEYS)
 
 
 def pooled_attention(q: Tensor, kv: Tensor, heads: int, scale: float) -> Tensor:
@@ -70,6 +80,6 @@ def pooled_attention(q: Tensor, kv: Tensor, heads: int, scale: float) -> Tensor:
         rows, keys = cells_as_rows(q), cells_as_rows(kv)
         with torch.cuda.device_of(q):
             forward_kernel[(triton.cdiv(N, TILE["QUERIES"]) * heads * B,)](
-                rows, keys, y, N, M, heads, scale, rows.stride(0), keys.stride(0), D=C // heads, ONE_BLOCK=TILE["KEYS"] >= M, **TILE
+                rows, keys, y, N, M, heads, scale, rows.stride(0), keys.stride(0), C, D=C // heads, ONE_BLOCK=TILE["KEYS"] >= M, **TILE
             )
     return y

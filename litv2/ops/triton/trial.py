@@ -19,7 +19,7 @@ from ..linear import reference as linear
 from ..pooled.reference import pooled_attention
 from ..pooled_linear.reference import pooled_linear as linear_of_pooled
 from ..windows.reference import window_attention
-from . import depthwise, embedding, linear_add, merging, norm_linear, offsets, pooled, pooled_linear, windows
+from . import depthwise, embedding, hilo_attention, linear_add, merging, norm_linear, offsets, pooled, pooled_linear, windows
 
 TOLERANCE = 0.02  # of the largest value: float16, and TF32 in torch's convolution; what goes wrong is as large as the values
 FLOAT32 = 1e-5  # what float32 is better than, and TF32 is not
@@ -43,16 +43,18 @@ def compare(device: torch.device) -> None:
         _agree("the gradient of depthwise_gelu", depthwise.depthwise_gelu_backward(gradient, *inputs), gradients)
 
         qkv, pad, options = normal(2, 5, 7, 3 * 64), normal(3 * 64), (2, 2, 32**-0.5)  # window, heads, scale
-        expected = window_attention(qkv, pad, *options)
-        gradient = normal(*expected.shape).detach()
-        _agree("window_attention", [windows.window_attention(qkv, pad, *options, None)], [expected])
-        gradients = torch.autograd.grad(expected, (qkv, pad), gradient)
+        hifi = window_attention(qkv, pad, *options)
+        gradient = normal(*hifi.shape).detach()
+        _agree("window_attention", [windows.window_attention(qkv, pad, *options)], [hifi])
+        gradients = torch.autograd.grad(hifi, (qkv, pad), gradient)
         _agree("the gradient of window_attention", windows.window_attention_backward(gradient, qkv, pad, *options), gradients)
 
         for side in (3, 9):  # of the pooled map: one block of keys, and two
             q, kv = normal(2, 5, 7, 3 * 64)[..., 64:128], normal(2, side, side, 2 * 64)
-            expected = pooled_attention(q, kv, *options[1:])
-            _agree("pooled_attention", [pooled.pooled_attention(q, kv, *options[1:])], [expected])
+            lofi = pooled_attention(q, kv, *options[1:])
+            _agree("pooled_attention", [pooled.pooled_attention(q, kv, *options[1:])], [lofi])
+            both = hilo_attention.hilo_attention(qkv, pad, q, kv, 2, 2, 2, 32**-0.5)  # window, heads of each branch, scale
+            _agree("hilo_attention", [both], [torch.cat((hifi, lofi), dim=-1)])
 
         x, weight, bias = normal(2, 5, 7, 96), normal(48, 96), normal(48)
         _agree("norm_linear", [norm_linear.norm_linear(x, weight, bias, 1e-5)], [linear.norm_linear(x, weight, bias, 1e-5)])

@@ -3,7 +3,7 @@
 
 A window has 4 to 16 tokens, much less than the tiles of fused attention in libraries. Here a tile has the T = 16 tokens that tensor cores
 take, as many whole windows as fit, and the softmax leaves out what is of another window. Tokens are read where the product of the
-projections has left them and written where they belong: nothing is permuted, padded, cropped or joined in memory.
+projections has left them and written where they belong: nothing is permuted, padded or cropped in memory.
 
 A program computes one head of TILES tiles. Sums and weights are in float32; weights are rounded to the dtype of the values.
 """
@@ -63,32 +63,38 @@ def _weights(q, k, scale, S: tl.constexpr, T: tl.constexpr):
     return weights / tl.sum(weights, 2)[:, :, None]
 
 
-@triton.jit(do_not_specialize=["windows", "H", "W", "rows", "columns"])
-def forward_kernel(
-    qkv, pad, beside, y, windows, H, W, rows, columns, heads, all_heads, scale, qkv_stride, beside_stride, y_stride,
+@triton.jit
+def attend_in_windows(
+    program, qkv, pad, y, windows, H, W, rows, columns, heads, scale, qkv_stride, y_stride,
     PADDED: tl.constexpr, S: tl.constexpr, T: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) % all_heads
-    cell, inside, _ = _cells(tl.program_id(0) // all_heads, windows, H, W, rows, columns, S, T, TILES)
+    """What a program computes: one head of its tiles, into the first heads * D channels of ``y``."""
+    head = program % heads
+    cell, inside, _ = _cells(program // heads, windows, H, W, rows, columns, S, T, TILES)
     cell, d = cell[:, :, None], tl.arange(0, D)[None, None, :]
-    to = y + cell * y_stride + head * D + d
-    if head < heads:
-        q_at, q_pad, width = qkv + cell * qkv_stride + head * D + d, pad + head * D + d, heads * D
-        q = _read(q_at, q_pad, inside, PADDED)
-        k = _read(q_at + width, q_pad + width, inside, PADDED)
-        v = _read(q_at + 2 * width, q_pad + 2 * width, inside, PADDED)
-        weights = _weights(q, k, scale, S, T).to(v.dtype)
-        if T >= 2 * S * S:  # of several windows: 0 times a value that is not finite would make the others NaN
-            wild = (v - v) != 0
-            same = tl.zeros((TILES, T, T), tl.float32) + tl.where(_same_window(S, T), 1.0, 0.0)
-            reached = _product(same.to(v.dtype), tl.where(wild, 1.0, 0.0).to(v.dtype)) > 0
-            result = tl.where(reached, float("nan"), _product(weights, tl.where(wild, 0.0, v)))
-        else:
-            result = _product(weights, v)
-        tl.store(to, result, mask=inside[:, :, None])
-    else:  # channels of the other branch
-        at = beside + cell * beside_stride + (head - heads) * D + d
-        tl.store(to, tl.load(at, mask=inside[:, :, None]), mask=inside[:, :, None])
+    q_at, q_pad, width = qkv + cell * qkv_stride + head * D + d, pad + head * D + d, heads * D
+    q = _read(q_at, q_pad, inside, PADDED)
+    k = _read(q_at + width, q_pad + width, inside, PADDED)
+    v = _read(q_at + 2 * width, q_pad + 2 * width, inside, PADDED)
+    weights = _weights(q, k, scale, S, T).to(v.dtype)
+    if T >= 2 * S * S:  # of several windows: 0 times a value that is not finite would make the others NaN
+        wild = (v - v) != 0
+        same = tl.zeros((TILES, T, T), tl.float32) + tl.where(_same_window(S, T), 1.0, 0.0)
+        reached = _product(same.to(v.dtype), tl.where(wild, 1.0, 0.0).to(v.dtype)) > 0
+        result = tl.where(reached, float("nan"), _product(weights, tl.where(wild, 0.0, v)))
+    else:
+        result = _product(weights, v)
+    tl.store(y + cell * y_stride + head * D + d, result, mask=inside[:, :, None])
+
+
+@triton.jit(do_not_specialize=["windows", "H", "W", "rows", "columns"])
+def forward_kernel(
+    qkv, pad, y, windows, H, W, rows, columns, heads, scale, qkv_stride, y_stride,
+    PADDED: tl.constexpr, S: tl.constexpr, T: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    attend_in_windows(
+        tl.program_id(0), qkv, pad, y, windows, H, W, rows, columns, heads, scale, qkv_stride, y_stride, PADDED, S, T, D, TILES
+    )
 
 
 @triton.jit(do_not_specialize=["windows", "H", "W", "rows", "columns"])
@@ -120,7 +126,7 @@ def backward_kernel(
         tl.store(row + width, tl.sum(tl.sum(tl.where(outside[:, :, None], dv, 0.0), 1), 0))
 
 
-def _geometry(qkv: Tensor, window_size: int, heads: int) -> tuple[tuple[int, ...], dict[str, int], int]:
+def geometry(qkv: Tensor, window_size: int, heads: int) -> tuple[tuple[int, ...], dict[str, int], int]:
     """Returns the kernels' (windows, H, W, rows, columns), compile-time arguments, and programs of a head."""
     B, H, W, C = qkv.shape
     rows, columns = triton.cdiv(H, window_size), triton.cdiv(W, window_size)
@@ -129,30 +135,26 @@ def _geometry(qkv: Tensor, window_size: int, heads: int) -> tuple[tuple[int, ...
     return (windows, H, W, rows, columns), sizes, triton.cdiv(windows, TILE["T"] // window_size**2 * TILE["TILES"])
 
 
-def window_attention(qkv: Tensor, pad: Tensor, window_size: int, heads: int, scale: float, beside: Tensor | None) -> Tensor:
-    """(B, H, W, 3 * heads * D), (3 * heads * D,), beside (B, H, W, L) -> (B, H, W, heads * D + L)."""
+def window_attention(qkv: Tensor, pad: Tensor, window_size: int, heads: int, scale: float) -> Tensor:
+    """(B, H, W, 3 * heads * D), (3 * heads * D,) -> (B, H, W, heads * D)."""
     C = qkv.shape[-1] // 3
-    D, width = C // heads, C + (0 if beside is None else beside.shape[-1])
-    y = qkv.new_empty(*qkv.shape[:3], width)
+    y = qkv.new_empty(*qkv.shape[:3], C)
     if y.numel():
-        map, sizes, programs = _geometry(qkv, window_size, heads)
+        map, sizes, programs = geometry(qkv, window_size, heads)
         x = cells_as_rows(qkv)
-        side = x if beside is None else cells_as_rows(beside)
         with torch.cuda.device_of(x):
-            forward_kernel[(programs * (width // D),)](
-                x, pad.contiguous(), side, y, *map, heads, width // D, scale, x.stride(0), side.stride(0), width, **sizes
-            )
+            forward_kernel[(programs * heads,)](x, pad.contiguous(), y, *map, heads, scale, x.stride(0), C, **sizes)
     return y
 
 
 def window_attention_backward(
     gradient: Tensor, qkv: Tensor, pad: Tensor, window_size: int, heads: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of qkv and pad; only the first heads * D channels of the gradient are read."""
+    """The gradients of qkv and pad."""
     C = qkv.shape[-1]
     of_qkv, of_pad = torch.empty_like(qkv, memory_format=torch.contiguous_format), torch.zeros_like(pad)
     if of_qkv.numel():
-        map, sizes, programs = _geometry(qkv, window_size, heads)
+        map, sizes, programs = geometry(qkv, window_size, heads)
         of_padding = torch.empty(programs if sizes["PADDED"] else 0, C // 3 * 2, device=qkv.device)
         x, dy = cells_as_rows(qkv), cells_as_rows(gradient)
         with torch.cuda.device_of(x):

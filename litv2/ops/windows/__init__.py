@@ -5,10 +5,9 @@ Its arguments are
 
 * ``qkv``: queries, keys and values of all heads, (B, H, W, 3 * heads * D);
 * ``pad``: those of the cells that complete the windows on the right and at the bottom, (3 * heads * D,): the projection's bias;
-* ``window_size``, ``heads``, and ``scale``, of the logits;
-* ``beside``: channels of the same cells that follow in the result, (B, H, W, L), or None.
+* ``window_size``, ``heads``, and ``scale``, of the logits.
 
-It returns (B, H, W, heads * D + L). In :mod:`litv2.ops.attention_forward` and :mod:`litv2.inference.fused` it is part of HiLo.
+It returns (B, H, W, heads * D). In :mod:`litv2.ops.attention_forward` and :mod:`litv2.inference.fused` it is part of HiLo.
 """
 
 from mm_modules.dispatch import Operator

@@ -13,7 +13,7 @@ from mm_modules.torch_state import is_exporting
 from ..padding import whole_windows
 
 
-def window_attention(qkv: Tensor, pad: Tensor, window_size: int, heads: int, scale: float, beside: Tensor | None = None) -> Tensor:
+def window_attention(qkv: Tensor, pad: Tensor, window_size: int, heads: int, scale: float) -> Tensor:
     s, d, (H, W) = window_size, qkv.shape[-1] // 3 // heads, qkv.shape[1:3]
     rows, columns, padded = whole_windows(H, W, s)
     if padded:
@@ -22,7 +22,7 @@ def window_attention(qkv: Tensor, pad: Tensor, window_size: int, heads: int, sca
     y = attention(qkv, s, heads, d, scale)
     if padded:
         y = F.pad(y, (0, 0, 0, W - columns * s, 0, H - rows * s))  # a negative pad crops, and leaves no strides for tracing to fix
-    return y if beside is None else torch.cat((y, beside), dim=-1)
+    return y
 
 
 def _by_fused_attention(qkv: Tensor, s: int, heads: int, d: int, scale: float) -> Tensor:

@@ -19,25 +19,19 @@ LARGEST_WINDOW = 4  # whose tokens fill a tile of the kernel
 PROGRAMS = 2**31 - 1  # that CUDA can launch
 
 
-def why_not(qkv: Tensor, pad: Tensor, window_size: int, heads: int, scale: float, beside: Tensor | None = None) -> str | None:
-    return why_not_heads(qkv, qkv.shape[-1] // 3 // heads, window_size, heads, 0 if beside is None else beside.shape[-1])
+def why_not(qkv: Tensor, pad: Tensor, window_size: int, heads: int, scale: float) -> str | None:
+    return why_not_heads(qkv, qkv.shape[-1] // 3 // heads, window_size, heads)
 
 
-def why_not_heads(x: Tensor, d: int, window_size: int, heads: int, beside: int = 0) -> str | None:
-    """Returns the reason why the kernel does not support the heads of a map x (B, H, W, any), d channels each, or None.
-
-    Args:
-        beside: number of the channels beside them.
-    """
+def why_not_heads(x: Tensor, d: int, window_size: int, heads: int) -> str | None:
+    """Returns the reason why the kernel does not support the heads of a map x (B, H, W, any), d channels each, or None."""
     if (reason := triton.why_not(x)) is not None:
         return reason
     if d not in (supported := CHANNELS[compute_dtype(x)]):
         return f"it supports heads of {', '.join(map(str, supported))} channels in {compute_dtype(x)}, got {d}"
     if window_size > LARGEST_WINDOW:
         return f"it supports windows of up to {LARGEST_WINDOW} x {LARGEST_WINDOW} tokens, got {window_size} x {window_size}"
-    if beside % d:
-        return f"the channels beside must be a multiple of those of a head, {d}, got {beside}"
-    if x[..., 0].numel() * (heads + beside // d) > PROGRAMS:
+    if x[..., 0].numel() * heads > PROGRAMS:
         return f"it supports maps of up to {PROGRAMS} cells times heads, got {tuple(x.shape[:3])}"
     return None
 
@@ -46,18 +40,18 @@ def why_rather_not(*_) -> str | None:
     return triton.why_rather_not()
 
 
-def window_attention(qkv: Tensor, pad: Tensor, window_size: int, heads: int, scale: float, beside: Tensor | None = None) -> Tensor:
-    return _forward(qkv, pad.to(qkv.dtype), window_size, heads, scale, None if beside is None else beside.to(qkv.dtype))
+def window_attention(qkv: Tensor, pad: Tensor, window_size: int, heads: int, scale: float) -> Tensor:
+    return _forward(qkv, pad.to(qkv.dtype), window_size, heads, scale)
 
 
 ARGUMENTS = "Tensor qkv, Tensor pad, int window_size, int heads, float scale"
 
 
-@torch.library.custom_op("litv2::triton_window_attention", mutates_args=(), schema=f"({ARGUMENTS}, Tensor? beside) -> Tensor")
-def _forward(qkv, pad, window_size, heads, scale, beside):
+@torch.library.custom_op("litv2::triton_window_attention", mutates_args=(), schema=f"({ARGUMENTS}) -> Tensor")
+def _forward(qkv, pad, window_size, heads, scale):
     from ..triton import windows
 
-    return windows.window_attention(qkv, pad, window_size, heads, scale, beside)
+    return windows.window_attention(qkv, pad, window_size, heads, scale)
 
 
 @torch.library.custom_op(
@@ -70,8 +64,8 @@ def _backward(gradient, qkv, pad, window_size, heads, scale):
 
 
 @_forward.register_fake
-def _(qkv, pad, window_size, heads, scale, beside):
-    return qkv.new_empty(*qkv.shape[:3], qkv.shape[-1] // 3 + (0 if beside is None else beside.shape[-1]))
+def _(qkv, pad, window_size, heads, scale):
+    return qkv.new_empty(*qkv.shape[:3], qkv.shape[-1] // 3)
 
 
 @_backward.register_fake
@@ -80,15 +74,13 @@ def _(gradient, qkv, pad, window_size, heads, scale):
 
 
 def _keep(ctx, inputs, output):
-    qkv, pad, *ctx.options, beside = inputs
+    qkv, pad, *ctx.options = inputs
     ctx.save_for_backward(qkv, pad)
-    ctx.beside = 0 if beside is None else beside.shape[-1]
 
 
 def _differentiate(ctx, gradient):
-    own, beside = gradient.split((gradient.shape[-1] - ctx.beside, ctx.beside), dim=-1)
-    of_qkv, of_pad = _backward(own, *ctx.saved_tensors, *ctx.options)
-    return of_qkv, of_pad, None, None, None, beside if ctx.beside else None
+    of_qkv, of_pad = _backward(gradient, *ctx.saved_tensors, *ctx.options)
+    return of_qkv, of_pad, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)

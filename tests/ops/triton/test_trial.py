@@ -32,6 +32,7 @@ def test_it_agrees_whatever_surrounds_it():
         ("windows", "window_attention_backward"),
         ("pooled", "pooled_attention"),
         ("pooled_linear", "pooled_linear"),
+        ("hilo_attention", "hilo_attention"),
         ("merging", "token_merging"),
         ("offsets", "predict_offset"),
         ("embedding", "patch_embed"),

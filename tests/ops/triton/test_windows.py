@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -21,16 +22,15 @@ D = 16
 SIZES = [(1, 1), (1, 6), (5, 7), (7, 5), (14, 14)]
 
 
-def case(s: int, H: int, W: int, dtype: torch.dtype = torch.float32, beside: int = D) -> list[Tensor | None]:
-    """Two heads, as a part of a wider product's columns; the padding; the channels beside."""
-    product = normal(s, 2, H, W, 6 * D + 8).to(dtype)[..., : 6 * D]
-    return [product, normal(1, 6 * D).to(dtype), normal(2, 2, H, W, beside).to(dtype) if beside else None]
+def case(s: int, H: int, W: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Two heads, as a part of a wider product's columns; the padding."""
+    return normal(s, 2, H, W, 6 * D + 8).to(dtype)[..., : 6 * D], normal(1, 6 * D).to(dtype)
 
 
-def results(run, tensors: list[Tensor | None], s: int) -> list[Tensor]:
+def results(run, tensors: Sequence[Tensor], s: int) -> list[Tensor]:
     """The output and all gradients."""
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors if tensor is not None]
-    y = run(*leaves[:2], s, 2, 0.3, *leaves[2:])
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    y = run(*leaves, s, 2, 0.3)
     return [y, *torch.autograd.grad(y, leaves, normal(3, *y.shape).to(y), materialize_grads=True)]  # of padding that is not there
 
 
@@ -48,7 +48,7 @@ def assert_as_precise(ours: list[Tensor], theirs: list[Tensor], exact: list[Tens
 def test_against_torch(s, H, W, dtype):
     """Windows that share a tile, that fill one and that do not; padded below, at the right, both and neither."""
     tensors = case(s, H, W, dtype)
-    exact = results(reference.window_attention, [None if tensor is None else tensor.double() for tensor in tensors], s)
+    exact = results(reference.window_attention, [tensor.double() for tensor in tensors], s)
     plain = results(reference.window_attention, tensors, s)
     assert_as_precise(results(triton.window_attention, tensors, s), plain, exact)
 
@@ -77,7 +77,7 @@ def test_in_hilo(alpha):
 def test_what_is_not_finite_stays_in_its_window(monkeypatch, s, value):
     """Several windows share a tile of the kernel, also of different images. (Torch's fused attention on the CPU makes 0 of some NaN.)"""
     monkeypatch.setattr(reference, "_by_fused_attention", reference._on_cuda)
-    qkv, pad, _ = case(s, 5, 7)
+    qkv, pad = case(s, 5, 7)
     before = triton.window_attention(qkv, pad, s, 2, 0.3)
     for part in range(3):  # q, k, v of the second head
         qkv = case(s, 5, 7)[0]
@@ -90,34 +90,31 @@ def test_what_is_not_finite_stays_in_its_window(monkeypatch, s, value):
 
 
 @pytest.mark.usefixtures("interpreter")
-@pytest.mark.parametrize("beside", [0, D])
-def test_opcheck(beside):
+def test_opcheck():
     """Shapes, strides and dtypes of fake tensors, autograd, and AOTAutograd's tracing."""
-    qkv, pad, side = [None if tensor is None else tensor.requires_grad_() for tensor in case(2, 1, 3, beside=beside)]
-    torch.library.opcheck(torch.ops.litv2.triton_window_attention, (qkv, pad, 2, 2, 0.3, side))
+    qkv, pad = (tensor.requires_grad_() for tensor in case(2, 1, 3))
+    torch.library.opcheck(torch.ops.litv2.triton_window_attention, (qkv, pad, 2, 2, 0.3))
 
 
 @pytest.mark.usefixtures("interpreter")
 def test_an_empty_batch():
-    qkv, pad, _ = case(2, 5, 7)
+    qkv, pad = case(2, 5, 7)
     y, of_qkv, of_pad = results(triton.window_attention, [qkv[:0], pad], 2)
     assert y.shape == (0, 5, 7, 2 * D) and of_qkv.shape == (0, 5, 7, 6 * D) and not of_pad.any()
 
 
 @pytest.mark.parametrize(
-    "shape, s, heads, beside, reason",
+    "shape, s, heads, reason",
     [
-        ((2, 5, 7, 6 * 24), 2, 2, 0, "heads of 16, 32 channels in torch.float32, got 24"),
-        ((2, 9, 9, 6 * D), 7, 2, 0, "windows of up to 4 x 4 tokens, got 7 x 7"),
-        ((2, 5, 7, 6 * D), 2, 2, 24, "a multiple of those of a head, 16, got 24"),
-        ((2**16, 2**8, 2**6, 6 * D), 2, 2, 0, "cells times heads"),
-        ((65536, 2, 2, 6 * D), 2, 2, D, None),
+        ((2, 5, 7, 6 * 24), 2, 2, "heads of 16, 32 channels in torch.float32, got 24"),
+        ((2, 9, 9, 6 * D), 7, 2, "windows of up to 4 x 4 tokens, got 7 x 7"),
+        ((2**16, 2**8, 2**6, 6 * D), 2, 2, "cells times heads"),
+        ((65536, 2, 2, 6 * D), 2, 2, None),
     ],
 )
-def test_reasons(monkeypatch, shape, s, heads, beside, reason):
+def test_reasons(monkeypatch, shape, s, heads, reason):
     monkeypatch.setattr(triton.triton, "why_not", lambda x: None)  # as on a GPU
-    qkv, side = torch.empty(1).expand(shape), torch.empty(1).expand(*shape[:3], beside)
-    said = triton.why_not(qkv, torch.empty(shape[-1]), s, heads, 1.0, side if beside else None)
+    said = triton.why_not(torch.empty(1).expand(shape), torch.empty(shape[-1]), s, heads, 1.0)
     assert said is None if reason is None else reason in said
 
 
@@ -135,7 +132,7 @@ def test_more_windows_than_a_fused_kernel_takes(dtype):
 
 
 KERNELS = {  # registers at most, and the tensor core's instructions
-    "forward": (windows.forward_kernel, "qkv pad beside y", 64),
+    "forward": (windows.forward_kernel, "qkv pad y", 64),
     "backward": (windows.backward_kernel, "gradient qkv pad of_qkv", 96),
 }
 
@@ -147,7 +144,7 @@ def test_machine_code(name, capability):
     """2 x 2, 32 channels, float16, padded: 8 values at once to and from memory, products by the tensor cores, nothing spilled."""
     kernel, tensors, registers = KERNELS[name]
     types = dict.fromkeys(tensors.split(), "float16") | dict(of_padding="float32", scale="fp32")
-    types |= dict.fromkeys(("windows", "H", "W", "rows", "columns", "heads", "all_heads"), "i32")
+    types |= dict.fromkeys(("windows", "H", "W", "rows", "columns", "heads"), "i32")
     sizes = dict(windows.TILE, S=2, D=32, PADDED=True)
     found = compile_for(kernel, types, sizes, capability, num_warps=sizes.pop("num_warps"))
     assert found.stack == 0 and found.registers <= registers
