@@ -115,8 +115,8 @@ def test_int8(folder):
     quantized = {output for node in graph.node if node.op_type == "DequantizeLinear" for output in node.output}
     products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm", "Conv")]
     inside = [node for node in products if node.input[0] in quantized and node.input[1] in quantized]
-    # Per block fc1, fc2, depthwise; HiLo's product, h_proj, l_kv, l_proj; the last stage's product and projection; the head.
-    assert len(inside) == 4 * 3 + 4 + 2 + 1
+    # Per block fc1, fc2, depthwise; HiLo's product of the tokens, l_kv, projection; the last stage's product and projection; the head.
+    assert len(inside) == 4 * 3 + 3 + 2 + 1
     # In float: the patch embedding, three offset convolutions and three deformable products, and attention's own products.
     assert len(products) - len(inside) == 1 + 3 + 3 + 2 * 3
     softmax = [node for node in graph.node if node.op_type == "Softmax"]
