@@ -32,8 +32,9 @@ def forward_kernel(
         lofi = y + h_heads * D
         attend_to_pooled(program, q, kv, lofi, H * W, M, l_heads, scale, q_stride, kv_stride, y_stride, D, ONE_BLOCK, QUERIES, KEYS)
     else:
-        program -= lofi_programs
-        attend_in_windows(program, qkv, pad, y, windows, H, W, rows, columns, h_heads, scale, qkv_stride, y_stride, PADDED, S, T, D, TILES)
+        attend_in_windows(
+            program - lofi_programs, qkv, pad, y, windows, H, W, rows, columns, h_heads, scale, qkv_stride, y_stride, PADDED, S, T, D, TILES
+        )
 
 
 def hilo_attention(
