@@ -94,6 +94,6 @@ def _cases() -> Iterator[tuple[str, str, tuple, AbstractContextManager]]:
                 x, y = (tokens.new_zeros(8, 28, 28, size) for size in (linear.in_features, linear.out_features))
                 rest = (1e-5,) if name == "norm_linear" else (y,)
                 yield name, f"inference, {where}", (x, linear.weight, linear.bias, *rest), torch.no_grad()
-            weight = tokens.new_zeros(384, 384)
-            yield "linear_add_norm", f"inference, {where}", (tokens, weight, weight[0], tokens, 1e-5), torch.no_grad()
+            square = tokens.new_zeros(384, 384)
+            yield "linear_add_norm", f"inference, {where}", (tokens, square, square[0], tokens, 1e-5), torch.no_grad()
             yield "deform_conv2d", where, (image, offset, weight, None, (2, 2), (0, 0), (1, 1), None), nullcontext()
