@@ -24,27 +24,28 @@ def test_it_agrees_whatever_surrounds_it():
 
 @pytest.mark.extra
 @pytest.mark.parametrize(
-    ("module", "function"),
+    ("check", "module", "function"),
     [
-        ("depthwise", "depthwise_gelu"),
-        ("depthwise", "depthwise_gelu_backward"),
-        ("windows", "window_attention"),
-        ("windows", "window_attention_backward"),
-        ("pooled", "pooled_attention"),
-        ("pooled_linear", "pooled_linear"),
-        ("hilo_attention", "hilo_attention"),
-        ("merging", "token_merging"),
-        ("offsets", "predict_offset"),
-        ("embedding", "patch_embed"),
-        ("norm_linear", "norm_linear"),
-        ("linear_add", "linear_add"),
-        ("linear_add", "linear_add_norm"),
+        ("depthwise_gelu", "depthwise", "depthwise_gelu"),
+        ("depthwise_gelu", "depthwise", "depthwise_gelu_backward"),
+        ("attention", "windows", "window_attention"),
+        ("attention", "windows", "window_attention_backward"),
+        ("attention", "pooled", "pooled_attention"),
+        ("attention", "hilo_attention", "hilo_attention"),
+        ("linear", "norm_linear", "norm_linear"),
+        ("linear", "linear_add", "linear_add"),
+        ("linear", "linear_add", "linear_add_norm"),
+        ("linear", "pooled_linear", "pooled_linear"),
+        ("merging", "merging", "token_merging"),
+        ("merging", "offsets", "predict_offset"),
+        ("embedding", "embedding", "patch_embed"),
     ],
 )
 @pytest.mark.parametrize("factor", [1.1, float("nan")])
-def test_it_sees_other_numbers(module, function, factor, monkeypatch):
-    kernels = getattr(room.trial, module)
+def test_it_sees_other_numbers(check, module, function, factor, monkeypatch):
+    kernels, check = getattr(room.trial, module), getattr(room.trial, f"of_{check}")
     right = getattr(kernels, function)
+    assert check in room.trial.CHECKS
 
     def wrong(*arguments):
         results = right(*arguments)
@@ -52,7 +53,7 @@ def test_it_sees_other_numbers(module, function, factor, monkeypatch):
 
     monkeypatch.setattr(kernels, function, wrong)
     with pytest.raises(ArithmeticError, match=rf"{function.removesuffix('_backward')} differs from torch's$"):
-        room.trial.compare(CPU)
+        room.trial.compare(CPU, [check])
 
 
 def test_it_sees_offsets_of_ten_bits(monkeypatch):
@@ -60,4 +61,4 @@ def test_it_sees_offsets_of_ten_bits(monkeypatch):
     right = room.trial.offsets.predict_offset
     monkeypatch.setattr(room.trial.offsets, "predict_offset", lambda *arguments: right(*arguments) * (1 + 2**-11))
     with pytest.raises(ArithmeticError, match=r"predict_offset differs from torch's$"):
-        room.trial.compare(CPU)
+        room.trial.compare(CPU, [room.trial.of_merging])
