@@ -20,7 +20,12 @@ from triton_helpers import CAPABILITIES, compile_for, interpreted
 
 interpreter = pytest.mark.usefixtures("interpreter")
 operator = OPERATORS["depthwise_gelu"]
-LARGE = pytest.param(1, 14, 14, 7, marks=pytest.mark.extra)
+SIZES = [(2, 1, 1, 1), (1, 1, 6, 28), (1, 6, 1, 2), (1, 5, 7, 1), (2, 7, 5, 28)]  # B, H, W, rows of a program
+CASES = [
+    *((*size, torch.float32) for size in (*SIZES, (1, 17, 3, 4))),
+    pytest.param(1, 14, 14, 7, torch.float32, marks=pytest.mark.extra),
+    *(pytest.param(*size, torch.bfloat16, marks=pytest.mark.extra) for size in SIZES),
+]
 
 
 def case(B: int, H: int, W: int, C: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tensor, nn.Conv2d]:
@@ -43,11 +48,9 @@ def error(ours: Tensor, exact: Tensor) -> float:
 
 
 @interpreter
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.extra)], ids=str)
-@pytest.mark.parametrize("B, H, W, rows", [(2, 1, 1, 1), (1, 1, 6, 28), (1, 6, 1, 2), (2, 5, 7, 1), (1, 7, 5, 28), LARGE, (1, 17, 3, 4)])
+@pytest.mark.parametrize("B, H, W, rows, dtype", CASES)
 def test_the_output_and_the_gradients(B, H, W, rows, dtype, monkeypatch):
     """As precise as torch's, whatever was in the memory and how many rows a program of the forward pass has."""
-    monkeypatch.setattr(interpreted()["depthwise"], "PROGRAMS", 1)
     monkeypatch.setattr(interpreted()["depthwise"], "ROWS", rows)
     arguments = case(B, H, W, 24, dtype)
     factor = 4 if dtype == torch.bfloat16 else 2  # the interpreter does not round to bfloat16, it truncates

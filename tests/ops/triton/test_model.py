@@ -19,7 +19,7 @@ KERNELS = dict(block="torch", depthwise_gelu="triton")  # the native operators w
 
 
 def model(**settings) -> nn.Module:
-    return tiny_model(embed_dim=32, num_heads=(1, 2, 4, 8), **settings)
+    return tiny_model(embed_dim=32, num_heads=(1, 2, 4, 8), mlp_ratio=1, **settings)
 
 
 def test_gradients():
