@@ -15,8 +15,9 @@ from mm_modules.dispatch import Backend
 from .. import triton
 
 INPUTS, OUTPUTS = 256, 384  # what kernels hold of a row at most
-FEW = 256  # outputs of a long product that is bound by memory: two such numbers are about the operations a GPU does per byte
-SHORT = 512  # inputs of a product that is bound by memory with any number of outputs
+FEW = 256  # outputs of a long product whose time is that of reading x: as many operations for each byte of it, of 150 to 300 that GPUs do
+SHORT = 512  # inputs of a product that more outputs do not make long, either
+CELLS = 2**31 - 128  # of a map: blocks of 128 are counted in 32 bits
 
 
 def _why_not(x: Tensor, *others: Tensor) -> str | None:
@@ -30,7 +31,7 @@ def _why_not(x: Tensor, *others: Tensor) -> str | None:
         return f"x is {x.dtype}, but the weights or the residual are not"
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *others)):
         return "gradients are enabled; use torch.no_grad or torch.inference_mode"
-    return None
+    return None if x[..., 0].numel() <= CELLS else f"it supports maps of up to {CELLS} cells, got {tuple(x.shape[:-1])}"
 
 
 def why_not_norm_linear(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> str | None:

@@ -153,6 +153,7 @@ def test_reasons(monkeypatch):
             assert said(name, 96, 96, bias=trained).startswith("gradients are enabled")
         with torch.autocast("cpu", torch.float16):
             assert said(name, 96, 96).startswith("autocast is enabled")
+    assert said("norm_linear", 96, 96, x=torch.empty(1, dtype=torch.float16).expand(2**16, 2**8, 2**7, 96)).startswith("it supports maps of")
     assert said("norm_linear", 384, 96) == "it supports up to 256 inputs, got 384"
     assert said("linear_add_norm", 96, 768) == "it supports up to 384 outputs, got 768"
     assert said("linear_add", 1536, 384) == "a library's products of more than 512 inputs with more than 256 outputs are faster"
