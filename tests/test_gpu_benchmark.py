@@ -155,6 +155,7 @@ def a_run(tmp_path: Path, stage: str = "x", **sizes) -> gpu_stages.Run:
     return gpu_stages.Run("cpu", replace(gpu_stages.TINY, dtypes=("float32",), **sizes), tmp_path / stage, None)
 
 
+@pytest.mark.extra
 def test_tests_that_fail(tmp_path):
     """Each is a row with its reason; a file that cannot be imported does not stop the others."""
     mark = "import pytest\n@pytest.mark.gpu\n"

@@ -120,6 +120,7 @@ def test_what_is_not_finite_stays_in_its_row(name, value):
         assert changed.sum() == 1 and not ours[1, 2, 3].isfinite().all()
 
 
+@pytest.mark.extra
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("name", KERNELS)
 def test_opcheck(name):
@@ -153,7 +154,8 @@ def test_reasons(monkeypatch):
             assert said(name, 96, 96, bias=trained).startswith("gradients are enabled")
         with torch.autocast("cpu", torch.float16):
             assert said(name, 96, 96).startswith("autocast is enabled")
-    assert said("norm_linear", 96, 96, x=torch.empty(1, dtype=torch.float16).expand(2**16, 2**8, 2**7, 96)).startswith("it supports maps of")
+    large = torch.empty(1, dtype=torch.float16).expand(2**16, 2**8, 2**7, 96)
+    assert said("norm_linear", 96, 96, x=large) == "it supports maps of up to 2147483520 cells, got (65536, 256, 128)"
     assert said("norm_linear", 384, 96) == "it supports up to 256 inputs, got 384"
     assert said("linear_add_norm", 96, 768) == "it supports up to 384 outputs, got 768"
     assert said("linear_add", 1536, 384) == "a library's products of more than 512 inputs with more than 256 outputs are faster"
@@ -181,7 +183,7 @@ COMPILED = [  # kernel, tile, registers on any of the GPUs
     (norm_linear, dict(norm_linear.tile(192), N=768), 136),
     (norm_linear, dict(norm_linear.tile(256), N=1024), 112),
     (linear_add, dict(linear_add.tile(192), K=768, NORM=False), 216),
-    (linear_add, dict(linear_add.tile(256), K=1024, NORM=False), 168),
+    (linear_add, dict(linear_add.tile(256), K=1024, NORM=False), 184),
     (linear_add, dict(linear_add.tile(384), K=384, NORM=True), 128),
 ]
 
