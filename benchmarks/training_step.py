@@ -18,7 +18,7 @@ import distributed
 import engine
 from data.dataset import Batch
 from litv2 import LITv2
-from litv2.unreadable import BadFiles
+from litv2.runs.unreadable import BadFiles
 from precision import Precision
 
 KNOWN = {candidate.timm: candidate for candidate in CANDIDATES if candidate.timm and candidate.group != "today"}  # models with drop path

@@ -21,8 +21,8 @@ import multilabel
 from data.dataset import Batch
 from distillation import Distillation, plain_model
 from litv2.errors import UserError
-from litv2.signals import StopRequested, StopSignals
-from litv2.unreadable import BadFiles
+from litv2.runs.signals import StopRequested, StopSignals
+from litv2.runs.unreadable import BadFiles
 from precision import Precision
 from reading import Reading
 from report import Predictions

@@ -16,7 +16,7 @@ from pathlib import Path
 from termcolor import colored
 from tqdm import tqdm
 
-from litv2.outputs import LogFile
+from litv2.runs.outputs import LogFile
 
 LOG = "log_rank{}.txt"
 _RUN, _PLACE, _TEXT = "[%(asctime)s %(run)s]", "(%(filename)s %(lineno)d)", ": %(levelname)s %(message)s"

@@ -41,11 +41,11 @@ from heads import keep_shared_classes, names_in
 from litv2.classes import imagenet_classes, task_in
 from litv2.compilation import COMPILE_OPTIONS
 from litv2.errors import UserError, run_program
-from litv2.failures import in_one_line
 from litv2.files import atomic_write, remove_drafts
-from litv2.outputs import Outputs
-from litv2.signals import StopRequested, StopSignals
-from litv2.unreadable import BadFiles
+from litv2.runs.failures import in_one_line
+from litv2.runs.outputs import Outputs
+from litv2.runs.signals import StopRequested, StopSignals
+from litv2.runs.unreadable import BadFiles
 from litv2.weights.download import fetch
 from litv2.weights.reading import read_checkpoint
 from litv2.weights.state_dict import find_weights, load_weights

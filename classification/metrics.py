@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 import distributed
 from litv2.errors import UserError
 from litv2.files import append_whole, atomic_write
-from litv2.outputs import Outputs
+from litv2.runs.outputs import Outputs
 from trackers import Trackers
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from data.loader import Loaders, with_transform
 from data.transforms import evaluation_steps
 from litv2.classes import imagenet_classes
 from litv2.curves import Curve, save_curves
-from litv2.unreadable import BadFiles
+from litv2.runs.unreadable import BadFiles
 from precision import Precision
 from report import wilson_interval
 

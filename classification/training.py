@@ -33,9 +33,9 @@ from distillation import build_distillation
 from freezing import Freezing
 from litv2 import LITv2
 from litv2.errors import UserError
-from litv2.outputs import Outputs
-from litv2.signals import StopRequested, StopSignals
-from litv2.unreadable import BadFiles
+from litv2.runs.outputs import Outputs
+from litv2.runs.signals import StopRequested, StopSignals
+from litv2.runs.unreadable import BadFiles
 from litv2.weights.state_dict import load_weights
 from logger import LOG
 from memory import peak_memory_mb

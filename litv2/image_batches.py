@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .errors import UserError
-from .failures import start_worker
 from .preprocess import read_image
+from .runs.failures import start_worker
 
 __all__ = ["batches", "usual_workers"]
 

@@ -17,7 +17,7 @@ from helpers import ROOT
 ROOMS = [
     ["hilo", "litv2.errors", "litv2.files", "litv2.curves", "litv2.compilation", "litv2.classes", "litv2.configurations"],
     ["litv2.pages", "litv2.plain_yaml", "litv2.coco", "litv2.mean_precision"],
-    ["litv2.signals", "litv2.failures", "litv2.outputs", "litv2.unreadable"],  # what the trainers share
+    ["litv2.runs"],
     ["mm_modules"],
     ["litv2.ops"],
     ["litv2.attentions"],

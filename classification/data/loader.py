@@ -17,7 +17,7 @@ from yacs.config import CfgNode
 
 import distributed
 from litv2.errors import MissingPackage
-from litv2.failures import start_worker
+from litv2.runs.failures import start_worker
 
 from .dataset import ImageDataset, StreamingDataset, collate
 from .sampler import BalancedSampler, EvalSampler, TrainSampler

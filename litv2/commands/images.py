@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..explain.subjects import Classifier
-from ..failures import in_one_line
 from ..image_batches import batches, usual_workers
+from ..runs.failures import in_one_line
 from . import print_notes
 
 __all__ = [

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import MissingPackage
-from ..failures import in_one_line, start_worker
 from ..files import is_shortage
 from ..preprocess import FORMATS, decode
+from ..runs.failures import in_one_line, start_worker
 from .listing import Entry
 
 if TYPE_CHECKING:

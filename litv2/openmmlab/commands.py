@@ -17,9 +17,9 @@ from mmengine.registry import VISUALIZERS
 
 from ..configurations import config_of
 from ..errors import UserError
-from ..failures import in_one_line
-from ..outputs import Outputs
-from ..signals import StopRequested
+from ..runs.failures import in_one_line
+from ..runs.outputs import Outputs
+from ..runs.signals import StopRequested
 from .build import build_model
 from .config import adapt_to_device, image_steps, load_config
 from .evaluation import augment, draw, format_only, select_metrics

@@ -24,8 +24,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from ..errors import UserError, listed
 from ..files import is_shortage
-from ..signals import StopRequested, StopSignals
-from ..unreadable import BadFiles
+from ..runs.signals import StopRequested, StopSignals
+from ..runs.unreadable import BadFiles
 
 __all__ = ["ExactEpochLoop", "ExactIterLoop", "with_named_files"]
 

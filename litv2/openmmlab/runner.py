@@ -28,9 +28,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..coco import read_annotations
 from ..errors import UserError, listed
-from ..failures import start_worker
 from ..files import append_whole, atomic_write, remove_drafts
-from ..outputs import LogFile, Outputs
+from ..runs.failures import start_worker
+from ..runs.outputs import LogFile, Outputs
 from ..weights.download import fetch
 from ..weights.reading import read_checkpoint
 from ..weights.state_dict import load_weights

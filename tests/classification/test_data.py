@@ -27,7 +27,7 @@ from data.sampler import EvalSampler, TrainSampler
 from data.sources import DataError, open_sources
 from helpers import ROOT, write_images
 from litv2.errors import UserError
-from litv2.unreadable import BadFiles
+from litv2.runs.unreadable import BadFiles
 
 DIGITS = ROOT / "classification/configs/litv2-digits.yaml"
 

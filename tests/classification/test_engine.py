@@ -16,8 +16,8 @@ from engine import NonFiniteLoss, Progress, Step, evaluate, train_one_epoch
 from gpu_helpers import DEVICES
 from helpers import ROOT, assert_as_precise, normal, tiny_model
 from litv2.errors import UserError
-from litv2.signals import StopRequested, StopSignals
-from litv2.unreadable import BadFiles
+from litv2.runs.signals import StopRequested, StopSignals
+from litv2.runs.unreadable import BadFiles
 from optim import build_scheduler
 from precision import Precision, choose_precision, set_tf32
 from throughput import measure_throughput

@@ -50,7 +50,7 @@ def test_stop_signals_leave_other_threads_alone():
     import signal
     from concurrent.futures import ThreadPoolExecutor
 
-    from litv2.signals import StopSignals
+    from litv2.runs.signals import StopSignals
 
     before = signal.getsignal(signal.SIGTERM)
     with ThreadPoolExecutor(1) as pool:

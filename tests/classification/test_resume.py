@@ -145,7 +145,7 @@ import torch, torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from data.dataset import Batch
-from litv2.unreadable import BadFiles
+from litv2.runs.unreadable import BadFiles
 from engine import Progress, Step, train_one_epoch
 from precision import Precision
 class Scheduler:

@@ -29,8 +29,8 @@ from engine import NonFiniteLoss, Progress, Step, evaluate, train_one_epoch
 from gpu_helpers import on_gpu
 from helpers import FAST, ROOT, run_ranks, same, tiny_model, write_images
 from litv2.errors import run_program
-from litv2.signals import StopRequested, StopSignals
-from litv2.unreadable import BadFiles
+from litv2.runs.signals import StopRequested, StopSignals
+from litv2.runs.unreadable import BadFiles
 from litv2.weights.reading import read_checkpoint
 from main import main
 from metrics import read_metrics

@@ -15,7 +15,7 @@ from data.sampler import EvalSampler
 from engine import evaluate, logits_of
 from helpers import ROOT, generator, tiny_model
 from litv2.errors import UserError
-from litv2.unreadable import BadFiles
+from litv2.runs.unreadable import BadFiles
 from network import build_model
 from precision import Precision
 from report import Predictions

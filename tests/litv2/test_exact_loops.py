@@ -26,7 +26,7 @@ from litv2.openmmlab import commands  # noqa: E402
 from litv2.openmmlab.config import adapt_to_device, load_config  # noqa: E402
 from litv2.openmmlab.exact_loops import Drawn, NamingDataset, SeededDataset  # noqa: E402
 from litv2.openmmlab.runner import MMENGINE_CLASSES, CarefulCheckpointHook, StrictRunner  # noqa: E402
-from litv2.signals import StopRequested  # noqa: E402
+from litv2.runs.signals import StopRequested  # noqa: E402
 from litv2.weights.reading import read_checkpoint  # noqa: E402
 from mm_helpers import SMALL_OPTIONS, own_project  # noqa: E402
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from command_helpers import free_port
 from helpers import ROOT
 from litv2.errors import UserError
-from litv2.failures import in_one_line, start_worker
+from litv2.runs.failures import in_one_line, start_worker
 
 
 class Failing(Dataset):
@@ -133,7 +133,7 @@ def test_two_of_three_processes_name_the_third(dead):
     program = f"""
 import os, sys; sys.path.insert(0, {str(ROOT)!r})
 import torch, torch.distributed as dist
-from litv2.failures import in_one_line, start_worker
+from litv2.runs.failures import in_one_line, start_worker
 dist.init_process_group("gloo")
 dist.barrier()
 if dist.get_rank() == {dead}:

@@ -9,7 +9,7 @@ import os
 
 import pytest
 
-from litv2.outputs import LogFile, Outputs
+from litv2.runs.outputs import LogFile, Outputs
 
 
 def test_each_output_is_reported_once():

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .errors import UserError
-from .files import is_lack_of_handles
+from ..errors import UserError
+from ..files import is_lack_of_handles
 
 __all__ = ["in_one_line", "start_worker"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from .errors import UserError, listed
+from ..errors import UserError, listed
 
 __all__ = ["BadFiles"]
 
