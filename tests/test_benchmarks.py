@@ -63,6 +63,7 @@ def test_layout(command, tmp_path):
     assert len(results["rows"]) == 2 and "times_as_fast" in results["rows"][0]
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("command", documented(DOCUMENT, r"python benchmarks/models\.py --models .* eager"), ids=str)
 def test_models(command, tmp_path):
     results = measured(command, tmp_path, "--batch-size 2 --img-size 64 --rounds 1")
@@ -254,6 +255,7 @@ def test_compiling_is_not_timed():
     assert done.returncode == 2 and "--warm-up 0 would time the first round" in done.stderr
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize(
     "script, flags, words",
     [
@@ -439,6 +441,7 @@ def test_teacher(command, tmp_path):
     assert f"difference {values.mean():+.1f} ({low:+.1f} to {high:+.1f}): {word}\n" in done.stdout
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("command", documented(DOCUMENT, r"python benchmarks/check_data\.py DIR --checkpoint FILE"), ids=str)
 def test_check_data(command, tmp_path):
     pytest.importorskip("imagehash")

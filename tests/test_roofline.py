@@ -115,6 +115,7 @@ def test_documented_bounds():
         assert float(row["images/s"]) == pytest.approx(64e3 / float(row["ms"]), rel=0.01)
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("command", documented("benchmarks/README.md", r"python benchmarks/roofline\.py"), ids=str)
 def test_command(command, tmp_path):
     done = run(command, "--models", "litv2_small", "--by-operator", "--batch-size", 2, "--img-size", 64, "--out", tmp_path / "bounds")

@@ -67,14 +67,8 @@ def kill_after(update: int, number: int, out, processes: int, flags) -> int:
         process.kill()
 
 
-@pytest.mark.parametrize(
-    "processes, number",
-    [
-        pytest.param(1, signal.SIGTERM, marks=pytest.mark.extra),
-        (1, signal.SIGINT),
-        pytest.param(2, signal.SIGTERM, marks=pytest.mark.extra),
-    ],
-)
+@pytest.mark.extra
+@pytest.mark.parametrize("processes, number", [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_resume_is_bit_for_bit(processes, number, images, whole, tmp_path):
     flags = flags_for(processes, images, tmp_path)
     code = kill_after(2, number, tmp_path, processes, flags)

@@ -39,6 +39,7 @@ class Failing(Dataset):
         return 1
 
 
+@pytest.mark.extra  # torch waits some seconds for workers of loaders that an error has ended
 @pytest.mark.parametrize(
     "failure, line",
     [
@@ -122,6 +123,7 @@ def test_others_pass(error):
     assert raised.value is error
 
 
+@pytest.mark.extra
 def test_a_bug_in_a_worker_keeps_its_traceback():
     with pytest.raises(KeyError, match="Traceback"), in_one_line():
         list(DataLoader(Failing(KeyError("a")), num_workers=1))

@@ -177,6 +177,7 @@ def test_whole_model_in_bfloat16():
     assert_as_precise(model.bfloat16()(x.bfloat16()), plain, exact)
 
 
+@pytest.mark.extra
 def test_export_with_dynamic_sizes():
     model = tiny_model().eval()
     dims = {0: Dim("b"), 2: Dim.AUTO, 3: Dim.AUTO}

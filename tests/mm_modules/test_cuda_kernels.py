@@ -60,6 +60,7 @@ def instructions(program: Path) -> dict[str, str]:
     return found
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("architecture", build.ARCHITECTURES)
 def test_machine_code(architecture, tmp_path):
     """No spilled register, and as few as __launch_bounds__ asks for; 128 bits at once and no division where V > 1."""

@@ -119,6 +119,7 @@ def another_python(name: str, library: Path) -> str:
     return "_C.cpython-39-x86_64-linux-gnu.so"
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("damage", [another_torch, other_sources, missing_symbols, another_processor, another_python])
 @pytest.mark.parametrize("name", NAMES)
 def test_one_line_where_it_is_built_for_something_else(tree, name, damage):
