@@ -185,14 +185,13 @@ def test_on_a_gpu(dtype):
 
 
 @pytest.mark.extra
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("d, one_block, registers", [(32, True, 96), (32, False, 128), (64, False, 168)])
-def test_machine_code(d, one_block, registers, capability):
+@pytest.mark.parametrize("d, one_block, capability", [*((32, block, c) for block in (True, False) for c in CAPABILITIES), (64, False, 120)])
+def test_machine_code(d, one_block, capability):
     """float16: 8 values at once to and from memory, in the loop past the registers; products by the tensor cores, nothing spilled."""
     types = dict(q="float16", kv="float16", y="float16", N="i32", M="i32", heads="i32", scale="fp32")
     sizes = dict(pooled.TILE, D=d, ONE_BLOCK=one_block)
     found = compile_for(pooled.forward_kernel, types, sizes, capability, num_warps=sizes.pop("num_warps"))
-    assert found.stack == 0 and found.registers <= registers
+    assert found.stack == 0 and found.registers <= (168 if d == 64 else 96 if one_block else 128)
     assert found.count("LDG.E.128") and found.count("STG.E.128") and not found.count("(LDG|STG).E.U16")
     assert found.count(r"LDGSTS[.\w]*") == found.count(r"LDGSTS[.\w]*128[.\w]*") and bool(found.count(r"LDGSTS[.\w]*")) != one_block
     assert found.count(r"(H|HG|UTCH)MMA[.\w]*")
