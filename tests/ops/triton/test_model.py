@@ -19,6 +19,7 @@ KERNELS = dict(block="torch", depthwise_gelu="triton")  # the native operators w
 
 
 def model(**settings) -> nn.Module:
+    """With few hidden channels, as the interpreter is slow."""
     return tiny_model(embed_dim=32, num_heads=(1, 2, 4, 8), mlp_ratio=1, **settings)
 
 
