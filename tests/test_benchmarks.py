@@ -276,9 +276,10 @@ TINY_RUN = "--img-size 64 --batch-size 2 --rounds 1 --warm-up 0"
 
 
 def check_figures(row: dict, modes: list[str]) -> None:
-    """Every mode has its time, and the figure is the best one's."""
+    """Every mode has its time, and the figure is the best one's. Times are rounded, so two modes may share the best."""
     times = {mode: row[f"{mode}_ms"] for mode in modes}
-    assert row["best"] == min(times, key=times.get) and row["images_per_s"] == pytest.approx(2e3 / times[row["best"]], rel=0.05)
+    assert times[row["best"]] == min(times.values())
+    assert row["images_per_s"] == pytest.approx(2e3 / times[row["best"]], rel=0.05)
 
 
 @pytest.mark.extra
