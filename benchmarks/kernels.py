@@ -48,9 +48,9 @@ def cases(batch_size: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
         x, hidden = normal(batch_size, side, side, dim), normal(batch_size, side, side, 4 * dim)
         yield "norm_linear", f"{side} x {side}, {dim} -> {4 * dim}", (x, normal(4 * dim, dim), normal(4 * dim), 1e-5)
         yield "linear_add", f"{side} x {side}, {4 * dim} -> {dim}", (hidden, normal(dim, 4 * dim), normal(dim), x)
-    side, dim = STAGES[2]
-    x = normal(batch_size, side, side, dim)
-    yield "linear_add_norm", f"{side} x {side}, {dim} -> {dim}", (x, normal(dim, dim), normal(dim), x, 1e-5)
+    for (side, dim), inputs in ((STAGES[2], 1), (STAGES[2], 4), (STAGES[3], 1), (STAGES[3], 4)):  # inputs in units of dim
+        x, y = normal(batch_size, side, side, inputs * dim), normal(batch_size, side, side, dim)
+        yield "linear_add_norm", f"{side} x {side}, {inputs * dim} -> {dim}", (x, normal(dim, inputs * dim), normal(dim), y, 1e-5)
     for side, dim in STAGES[:-1]:
         x = torch.randn(batch_size, side, side, dim, device=device, dtype=dtype)
         yield "token_merging", f"{side} x {side} x {dim}", (x, DeformableTokenMerging(dim, 2 * dim).eval().to(device, dtype))

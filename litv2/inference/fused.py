@@ -15,6 +15,8 @@ HiLo (``is_plain``), with its norm.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ from ..layers import Block, DeformableTokenMerging
 from ..model import LITv2
 from ..ops.folding import inference_copy, is_plain, merging_weights, token_projections, weight_and_bias
 
-__all__ = ["FusedBlock", "FusedHiLo", "fuse"]
+__all__ = ["FusedBlock", "FusedBlocks", "FusedHiLo", "fuse"]
 
 
 @torch.no_grad()
@@ -47,9 +49,9 @@ def fuse(model: LITv2) -> LITv2:
         for conv in (model.patch_embed.proj, *(stage.downsample.dconv for stage in model.layers if stage.downsample is not None)):
             conv.to(memory_format=torch.channels_last)
     for stage in model.layers:
-        if any(isinstance(block, FusedBlock) for block in stage.blocks):
+        if any(isinstance(part, FusedBlocks) for part in stage.blocks):
             raise ValueError("fuse: the model is already fused")
-        stage.blocks = nn.ModuleList(map(FusedBlock, stage.blocks))
+        stage.blocks = nn.ModuleList([FusedBlocks(stage.blocks)])
         if stage.downsample is not None:
             _fuse_merging(stage.downsample)
     return model
@@ -72,12 +74,33 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     return linear
 
 
+class FusedBlocks(nn.Sequential):
+    """The blocks of a stage. The norm that a block begins with is that of the sum that the block before it ends with, and computed there.
+
+    (B, H, W, dim) -> (B, H, W, dim).
+    """
+
+    def __init__(self, blocks: Iterable[Block]):
+        super().__init__(*map(FusedBlock, blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        norms = [*(block.eps1 for block in self), None]  # those before each block
+        normed = None if norms[0] is None else F.layer_norm(x, x.shape[-1:], eps=norms[0])
+        for block, eps in zip(self, norms[1:]):
+            x, normed = block(x, normed, eps)
+        return x
+
+
 class FusedBlock(nn.Module):
-    """A block with its norms folded into the linear layers after them. (B, H, W, dim) -> (B, H, W, dim)."""
+    """A block with its norms folded into the linear layers after them.
+
+    (B, H, W, dim), and the same normalised with ``eps1`` unless that is None, -> (B, H, W, dim), and with an ``eps`` the same normalised.
+    """
 
     def __init__(self, block: Block):
         super().__init__()
         self.attn = block.attn
+        self.eps1: float | None = None
         if block.attn is not None and is_plain(block.attn):
             self.attn, self.eps1 = FusedHiLo(block.attn, block.norm1), block.norm1.eps
         elif block.attn is not None:
@@ -86,16 +109,17 @@ class FusedBlock(nn.Module):
         self.eps2, self.fc1 = block.norm2.eps, _linear(weight, bias + shift)
         self.dwconv, self.fc2 = block.mlp.dwconv, block.mlp.fc2
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, normed: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor | None]:
         if isinstance(self.attn, FusedHiLo):
-            y, proj = self.attn(F.layer_norm(x, x.shape[-1:], eps=self.eps1)), self.attn.proj
+            y, proj = self.attn(normed), self.attn.proj
             x, normed = ops.linear_add_norm(y, proj.weight, proj.bias, x, self.eps2)
             hidden = self.fc1(normed)
         else:
             if self.attn is not None:
                 x = x + ops.attention(self.norm1(x), self.attn)
             hidden = ops.norm_linear(x, self.fc1.weight, self.fc1.bias, self.eps2)
-        return ops.linear_add(self.dwconv(hidden), self.fc2.weight, self.fc2.bias, x)
+        last = self.dwconv(hidden), self.fc2.weight, self.fc2.bias, x
+        return (ops.linear_add(*last), None) if eps is None else ops.linear_add_norm(*last, eps)
 
 
 class FusedHiLo(nn.Module):

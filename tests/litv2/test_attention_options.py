@@ -88,7 +88,7 @@ def test_fused(change):
     fused = fuse(model)
     assert relative_error(fused(x), exact(model, x)) < 1e-5
     kept = {name for name, module in fused.named_modules() if isinstance(module, nn.LayerNorm) and module.elementwise_affine}
-    assert {"layers.2.blocks.0.norm1", "layers.3.blocks.0.norm1"} <= kept and "layers.2.blocks.0.norm2" not in kept
+    assert {"layers.2.blocks.0.0.norm1", "layers.3.blocks.0.0.norm1"} <= kept and "layers.2.blocks.0.0.norm2" not in kept
     with pytest.raises(ValueError, match="already fused"):
         fuse(fused)
 

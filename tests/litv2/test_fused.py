@@ -34,6 +34,18 @@ def test_same_numbers(arguments, shape):
 
 
 @torch.no_grad()
+def test_each_norm_has_its_eps():
+    """Norms are computed where the sum is that they follow, which may be in another block."""
+    model, x = tiny_model(depths=(1, 2, 3, 2)).eval(), normal(0, *SHAPES[1])
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    for i, norm in enumerate(norms):
+        norm.eps = 10.0 ** (i % 4 - 2)
+    assert max_difference(fuse(model)(x), model(x)) < 1e-5
+    norms[-2].eps = norms[-4].eps = 3.0
+    assert max_difference(fuse(model)(x), model(x)) < 1e-5
+
+
+@torch.no_grad()
 def test_golden():
     case = golden()["classification"][0]
     model = fuse(fill(litv2_small(alpha=case["alpha"])))

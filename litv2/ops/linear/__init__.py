@@ -16,4 +16,4 @@ __all__ = ["linear_add", "linear_add_norm", "norm_linear"]
 
 norm_linear = Operator("norm_linear", [triton.NORM_LINEAR, reference.NORM_LINEAR])
 linear_add = Operator("linear_add", [triton.LINEAR_ADD, reference.LINEAR_ADD])
-linear_add_norm = Operator("linear_add_norm", [triton.LINEAR_ADD_NORM, reference.LINEAR_ADD_NORM])
+linear_add_norm = Operator("linear_add_norm", [triton.LINEAR_ADD_NORM, triton.ADD_NORM, reference.LINEAR_ADD_NORM])

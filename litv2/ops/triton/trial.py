@@ -18,7 +18,7 @@ from ..linear import reference as linear
 from ..pooled.reference import pooled_attention
 from ..pooled_linear.reference import pooled_linear as linear_of_pooled
 from ..windows.reference import window_attention
-from . import depthwise, embedding, hilo_attention, linear_add, merging, norm_linear, offsets, pooled, pooled_linear, windows
+from . import add_norm, depthwise, embedding, hilo_attention, linear_add, merging, norm_linear, offsets, pooled, pooled_linear, windows
 
 TOLERANCE = 0.02  # of the largest value: float16, and TF32 in torch's convolution; what goes wrong is as large as the values
 FLOAT32 = 1e-5  # what float32 is better than, and TF32 is not
@@ -81,8 +81,11 @@ def of_linear(normal: Normal) -> Iterator[Comparison]:
     yield "norm_linear", [norm_linear.norm_linear(x, weight, bias, 1e-5)], [linear.norm_linear(x, weight, bias, 1e-5)]
     added = x, weight, bias, normal(2, 5, 7, 48)
     yield "linear_add", [linear_add.linear_add(*added)], [linear.linear_add(*added)]
-    added = x, normal(384, 96), normal(384), normal(2, 5, 7, 384)
-    yield "linear_add_norm", linear_add.linear_add_norm(*added, 1e-5), linear.linear_add_norm(*added, 1e-5)
+    wide = x, normal(384, 96), normal(384), normal(2, 5, 7, 384)
+    yield "linear_add_norm", linear_add.linear_add_norm(*wide, 1e-5), linear.linear_add_norm(*wide, 1e-5)
+    y, residual = normal(2, 5, 7, 96)[..., 48:], added[3]
+    expected = y + residual
+    yield "add_norm", add_norm.add_norm(y, residual, 1e-5), [expected, F.layer_norm(expected, (48,), eps=1e-5)]
     means = x, 2, weight, bias, shift
     yield "pooled_linear", [pooled_linear.pooled_linear(*means)], [linear_of_pooled(*means)]
 

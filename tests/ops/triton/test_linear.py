@@ -13,13 +13,14 @@ from gpu_helpers import on_gpu
 from helpers import normal
 from litv2.ops import triton as room
 from litv2.ops.linear import reference
-from litv2.ops.triton import linear_add, norm_linear, rows
-from triton_helpers import CAPABILITIES, compile_for
+from litv2.ops.triton import add_norm, linear_add, norm_linear, rows
+from triton_helpers import CAPABILITIES, Called, Resources, compile_for
 
 SIZES = [(1, 1), (1, 6), (5, 7), (7, 5), (14, 14)]
 WIDTHS = [(96, 48), (16, 100), (48, 192), (40, 24), (192, 96)]  # inputs and outputs: one block or two, full or not
 EPS = 1e-3  # large enough to be seen
-KERNELS = ("norm_linear", "linear_add", "linear_add_norm")
+BACKENDS = dict(norm_linear="triton", linear_add="triton", linear_add_norm="triton", add_norm="add_norm")  # that launch these kernels
+KERNELS = list(BACKENDS)
 
 
 @pytest.fixture(autouse=True)
@@ -29,14 +30,15 @@ def without_gradients():
 
 
 def case(H: int, W: int, K: int, N: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """x, as a part of a wider product's columns and far from 0; weight, bias, residual."""
-    x = (normal(1, 2, H, W, K + 8) + 3).to(dtype)[..., 8:]
-    return [x, *(tensor.to(dtype) for tensor in (normal(2, N, K) / K**0.5, normal(3, N), 2 + normal(4, 2, H, W, N)))]
+    """x, as a part of a wider product's columns and far from 0; weight, bias, residual; a product of the residual's shape, as x is."""
+    x, product = ((normal(seed, 2, H, W, width + 8) + 3).to(dtype)[..., 8:] for seed, width in ((1, K), (5, N)))
+    return [x, *(tensor.to(dtype) for tensor in (normal(2, N, K) / K**0.5, normal(3, N), 2 + normal(4, 2, H, W, N))), product]
 
 
 def arguments(name: str, tensors: list[Tensor]) -> tuple:
-    x, weight, bias, residual = tensors
-    return dict(norm_linear=(x, weight, bias, EPS), linear_add=(x, weight, bias, residual), linear_add_norm=(*tensors, EPS))[name]
+    x, weight, bias, residual, product = tensors
+    each = dict(norm_linear=(x, weight, bias, EPS), linear_add=(x, weight, bias, residual), add_norm=(product, residual, EPS))
+    return (*each["linear_add"], EPS) if name == "linear_add_norm" else each[name]
 
 
 def by_kernel(name: str, tensors: list[Tensor]) -> tuple[Tensor, ...]:
@@ -52,11 +54,19 @@ def written_out(name: str, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         x = x - x.mean(-1, keepdim=True)
         return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
 
-    x, weight, bias, residual = (tensor.double() for tensor in tensors)
+    x, weight, bias, residual, product = (tensor.double() for tensor in tensors)
     if name == "norm_linear":
         return (norm(x) @ weight.mT + bias,)
-    y = residual + x @ weight.mT + bias
+    y = residual + (product if name == "add_norm" else x @ weight.mT + bias)
     return (y,) if name == "linear_add" else (y, norm(y))
+
+
+def by_torch(name: str, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    if name == "add_norm":
+        y = tensors[3] + tensors[4]
+        return y, F.layer_norm(y, y.shape[-1:], eps=EPS)
+    results = getattr(reference, name)(*arguments(name, tensors))
+    return results if isinstance(results, tuple) else (results,)
 
 
 def error(ours: Tensor, exact: Tensor) -> float:
@@ -74,9 +84,7 @@ def test_against_torch(H, W, name):
         for ours, exact in zip(by_kernel(name, tensors), written_out(name, tensors), strict=True):
             assert error(ours, exact) < 1e-6
     tensors = case(H, W, 48, 96, torch.bfloat16)
-    plain = getattr(reference, name)(*arguments(name, tensors))
-    plain = plain if isinstance(plain, tuple) else (plain,)
-    for ours, theirs, exact in zip(by_kernel(name, tensors), plain, written_out(name, tensors), strict=True):
+    for ours, theirs, exact in zip(by_kernel(name, tensors), by_torch(name, tensors), written_out(name, tensors), strict=True):
         assert ours.dtype == torch.bfloat16 and error(ours, exact) <= 4 * error(theirs, exact)
 
 
@@ -84,11 +92,11 @@ def test_against_torch(H, W, name):
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_norm_is_of_what_is_stored(name):
     """And exact where channels differ by little from a large mean."""
-    x, weight, bias, residual = case(5, 7, 48, 96)
-    for tensors in ([x + 300, weight, bias, residual], [x, weight, bias, residual + 300]):
+    x, weight, bias, residual, product = case(5, 7, 48, 96)
+    for tensors in ([x + 300, weight, bias, residual, product + 300], [x, weight, bias, residual + 300, product]):
         for ours, exact in zip(by_kernel(name, tensors), written_out(name, tensors), strict=True):
             assert error(ours, exact) < 2e-5  # what float32 leaves of it; the mean of squares minus the mean's square leaves 1e-2
-    if name == "linear_add_norm":
+    if name in ("linear_add_norm", "add_norm"):
         tensors = [tensor.bfloat16() for tensor in tensors]
         y, normed = by_kernel(name, tensors)
         assert error(normed, F.layer_norm(y.double(), (96,), eps=EPS)) < 1e-2 < error(normed, written_out(name, tensors)[1])
@@ -102,9 +110,9 @@ def test_memory_formats(name):
     expected = by_kernel(name, tensors)[-1]
     transposed = [tensor.transpose(0, -1).contiguous().transpose(0, -1) for tensor in tensors]
     assert torch.equal(by_kernel(name, transposed)[-1], expected)
-    x, weight, bias, residual = tensors
-    assert torch.equal(by_kernel(name, [x[1:], weight, bias, residual[1:]])[-1], expected[1:])
-    assert by_kernel(name, [x[:0], weight, bias, residual[:0]])[-1].shape == (0, 5, 7, 40)
+    x, weight, bias, residual, product = tensors
+    assert torch.equal(by_kernel(name, [x[1:], weight, bias, residual[1:], product[1:]])[-1], expected[1:])
+    assert by_kernel(name, [x[:0], weight, bias, residual[:0], product[:0]])[-1].shape == (0, 5, 7, 40)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy
@@ -114,10 +122,22 @@ def test_memory_formats(name):
 def test_what_is_not_finite_stays_in_its_row(name, value):
     tensors = case(5, 7, 48, 96)
     before = by_kernel(name, tensors)
-    tensors[0][1, 2, 3, 5] = value
+    tensors[0][1, 2, 3, 5] = tensors[4][1, 2, 3, 5] = value
     for ours, old in zip(by_kernel(name, tensors), before, strict=True):
         changed = (ours != old).any(-1)
         assert changed.sum() == 1 and not ours[1, 2, 3].isfinite().all()
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(("K", "N", "kernel"), [(1536, 384, "add_norm"), (768, 768, "add_norm"), (384, 384, "linear_add_norm")])
+def test_long_products_are_a_librarys(K, N, kernel):
+    """In the third stage of LITv2-S the second linear layer of the feed-forward network, in the fourth HiLo's last one, too."""
+    tensors = case(1, 3, K, N, torch.bfloat16)
+    with Called() as called:
+        ours = litv2.ops.linear_add_norm(*arguments("linear_add_norm", tensors))
+    assert called.names == [kernel]
+    for a, b, exact in zip(ours, by_torch("linear_add_norm", tensors), written_out("linear_add_norm", tensors), strict=True):
+        assert error(a, exact) <= 4 * error(b, exact)
 
 
 @pytest.mark.extra
@@ -142,7 +162,8 @@ def test_reasons(monkeypatch):
         names = ("x", "weight", "bias", "residual")
         shapes = (2, 5, 7, K), (N, K), (N,), (2, 5, 7, N)
         tensors = [changes.get(key, torch.empty(1, dtype=dtype).expand(shape)) for key, shape in zip(names, shapes)]
-        return str(getattr(litv2.ops, name).explain(*arguments(name, tensors))["triton"])
+        operator = "linear_add_norm" if name == "add_norm" else name
+        return str(getattr(litv2.ops, operator).explain(*arguments(operator, [*tensors, tensors[-1]]))[BACKENDS[name]])
 
     for name in KERNELS:
         assert said(name, 96, 384) == "None"
@@ -160,6 +181,9 @@ def test_reasons(monkeypatch):
     assert said("linear_add_norm", 96, 768) == "it supports up to 384 outputs, got 768"
     assert said("linear_add", 1536, 384) == "a library's products of more than 512 inputs with more than 256 outputs are faster"
     assert said("linear_add", 768, 192) == "None" == said("linear_add_norm", 384, 384)
+    assert said("add_norm", 3072, 768) == "None" and said("add_norm", 96, 4097) == "it supports up to 4096 outputs, got 4097"
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert said("add_norm", 3072, 768) == "torch.compile makes one pass of sum and norm by itself"
 
 
 @on_gpu
@@ -170,10 +194,9 @@ def test_on_a_gpu(name, dtype):
     widths = dict(norm_linear=[(96, 384), (192, 768), (256, 1024)], linear_add=[(384, 96), (768, 192), (1024, 256)])
     for K, N in widths.get(name, [(384, 384), (40, 24)]):
         tensors = [tensor.cuda() for tensor in case(14, 28, K, N, dtype)]
-        plain = getattr(reference, name)(*arguments(name, tensors))
         ours, compiled = by_kernel(name, tensors), torch.compile(by_kernel)(name, tensors)
         exact = written_out(name, tensors)
-        for a, b, c, d in zip(ours, plain if isinstance(plain, tuple) else (plain,), exact, compiled, strict=True):
+        for a, b, c, d in zip(ours, by_torch(name, tensors), exact, compiled, strict=True):
             assert error(a, c) <= 2 * error(b, c) and torch.equal(a, d)
 
 
@@ -192,20 +215,31 @@ OF_BASE = [  # LITv2-B's second stage
 ]
 
 
+def compiled(kernel, sizes: dict[str, int], capability: int) -> Resources:
+    types = {name: kind for name, kind in TYPES.items() if name in kernel.arg_names}
+    options = {name: sizes[name] for name in ("num_warps", "num_stages")}
+    return compile_for(kernel, types, {name: size for name, size in sizes.items() if name not in options}, capability, **options)
+
+
 @pytest.mark.extra
 @pytest.mark.parametrize(
     ("module", "sizes", "registers", "capability"), [*((*each, capability) for each in COMPILED for capability in CAPABILITIES), *OF_BASE]
 )
 def test_machine_code(module, sizes, registers, capability):
     """float16: two programs' registers fit, or one's with its stages; 8 values at once to and from memory; nothing spilled."""
-    constexprs = {name: value for name, value in sizes.items() if not name.startswith("num_")}
-    found = compile_for(
-        module.forward_kernel, {n: t for n, t in TYPES.items() if n in module.forward_kernel.arg_names}, constexprs, capability,
-        num_warps=sizes["num_warps"], num_stages=sizes["num_stages"],
-    )  # fmt: skip
+    found = compiled(module.forward_kernel, sizes, capability)
     assert found.stack == 0 and found.registers <= registers
     assert found.shared <= SHARED[capability] << 10
     assert found.count("STG.E.128") and not found.count("STG.E.U16") and found.count("LDG.E.U16") <= 1  # a thread's part of the bias
     copies = found.count(r"LDGSTS[.\w]*")  # of 8 values; where 512 threads share few of x, of 4
     assert found.count(r"LDGSTS[.\w]*128[.\w]*") > copies / 2 and found.count(r"LDGSTS[.\w]*(128|64)[.\w]*") == copies
     assert found.count(r"(H|HG|UTCH)MMA[.\w]*")
+
+
+@pytest.mark.parametrize(("channels", "capability"), [*((768, capability) for capability in CAPABILITIES), (384, 86), (1024, 90)])
+def test_machine_code_of_the_sum_and_the_norm(channels, capability):
+    """float16: all of a multiprocessor's threads fit, and every access to memory is one of 8 values."""
+    found = compiled(add_norm.forward_kernel, add_norm.tile(channels), capability)
+    assert found.stack == 0 and found.registers <= 64
+    for access in ("LDG", "STG"):
+        assert found.count(rf"{access}\.E\.128[.\w]*") == found.count(rf"{access}[.\w]*") > 0

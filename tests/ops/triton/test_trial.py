@@ -35,6 +35,7 @@ def test_it_agrees_whatever_surrounds_it():
         ("linear", "norm_linear", "norm_linear"),
         ("linear", "linear_add", "linear_add"),
         ("linear", "linear_add", "linear_add_norm"),
+        ("linear", "add_norm", "add_norm"),
         ("linear", "pooled_linear", "pooled_linear"),
         ("merging", "merging", "token_merging"),
         ("merging", "offsets", "predict_offset"),
