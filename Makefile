@@ -17,6 +17,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 DEMO := output/litv2_digits/default
+# Files in their order: else those of few tests come last, which are the longest, and one of two processes waits for the other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --no-loadscope-reorder
 
 .PHONY: demo mm site test test-core faults operators checkpoint sanitize locks audit sbom paper
 
@@ -44,10 +46,10 @@ test: .venv/test operators .venv/mm .venv/examples
 	@$(MAKE) --no-print-directory docs/site/node_modules/ready || echo "going on without onnxruntime-web: tests of the page that needs it skip"
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST)
 
 test-core: .venv/test operators
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not extra" --ignore=tests/detection --ignore=tests/segmentation --ignore=tests/litv2/test_backbone.py
+	$(PYTEST) -m "not extra" --ignore=tests/detection --ignore=tests/segmentation --ignore=tests/litv2/test_backbone.py
 
 sanitize: .venv/test
 	$(BIN)/python -m tests.sanitizers

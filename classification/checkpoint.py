@@ -76,7 +76,11 @@ def restore_random_state(states: list[dict], log: Callable[[str], None]) -> None
     if len(states) != distributed.world_size():
         log(f"random states not restored: the checkpoint has those of {len(states)} processes, this run has {distributed.world_size()}")
         return
-    state = states[distributed.rank()]
+    set_random_state(states[distributed.rank()])
+
+
+def set_random_state(state: dict) -> None:
+    """Sets all random number generators of this process to what ``random_state`` returned."""
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
     kind, keys, position, has_gauss, gauss = state["numpy"]

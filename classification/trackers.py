@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import random
 import signal
 import time
 from abc import ABC, abstractmethod
@@ -21,6 +20,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
+from checkpoint import random_state, set_random_state
 from config import flat, to_dict
 from litv2.errors import MissingPackage, UserError
 from litv2.files import atomic_write
@@ -108,7 +108,12 @@ class MLflow(Tracker):
 class ClearML(Tracker):
     def __init__(self, run: Run, id: str | None):
         from clearml import Task
+        from clearml.config import ConfigSDKWrapper, ConfigWrapper
 
+        # Its thread that looks for git waits for what is forked meanwhile, its reporting process or workers, and the end of the run waited
+        # five minutes for it. So git is asked at the start, and a thread reports, as on Windows; its process took ten seconds to end.
+        ConfigWrapper.set_overrides({"sdk": {"development": {"vcs_repo_detect_async": False, "report_use_subprocess": False}}})
+        ConfigSDKWrapper.clear_config_impl()
         ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         self.task: Any = Task.init(
             run.project, run.name, reuse_last_task_id=False, continue_last_task=id or False, auto_connect_arg_parser=False,
@@ -186,12 +191,12 @@ class Trackers:
 
 @contextmanager
 def _own_random_numbers() -> Iterator[None]:
-    """The clients draw from Python's generator, which belongs to the training."""
-    state = random.getstate()
+    """Random numbers belong to the training: the clients draw from Python's generator, and ClearML seeds those of numpy and torch, too."""
+    state = random_state()
     try:
         yield
     finally:
-        random.setstate(state)
+        set_random_state(state)
 
 
 def _read_ids(path: Path, warn: Callable[[str], object]) -> dict[str, Any]:

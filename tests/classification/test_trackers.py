@@ -9,10 +9,13 @@ import random
 import signal
 import sys
 
+import numpy as np
 import pytest
+import torch
 
 import distributed
 import trackers
+from checkpoint import random_state
 from config import load_config
 from helpers import FAST, ROOT
 from litv2.errors import MissingPackage, UserError, run_program
@@ -36,6 +39,8 @@ class Fake(Tracker):
 
     def act(self, what):
         random.random()
+        np.random.seed(1)
+        torch.manual_seed(1)
         if what in self.fails:
             raise RuntimeError(f"no {what}\nand more")
 
@@ -62,7 +67,7 @@ def settings(*opts):
 
 
 def test_what_a_tracker_gets(fake, tmp_path):
-    state = random.getstate()
+    state = random_state()
     metrics = Metrics(tmp_path)
     metrics.start_trackers(settings("TAG", "mine"), resumed=False, log=print)
     metrics.write("train", 3, loss=0.5, memory_mb=None)
@@ -72,7 +77,8 @@ def test_what_a_tracker_gets(fake, tmp_path):
     assert tracker.got == [(3, {"train/loss": 0.5}), (4, {"val/epoch": 1}), False]
     assert (tracker.run.project, tracker.run.name, tracker.run.folder) == ("litv2", "litv2_digits/mine", tmp_path)
     assert tracker.run.config["TRAIN"]["EPOCHS"] == 15
-    assert random.getstate() == state, "the training's random numbers are its own"
+    after = random_state()
+    assert str(after) == str(state) and torch.equal(after["torch"], state["torch"]), "the training's random numbers are its own"
     other = Metrics(tmp_path, active=False)  # of another rank
     other.start_trackers(settings(), resumed=True, log=print)
     assert len(fake.made) == 1
