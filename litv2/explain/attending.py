@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hilo import HiLo, HiLoWeights
 
 from ..errors import UserError, listed
+from ..layers import Block
 from .positions import Position, cells_at, positions
 from .recording import Attended, Merged, network_of, watched
 from .sampling import spread_over_samples
@@ -86,8 +87,8 @@ def attention(model: nn.Module, images: Tensor, at: Position = None) -> Attentio
             blocks.append(_of_cells(layer, cells_at(chosen, layer.stride, layer.H, layer.W)))
             steps.append(_step(layer))
 
-    attentions = [block.attn for stage in network.stages for block in stage.blocks if block.attn is not None]
-    if others := sorted({type(attn).__name__ for attn in attentions if not isinstance(attn, HiLo)}):
+    parts = [block.attn if isinstance(block, Block) else block for stage in network.stages for block in stage.blocks]
+    if others := sorted({type(part).__name__ for part in parts if not (part is None or isinstance(part, HiLo))}):
         raise UserError(f"attention is recorded of HiLo alone, and this model has {listed(others)}; leave it out of --what")
     with watched(network, see, weights=True):
         *_, last = network._run_stages(images)

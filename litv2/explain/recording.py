@@ -15,6 +15,7 @@ from hilo import HiLo, HiLoWeights
 from mm_modules.DCN import DeformConv2dPack
 
 from ..errors import UserError, listed
+from ..layers import Block
 from ..model import LITv2
 
 __all__ = ["Attended", "Merged", "check_images", "evaluating", "network_of", "watched"]
@@ -95,7 +96,7 @@ def watched(model: LITv2, see: Callable[[Attended | Merged], Any], weights: bool
     try:
         for stage in model.stages:
             for block in stage.blocks:
-                if isinstance(block.attn, HiLo):
+                if isinstance(block, Block) and isinstance(block.attn, HiLo):  # those of a fused form are others
                     handles += _hooks(names[block], block.attn, strides[stage], see, weights)
             if stage.downsample is not None:
                 conv, name = stage.downsample.dconv, names[stage.downsample]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers import normal, tiny_model
-from litv2 import LITv2
+from litv2 import LITv2, fuse
 from litv2.errors import UserError
 from litv2.explain import attention
 from litv2.explain.positions import strongest
@@ -150,6 +150,11 @@ def test_which_models():
     x = normal(4, 1, 3, 64, 64)
     inside = nn.ModuleDict(dict(backbone=tiny_model(), head=nn.Linear(2, 2)))
     torch.testing.assert_close(attention(inside, x).rollout, attention(tiny_model(), x).rollout)
-    for model, message in ((nn.Linear(2, 2), "a Linear has none"), (nn.ModuleList([tiny_model(), tiny_model()]), "2 of them")):
+    others = [
+        (nn.Linear(2, 2), "a Linear has none"),
+        (nn.ModuleList([tiny_model(), tiny_model()]), "2 of them"),
+        (fuse(tiny_model()), "of HiLo alone, and this model has FusedBlocks"),
+    ]
+    for model, message in others:
         with pytest.raises(UserError, match=message):
             attention(model, x)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from helpers import normal, tiny_model
-from litv2 import LITv2
+from litv2 import LITv2, fuse
 from litv2.errors import UserError
 from litv2.explain import spectrum
 from litv2.explain.frequencies import energy_above, magnitude, mean_with_interval, radial_profile
@@ -95,6 +95,8 @@ def test_images_without_a_common_spectrum():
         spectrum(model, [torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 96)])
     with pytest.raises(UserError, match="expected images of shape"):
         spectrum(model, torch.zeros(1, 1, 64, 64))
+    with pytest.raises(UserError, match="no block with attention"):
+        spectrum(fuse(tiny_model()), torch.zeros(1, 3, 64, 64))
     with pytest.raises(UserError, match="no block with attention"):
         spectrum(LITv2(embed_dim=8, num_heads=(1, 1, 1, 1), depths=(1, 1, 1, 1), local_ws=(0, 0, 0, 0)), torch.zeros(1, 3, 64, 64))
 
