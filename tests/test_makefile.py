@@ -66,13 +66,14 @@ class Project:
 
 
 NPM_CI = "npm ci --ignore-scripts --no-audit --no-fund"
+PYTEST = "-m pytest --no-loadscope-reorder"
 CALLS = {
     "make demo": ["-m venv .venv", "-m litv2 build", "main.py --cfg configs/litv2-digits.yaml"],
-    "make test": ["-m venv .venv", "-m litv2 build", "build_mmcv.sh .venv/bin/python", NPM_CI, "-m ruff check .", "-m mypy", "-m pytest"],
+    "make test": ["-m venv .venv", "-m litv2 build", "build_mmcv.sh .venv/bin/python", NPM_CI, "-m ruff check .", "-m mypy", PYTEST],
     "make test-core": [
         "-m venv .venv",
         "-m litv2 build",
-        "-m pytest -m not extra " + " ".join(f"--ignore=tests/{name}" for name in ("detection", "segmentation", "litv2/test_backbone.py")),
+        f"{PYTEST} -m not extra " + " ".join(f"--ignore=tests/{name}" for name in ("detection", "segmentation", "litv2/test_backbone.py")),
     ],
 }
 LOCKED = ("requirements", *(f"requirements-{name}" for name in ("export", "explain", "examples", "track", "test", "supply", "mm")))
@@ -135,7 +136,7 @@ def test_test(project):
         NPM_CI,
         "-m ruff check .",
         "-m mypy",
-        "-m pytest",
+        PYTEST,
     ]
     for file in ("test", "mm", "examples"):
         assert any(f"-r requirements-{file}.txt" in call for call in calls)
@@ -182,5 +183,5 @@ def test_tests_are_run_without_npm(project):
     project.npm_status(1)
     for _ in range(2):
         status, calls, output = project.make("test")
-        assert status == 0 and calls[-1] == "-m pytest" and NPM_CI in calls
+        assert status == 0 and calls[-1] == PYTEST and NPM_CI in calls
         assert "going on without onnxruntime-web" in output
