@@ -65,7 +65,7 @@ def test_a_block(number, kernels, megabytes):
 
 def test_the_layout_optimization_would_transpose():
     """The reason why it is off, and that it would be seen."""
-    blocks = nn.Sequential(*litv2.litv2_small(depths=(1, 1, 2, 1)).eval().layers[2].blocks)
+    blocks = nn.Sequential(*litv2.litv2_small(depths=(1, 1, 1, 1)).eval().layers[2].blocks)
     with use(depthwise_gelu="torch", attention="torch"):
         code = generated(blocks, stage(2)[1], layout_optimization=True)
     assert code.transposed() and "YBLOCK" in code.source

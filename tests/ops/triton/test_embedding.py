@@ -44,12 +44,13 @@ def test_against_torch(H, W, in_chans, dim, patch):
     layer.norm.eps = 0.1
     true, ours = exact(x, layer), triton.patch_embed(x, layer)
     assert error(ours, true) < 1e-5
-    larger = torch.full((2, in_chans, H + 3, W + 5), float("nan"))
-    larger[:, :, 1 : H + 1, 2 : W + 2] = x
-    last = layer.to(memory_format=torch.channels_last)
-    assert torch.equal(triton.patch_embed(x.contiguous(memory_format=torch.channels_last), last), ours)
-    assert torch.equal(triton.patch_embed(larger[:, :, 1 : H + 1, 2 : W + 2], last), ours)
-    assert torch.equal(triton.patch_embed(x[:1].expand(2, -1, -1, -1), last), ours[:1].expand(2, -1, -1, -1))
+    if (H, W) == (33, 30):  # how they lie in memory does not depend on their size
+        larger = torch.full((2, in_chans, H + 3, W + 5), float("nan"))
+        larger[:, :, 1 : H + 1, 2 : W + 2] = x
+        last = layer.to(memory_format=torch.channels_last)
+        assert torch.equal(triton.patch_embed(x.contiguous(memory_format=torch.channels_last), last), ours)
+        assert torch.equal(triton.patch_embed(larger[:, :, 1 : H + 1, 2 : W + 2], last), ours)
+        assert torch.equal(triton.patch_embed(x[:1].expand(2, -1, -1, -1), last), ours[:1].expand(2, -1, -1, -1))
     low = layer.bfloat16()
     true, plain, ours = exact(x.bfloat16(), low), reference.patch_embed(x.bfloat16(), low), triton.patch_embed(x.bfloat16(), low)
     assert ours.dtype == torch.bfloat16

@@ -236,6 +236,7 @@ def test_machine_code(module, sizes, registers, capability):
     assert found.count(r"(H|HG|UTCH)MMA[.\w]*")
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize(("channels", "capability"), [*((768, capability) for capability in CAPABILITIES), (384, 86), (1024, 90)])
 def test_machine_code_of_the_sum_and_the_norm(channels, capability):
     """float16: all of a multiprocessor's threads fit, and every access to memory is one of 8 values."""
