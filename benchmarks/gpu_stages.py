@@ -317,6 +317,8 @@ def kernels_of(function: Callable[[], Tensor], run: Run) -> list[dict]:
     times = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events}
     calls = {event.key: event.count / run.sizes.rounds for event in events}
     whole = sum(times.values())
+    if not whole:
+        raise RuntimeError("torch's profiler recorded no kernel; with KINETO_LOG_LEVEL=0 in the environment it prints why")
     return [
         dict(kernel=key, calls=round(calls[key], 2), us=round(us / run.sizes.rounds, 2), share=round(us / whole, 4))
         for key, us in sorted(times.items(), key=lambda item: -item[1])

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler would print lines of its own at every start
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler prints lines at every start; its errors are off with them
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 sys.path.append(str(ROOT / "classification"))  # last, because its module names are generic, such as config

@@ -225,6 +225,14 @@ def test_predictions(case, expected):
     assert predicted_ms(*case) == expected
 
 
+def test_a_profile_without_kernels(tmp_path):
+    """As where torch's profiler cannot reach the GPU: there are no rows to take for a result."""
+    run = a_run(tmp_path)
+    assert gpu_stages.kernels_of(lambda: torch.ones(3) + 1, run)
+    with pytest.raises(RuntimeError, match="recorded no kernel; with KINETO_LOG_LEVEL=0"):
+        gpu_stages.kernels_of(lambda: None, run)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("measure", [harness.samples, harness.event_samples])
 def test_functions_run_in_turns(measure, device):

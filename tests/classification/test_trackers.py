@@ -7,7 +7,9 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -170,6 +172,16 @@ def test_a_run_in_mlflow_and_wandb(tmp_path, monkeypatch):
 
 @pytest.mark.extra
 def test_clearml_offline(tmp_path, monkeypatch):
+    """Programs are started in our thread alone, and nothing is forked: a pipe that another thread has open would stay open there."""
+    threads = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            threads.append(threading.current_thread())
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("a process was forked"))
     monkeypatch.setenv("CLEARML_CACHE_DIR", str(tmp_path))
     task = pytest.importorskip("clearml").Task
     task.set_offline(True)
@@ -180,5 +192,6 @@ def test_clearml_offline(tmp_path, monkeypatch):
     tracker.write({"train/loss": 0.25}, 5)
     session = tracker.task.get_offline_mode_folder()
     tracker.close(complete=True)
+    assert set(threads) == {threading.current_thread()}
     (event,) = [event for line in (session / "metrics.jsonl").read_text().splitlines() for event in json.loads(line)]
     assert (event["metric"], event["variant"], event["value"], event["iter"]) == ("train", "loss", 0.25, 5)
